@@ -1,0 +1,87 @@
+"""What a recipe may say about pruning and distilling: data only, so reading a recipe loads no torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from students.settings import Settings
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class PruneSettings(Settings):
+    """How a teacher is cut. The shape itself is part of the recipe's prune stage."""
+
+    calibration_tokens: int = Field(
+        default=32768, gt=0, description="Tokens of the transfer set that pruning looks at."
+    )
+    depth: Literal["cosine", "contiguous"] | list[int] = Field(
+        default="cosine",
+        description="Which layers stay: the ones that change the residual stream most (cosine), "
+        "all but the least-changing run of neighbours (contiguous), or a list of layer numbers.",
+    )
+    refit: bool = Field(
+        default=True,
+        description="Refit the kept weights to the teacher's activations by least squares "
+        "after selection (reconstruction). False is plain slicing.",
+    )
+    ridge: float = Field(
+        default=0.01,
+        gt=0,
+        description="Strength of the pull toward the sliced weights, relative to the mean "
+        "squared input of each linear map.",
+    )
+    precision: Precision = Field(
+        default="auto", description="Arithmetic of the teacher's forward pass; auto measures."
+    )
+
+
+class HiddenLoss(Settings):
+    """Match the student's hidden states with the teacher's, cut as the student was cut."""
+
+    kind: Literal["cosine", "mse"] = Field(
+        default="cosine",
+        description="1 - cosine similarity, or mean squared error over mean square.",
+    )
+    weight: float = Field(default=0.0, ge=0, description="Weight in the total loss; 0 is off.")
+
+
+class DistillSettings(Settings):
+    """How a student is taught. Defaults are the recipe of the Llama papers where they name one."""
+
+    tokens: int = Field(gt=0, description="Tokens of the transfer set that the student sees.")
+    batch_tokens: int = Field(default=2048, gt=0, description="Tokens an optimizer step sees.")
+    micro_batch_windows: int | None = Field(
+        default=None, gt=0, description="Windows in one forward pass; by default the whole step."
+    )
+    learning_rate: float = Field(default=5e-4, gt=0, description="Peak learning rate.")
+    final_learning_rate: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
+    )
+    warmup: float = Field(default=0.1, ge=0, le=1, description="Warm-up, as a share of all steps.")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(default=0.1, ge=0, description="AdamW's decoupled weight decay.")
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of the whole gradient.")
+    temperature: float = Field(default=1.0, gt=0, description="Temperature of the KL loss.")
+    forward_kl: float = Field(default=1.0, ge=0, description="Weight of KL(teacher || student).")
+    cross_entropy: float = Field(default=0.0, ge=0, description="Weight of the labels' loss.")
+    hidden: HiddenLoss = Field(default=HiddenLoss(), description="Hidden-state loss.")
+    chunk_tokens: int = Field(
+        default=512, gt=0, description="Tokens whose logits exist at one time in the loss."
+    )
+    precision: Precision = Field(
+        default="auto",
+        description="Arithmetic of forward and backward; weights, optimizer and loss stay fp32. "
+        "auto measures which is faster on this device.",
+    )
+    evaluate_every: int = Field(
+        default=10,
+        ge=0,
+        description="Steps between evaluations on held-out windows; 0: at the end.",
+    )
+    save_every_seconds: float = Field(
+        default=60.0, ge=0, description="Seconds between checkpoints; 0 saves after every step."
+    )

@@ -1,0 +1,39 @@
+"""What a recipe may say about measuring: data only, so no torch is loaded."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from students.settings import Settings
+
+
+class BenchmarkSettings(Settings):
+    """What is measured on every model, the teacher included."""
+
+    tasks: tuple[str, ...] = Field(
+        default=("wikitext2",),
+        description="Names of tasks: this project's own (wikitext2, ...) or any of lm-eval's.",
+    )
+    limit: int | None = Field(
+        default=None, gt=0, description="Documents a task; by default all. Same for every model."
+    )
+    limits: dict[str, int] = Field(
+        default_factory=dict, description="Documents for single tasks, before `limit`."
+    )
+    num_fewshot: int | None = Field(default=None, ge=0, description="Examples in the prompt.")
+    mirror: str | None = Field(
+        default=None,
+        description="A folder of JSONL files that stand in for the hub's data "
+        "(arc_easy.jsonl, piqa.jsonl, ...). Tasks whose file is absent are skipped with a word.",
+    )
+    batch_size: int = Field(default=8, gt=0, description="Sequences in one forward pass.")
+    perplexity_windows: int = Field(
+        default=64,
+        ge=1,
+        description="Windows of 512 tokens for token_perplexity_512, from the start of the text.",
+    )
+    prompts: tuple[str, ...] = Field(
+        default=("The history of", "Water is", "Once upon a time"),
+        description="Beginnings that each model completes greedily, shown side by side.",
+    )
+    completion_tokens: int = Field(default=40, ge=1, description="Length of each completion.")

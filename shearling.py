@@ -1,0 +1,151 @@
+"""The ground floor of the house: the one error that users meet, and writes that can't be half done.
+
+Everything here is small, imports nothing of the project and nothing heavy, so every package may
+use it.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+__version__ = "0.1.0"
+
+
+class ShearlingError(Exception):
+    """A mistake that the user can mend: what is wrong, and what to do about it.
+
+    The command line prints both and exits with 2; a traceback never reaches a user for these.
+    """
+
+    def __init__(self, what: str, *, hint: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.what}\n{self.hint}" if self.hint else self.what
+
+
+class Progress(Protocol):
+    """How long work tells where it is: ``progress("walk", 3, 30, tokens_per_second=410.0)``.
+
+    Engines call it often and print nothing themselves; the caller decides how it is shown.
+    """
+
+    def __call__(self, what: str, done: int, total: int, /, **numbers: float) -> None: ...
+
+
+def silent(what: str, done: int, total: int, /, **numbers: float) -> None:
+    """A Progress that shows nothing."""
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turn the operating system's errors about a full or read-only disk into a ShearlingError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ShearlingError(
+                f"The disk is full: could not write {where}.",
+                hint="Free some space, or put the run elsewhere with --out DIR. "
+                "Finished stages are kept; the same command goes on.",
+            ) from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise ShearlingError(
+                f"Not allowed to write {where}.",
+                hint="Make the folder writable, or put the run elsewhere with --out DIR.",
+            ) from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file so that a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(aside, 0o644)
+            os.replace(aside, path)
+        except BaseException:
+            Path(aside).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as indented JSON, as a whole or not at all. NaN and infinity are refused."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; what can't be read is a ShearlingError that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ShearlingError(
+            f"{path} does not exist.", hint="Check the path; `shearling status` lists a run."
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise ShearlingError(
+            f"{path} is not valid JSON: {error}", hint="Delete the file and run the stage again."
+        ) from error
+
+
+@contextmanager
+def folder_aside(final: Path) -> Iterator[Path]:
+    """Give a folder beside ``final`` to fill; on success sync it and rename it to ``final``.
+
+    An exception removes what was written and leaves an earlier ``final`` untouched, so a reader
+    never meets a half-written artefact.
+    """
+    final = Path(final)
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{final.name}.partial-"))
+        try:
+            yield aside
+            for path in aside.rglob("*"):
+                if path.is_file() and not path.is_symlink():
+                    _sync(path)
+            os.chmod(aside, 0o755)
+            if final.is_dir() and not final.is_symlink():
+                shutil.rmtree(final)
+            os.replace(aside, final)
+            _sync(final.parent)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(data: Any) -> str:
+    """Hex SHA-256 of ``data`` in canonical JSON (sorted keys, no white space)."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
