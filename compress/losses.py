@@ -15,7 +15,8 @@ time, and keeps no tensor of N x V: it is what `compress.distill` trains with.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
+from operator import add
 from typing import Any
 
 import torch
@@ -453,6 +454,13 @@ class Comparison:
     cross_entropy: float
     teacher_cross_entropy: float
     agreements: int
+
+    def __add__(self, other: Comparison) -> Comparison:
+        mine, others = astuple(self), astuple(other)
+        return Comparison(**dict(zip(_FIELDS, map(add, mine, others), strict=True)))
+
+
+_FIELDS = tuple(item.name for item in fields(Comparison))
 
 
 @torch.no_grad()

@@ -41,9 +41,10 @@ class PruneSettings(Settings):
 class HiddenLoss(Settings):
     """Match the student's hidden states with the teacher's, cut as the student was cut."""
 
-    kind: Literal["cosine", "mse"] = Field(
+    kind: Literal["cosine", "mse", "normalised_mse"] = Field(
         default="cosine",
-        description="1 - cosine similarity, or mean squared error over mean square.",
+        description="1 - cosine similarity; the mean squared error; or the squared error over the "
+        "teacher's squared size, so that layers of any size weigh alike.",
     )
     weight: float = Field(default=0.0, ge=0, description="Weight in the total loss; 0 is off.")
 
@@ -54,7 +55,44 @@ class DistillSettings(Settings):
     tokens: int = Field(gt=0, description="Tokens of the transfer set that the student sees.")
     batch_tokens: int = Field(default=2048, gt=0, description="Tokens an optimizer step sees.")
     micro_batch_windows: int | None = Field(
-        default=None, gt=0, description="Windows in one forward pass; by default the whole step."
+        default=None,
+        gt=0,
+        description="Windows in one forward pass; by default as many as make 1024 tokens.",
+    )
+
+    forward_kl: float = Field(default=1.0, ge=0, description="Weight of KL(teacher || student).")
+    reverse_kl: float = Field(default=0.0, ge=0, description="Weight of KL(student || teacher).")
+    jensen_shannon: float = Field(
+        default=0.0, ge=0, description="Weight of the (generalised) Jensen-Shannon divergence."
+    )
+    jensen_shannon_beta: float = Field(
+        default=0.5, gt=0, lt=1, description="The teacher's share in its mixture; 0.5: symmetric."
+    )
+    skewed_kl: float = Field(
+        default=0.0, ge=0, description="Weight of KL(teacher || a little teacher + student)."
+    )
+    skewed_reverse_kl: float = Field(
+        default=0.0, ge=0, description="Weight of KL(student || a little student + teacher)."
+    )
+    skew: float = Field(
+        default=0.1, gt=0, lt=1, description="How much `a little` is in the skewed losses."
+    )
+    cross_entropy: float = Field(default=0.0, ge=0, description="Weight of the labels' loss.")
+    hidden: HiddenLoss = Field(default=HiddenLoss(), description="Hidden-state loss.")
+    temperature: float = Field(
+        default=1.0,
+        gt=0,
+        description="Both models' logits are divided by it in the divergences, whose value is "
+        "multiplied by its square.",
+    )
+    chunk_tokens: int = Field(
+        default=512, gt=0, description="Tokens whose logits exist at one time in the loss."
+    )
+
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon takes the layers' matrices and leaves embeddings and norms to AdamW; "
+        "its updates are scaled to AdamW's size, so learning rates mean the same.",
     )
     learning_rate: float = Field(default=5e-4, gt=0, description="Peak learning rate.")
     final_learning_rate: float = Field(
@@ -63,24 +101,35 @@ class DistillSettings(Settings):
     warmup: float = Field(default=0.1, ge=0, le=1, description="Warm-up, as a share of all steps.")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(default=0.1, ge=0, description="AdamW's decoupled weight decay.")
-    clip: float = Field(default=1.0, gt=0, description="Largest norm of the whole gradient.")
-    temperature: float = Field(default=1.0, gt=0, description="Temperature of the KL loss.")
-    forward_kl: float = Field(default=1.0, ge=0, description="Weight of KL(teacher || student).")
-    cross_entropy: float = Field(default=0.0, ge=0, description="Weight of the labels' loss.")
-    hidden: HiddenLoss = Field(default=HiddenLoss(), description="Hidden-state loss.")
-    chunk_tokens: int = Field(
-        default=512, gt=0, description="Tokens whose logits exist at one time in the loss."
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="Decoupled weight decay of matrices; norms have none."
     )
+    clip: float = Field(default=1.0, gt=0, description="Largest norm of the whole gradient.")
+    ema: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Decay of a running average of the weights, which is then what is evaluated "
+        "and kept; 0 is off.",
+    )
+
     precision: Precision = Field(
         default="auto",
         description="Arithmetic of forward and backward; weights, optimizer and loss stay fp32. "
         "auto measures which is faster on this device.",
     )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute each layer a second time in backward: less memory, more time.",
+    )
     evaluate_every: int = Field(
         default=10,
         ge=0,
-        description="Steps between evaluations on held-out windows; 0: at the end.",
+        description="Steps between evaluations on held-out windows; 0: at start and end only.",
+    )
+    keep: Literal["best", "last"] = Field(
+        default="best",
+        description="Which weights become the stage's model: the best evaluated or the last.",
     )
     save_every_seconds: float = Field(
         default=60.0, ge=0, description="Seconds between checkpoints; 0 saves after every step."

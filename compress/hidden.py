@@ -1,0 +1,122 @@
+"""Where the student's and the teacher's hidden states meet: the pruner's own selection.
+
+Student layer i was teacher layer ``layers[i]``, and student dim j teacher dim ``hidden[j]`` (or
+the j-th column of a map that the pruner wrote), so no projection has to be learnt.
+
+Legend: B windows, T positions, N positions that count, D student hidden, E teacher hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+
+from compress.losses import HIDDEN_LOSSES
+from compress.settings import HiddenLoss
+from shearling import ShearlingError, read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenMatch:
+    """Which layers' outputs are compared, and how the teacher's become student-sized."""
+
+    kind: str
+    teacher_layers: tuple[int, ...]
+    student_layers: tuple[int, ...]
+    dims_D: Tensor | None
+    map_ED: Tensor | None
+
+    def to_student(self, teacher_NE: Tensor) -> Tensor:
+        """The teacher's hidden states as the student was cut, [N, D]."""
+        if self.map_ED is not None:
+            return teacher_NE.float() @ self.map_ED
+        return teacher_NE if self.dims_D is None else teacher_NE.index_select(-1, self.dims_D)
+
+    def loss(
+        self, student_BTD: Sequence[Tensor], teacher_BTE: Sequence[Tensor], mask_BT: Tensor
+    ) -> Tensor:
+        """Sum over the positions that count of the mean over the layers."""
+        measure = HIDDEN_LOSSES[self.kind]
+        values = [
+            measure(student[mask_BT], self.to_student(teacher[mask_BT])).sum()
+            for student, teacher in zip(student_BTD, teacher_BTE, strict=True)
+        ]
+        return torch.stack(values).mean()
+
+
+@contextmanager
+def hidden_outputs(
+    model: LlamaForCausalLM, match: HiddenMatch | None, role: Literal["teacher", "student"]
+) -> Iterator[list[Tensor]]:
+    """While open, collect the outputs of the compared layers; none when nothing is compared."""
+    collected: list[Tensor] = []
+    if match is None:
+        yield collected
+        return
+
+    def collect(module: nn.Module, arguments: Any, output: Tensor) -> None:
+        collected.append(output)
+
+    wanted = match.teacher_layers if role == "teacher" else match.student_layers
+    hooks = [model.model.layers[number].register_forward_hook(collect) for number in wanted]
+    try:
+        yield collected
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def open_hidden_match(
+    teacher: LlamaForCausalLM,
+    student: LlamaForCausalLM,
+    selection: Path | None,
+    settings: HiddenLoss,
+) -> HiddenMatch | None:
+    """Read the pruner's selection; None when the hidden loss is off.
+
+    ``selection`` may lie beside a ``maps.safetensors`` whose tensor ``hidden``, [E, D], replaces
+    picking dims. Without a selection both models must have the same layers and hidden size.
+
+    Raises:
+        ShearlingError: the selection is missing or does not fit the two models.
+    """
+    if settings.weight == 0:
+        return None
+    config, cut = teacher.config, student.config
+    depth, width = cut.num_hidden_layers, cut.hidden_size
+    layers, dims = list(range(config.num_hidden_layers)), list(range(config.hidden_size))
+    map_ED = None
+    if selection is not None:
+        chosen = read_json(selection)
+        layers, dims = chosen["layers"], chosen["hidden"]
+        maps = selection.parent / "maps.safetensors"
+        map_ED = load_file(maps).get("hidden") if maps.is_file() else None
+    fits = len(layers) == depth and max(layers, default=0) < config.num_hidden_layers
+    if map_ED is None:
+        fits = fits and len(dims) == width and max(dims, default=0) < config.hidden_size
+    else:
+        fits = fits and tuple(map_ED.shape) == (config.hidden_size, width)
+    if not fits:
+        raise ShearlingError(
+            f"The hidden-state loss can't map the teacher ({config.num_hidden_layers} layers of "
+            f"{config.hidden_size}) to the student ({depth} of {width})"
+            + (f" by {selection}." if selection else " without the pruner's selection."),
+            hint="Put a prune stage before this one, or set hidden.weight to 0.",
+        )
+    device = student.device
+    whole = map_ED is None and dims == list(range(config.hidden_size))
+    return HiddenMatch(
+        kind=settings.kind,
+        teacher_layers=tuple(layers),
+        student_layers=tuple(range(depth)),
+        dims_D=None if whole or map_ED is not None else torch.tensor(dims, device=device),
+        map_ED=None if map_ED is None else map_ED.float().to(device),
+    )

@@ -1,0 +1,94 @@
+"""Which optimizer moves which weights, and their state as plain named tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.settings import DistillSettings
+
+Named = tuple[str, nn.Parameter]
+
+
+def build_optimizers(
+    model: nn.Module, settings: DistillSettings
+) -> dict[str, torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest.
+
+    Weight decay pulls on matrices only. The Llama papers say nothing of exceptions, but a norm's
+    gain has no reason to tend to 0: in a pruned student it holds the scale of the kept dims.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [entry for entry in named if entry[1].ndim >= 2]
+    vectors = [entry for entry in named if entry[1].ndim < 2]
+    optimizers: dict[str, torch.optim.Optimizer] = {}
+    if settings.optimizer == "muon":
+        inner = [(name, p) for name, p in matrices if ".layers." in f".{name}"]
+        matrices = [entry for entry in matrices if all(entry[1] is not p for _, p in inner)]
+        # Scaled by 0.2 sqrt(max(A, B)) an orthogonal update has the size of AdamW's, so the same
+        # learning rate and decay serve both (https://arxiv.org/abs/2502.16982).
+        optimizers["muon"] = torch.optim.Muon(
+            _parameters(inner),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    optimizers["adamw"] = torch.optim.AdamW(
+        [
+            {"params": _parameters(matrices), "weight_decay": settings.weight_decay},
+            {"params": _parameters(vectors), "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        fused=_can_fuse(named),
+    )
+    return optimizers
+
+
+def _parameters(named: Iterable[Named]) -> list[nn.Parameter]:
+    return [p for _, p in named]
+
+
+def _can_fuse(named: Iterable[Named]) -> bool:
+    """PyTorch's one-pass AdamW exists for real floating-point weights on these devices."""
+    return all(
+        p.is_floating_point() and p.device.type in ("cpu", "cuda", "mps", "xpu") for _, p in named
+    )
+
+
+def set_learning_rate(optimizers: Mapping[str, torch.optim.Optimizer], rate: float) -> None:
+    """Give every group of every optimizer the same rate."""
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+def optimizer_tensors(
+    model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]
+) -> dict[str, Tensor]:
+    """All state as {"adamw/exp_avg/model.norm.weight": tensor, ...}."""
+    names = {p: name for name, p in model.named_parameters()}
+    return {
+        f"{kind}/{field}/{names[p]}": value
+        for kind, optimizer in optimizers.items()
+        for p, state in optimizer.state.items()
+        for field, value in state.items()
+    }
+
+
+def restore_optimizers(
+    model: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    parameters = dict(model.named_parameters())
+    for key, value in tensors.items():
+        kind, field, name = key.split("/", 2)
+        state: dict[str, Any] = optimizers[kind].state[parameters[name]]
+        # AdamW counts its steps on the CPU wherever the weights are.
+        state[field] = value.clone() if value.ndim == 0 else value.to(parameters[name].device)

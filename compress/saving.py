@@ -1,0 +1,63 @@
+"""Models in and out: stock Hugging Face folders, checked by opening them again."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, LlamaForCausalLM
+
+from shearling import ShearlingError, folder_aside
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
+    """A Llama from a Hugging Face folder, on the device, in ``dtype``."""
+    if not (folder / "config.json").is_file():
+        raise ShearlingError(
+            f"{folder} is no model: it has no config.json.",
+            hint="Give a Hugging Face folder, with config.json and model.safetensors.",
+        )
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True
+    )
+    return model.to(device)
+
+
+def save_student(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
+    """Save as a stock folder in ``source``'s dtype with its tokenizer, and open it again.
+
+    Raises:
+        ShearlingError: the saved model does not answer as the one in memory does.
+    """
+    dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32
+    student = student.to(dtype).eval()
+    student.activation_checkpointing_disable()
+    with folder_aside(folder) as aside:
+        student.save_pretrained(aside)
+        copy_tokenizer(source, aside)
+        again = load_model(aside, dtype, student.device).eval()
+        probe_BT = torch.arange(student.config.vocab_size, device=student.device)[None, :64]
+        with torch.no_grad():
+            same = torch.equal(student(probe_BT).logits, again(probe_BT).logits)
+        if not same:
+            raise ShearlingError(
+                f"The model saved for {folder} does not answer as the one in memory.",
+                hint="This is a bug in shearling or a failing disk; run the stage again.",
+            )
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer's files, byte by byte."""
+    for pattern in _TOKENIZER_FILES:
+        for path in source.glob(pattern):
+            shutil.copyfile(path, folder / path.name)
