@@ -42,6 +42,14 @@ class SourceSettings(Settings):
         default=None, gt=0, description="Take at most this many tokens; by default all."
     )
     sha256: str | None = Field(default=None, description="Expected SHA-256 of the file.")
+    detokenize: bool = Field(
+        default=False,
+        description="Undo WikiText's spaces around punctuation and its @-@, @,@ and @.@.",
+    )
+    reserve: bool = Field(
+        default=False,
+        description="Leave out the quarter of titled articles that is kept for benchmarks.",
+    )
 
 
 class TransferSetSettings(Settings):

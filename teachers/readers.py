@@ -1,0 +1,336 @@
+"""Documents out of files of many kinds, one at a time, and errors that name file and line."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from shearling import ShearlingError
+from teachers.settings import SourceSettings
+
+FORMATS_BY_ENDING = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".raw": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+_COMPRESSED = (".gz", ".zst")
+
+# A plain text file says nothing of documents, so it is cut at blank lines into pieces of about a
+# thousand tokens: enough context to learn from, and enough pieces to shuffle and hold out.
+_PIECE_CHARACTERS = 4096
+_LONGEST_PIECE = 1 << 16
+_LONGEST_LINE = 1 << 28
+
+
+class Document(NamedTuple):
+    """One text, and its title where the source has titles."""
+
+    text: str
+    title: str | None = None
+
+
+def format_of(path: Path) -> str | None:
+    """The format that a file's name ending stands for, compression left aside."""
+    name = path.name.lower()
+    for ending in _COMPRESSED:
+        name = name.removesuffix(ending)
+    return FORMATS_BY_ENDING.get(Path(name).suffix)
+
+
+def source_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
+    """The files of a source with their formats, in the order of their names.
+
+    Raises:
+        ShearlingError: a folder without readable files, or an ending that says no format.
+    """
+    forced = None if settings.format == "auto" else settings.format
+    if path.is_dir():
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        files = [(p, kind) for p in inside if (kind := format_of(p))]
+        if forced is not None:
+            base = "text" if forced == "wikitext" else forced
+            files = [(p, forced) for p, kind in files if kind == base]
+        if not files:
+            raise ShearlingError(
+                f"The folder {path} of the source {settings.name!r} has no file with text.",
+                hint=f"Endings that are read: {', '.join(FORMATS_BY_ENDING)}, also .gz and .zst.",
+            )
+        return files
+    kind = forced or format_of(path)
+    if kind is None:
+        raise ShearlingError(
+            f"The name of {path} does not say its format.",
+            hint=f"Set `format` of the source {settings.name!r} to text, jsonl, json, parquet "
+            "or wikitext.",
+        )
+    return [(path, kind)]
+
+
+def documents(path: Path, kind: str, settings: SourceSettings) -> Iterator[Document]:
+    """The documents of one file, in its order, empty ones included."""
+    try:
+        yield from READERS[kind](path, settings)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise ShearlingError(
+            f"{path} is truncated or not well compressed: {error}",
+            hint="Download or copy the file again.",
+        ) from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    """A file's bytes, decompressed by its ending."""
+    try:
+        if path.name.endswith(".gz"):
+            return io.BufferedReader(gzip.open(path, "rb"), 1 << 20)
+        if path.name.endswith(".zst"):
+            return _open_zstd(path)
+        return path.open("rb", 1 << 20)
+    except FileNotFoundError as error:
+        raise ShearlingError(f"{path} does not exist.", hint="Check the source's path.") from error
+    except OSError as error:
+        raise ShearlingError(
+            f"{path} can't be opened: {error.strerror}", hint="Check the source's path."
+        ) from error
+
+
+def _open_zstd(path: Path) -> IO[bytes]:
+    """With Python 3.14's own module, or with the zstandard package."""
+    for module, opener in (("compression.zstd", "ZstdFile"), ("zstandard", "open")):
+        try:
+            opened: IO[bytes] = getattr(importlib.import_module(module), opener)(path, "rb")
+            return opened
+        except ImportError:
+            continue
+    raise ShearlingError(
+        f"{path} needs zstd to be read.",
+        hint="Run `pip install zstandard`, or decompress the file.",
+    )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends. What is not UTF-8 is an error with the line's number."""
+    with _open(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+            try:
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ShearlingError(
+                    f"{path}, line {number} is not UTF-8: byte "
+                    f"0x{line[error.start]:02x} at position {error.start + 1}.",
+                    hint="Convert it, for example: iconv -f latin1 -t utf-8 OLD > NEW.",
+                ) from error
+
+
+def _text(path: Path, settings: SourceSettings) -> Iterator[Document]:
+    piece: list[str] = []
+    size = 0
+    for _, line in _lines(path):
+        for start in range(0, len(line), _LONGEST_PIECE):
+            part = line[start : start + _LONGEST_PIECE]
+            piece.append(part)
+            size += len(part)
+            blank = not part.strip()
+            if size >= _LONGEST_PIECE or (blank and size >= _PIECE_CHARACTERS):
+                yield Document("".join(piece).strip("\n"))
+                piece, size = [], 0
+    yield Document("".join(piece).strip("\n"))
+
+
+def _field(item: Any, settings: SourceSettings, where: str) -> str:
+    """The text of a record; a missing or wrong field is named with what there is."""
+    if isinstance(item, str):
+        return item
+    if not isinstance(item, Mapping):
+        raise ShearlingError(
+            f"{where} is a {type(item).__name__}, not an object with a field {settings.field!r}.",
+            hint=f"Check `format` of the source {settings.name!r}.",
+        )
+    if settings.field not in item:
+        raise ShearlingError(
+            f"{where} has no field {settings.field!r}.",
+            hint=f"Set `field` of the source {settings.name!r}; there is: "
+            f"{', '.join(map(str, item))}.",
+        )
+    text = item[settings.field]
+    if not isinstance(text, str):
+        raise ShearlingError(
+            f"{where}: the field {settings.field!r} is a {type(text).__name__}, not text.",
+            hint=f"Set `field` of the source {settings.name!r} to one that holds text.",
+        )
+    return text
+
+
+def _title(item: Any) -> str | None:
+    title = item.get("title") if isinstance(item, Mapping) else None
+    return title if isinstance(title, str) else None
+
+
+def _jsonl(path: Path, settings: SourceSettings) -> Iterator[Document]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ShearlingError(
+                f"{path}, line {number} is not JSON: {error}",
+                hint="Each line of a .jsonl file holds one JSON object.",
+            ) from error
+        yield Document(_field(item, settings, f"{path}, line {number}"), _title(item))
+
+
+def _json(path: Path, settings: SourceSettings) -> Iterator[Document]:
+    """A list of objects, or an object whose keys are titles."""
+    try:
+        data = json.loads("".join(line for _, line in _lines(path)))
+    except (ValueError, RecursionError) as error:
+        raise ShearlingError(
+            f"{path} is not JSON: {error}",
+            hint="One object a line is the format jsonl: set `format` of the source "
+            f"{settings.name!r}.",
+        ) from error
+    if isinstance(data, dict):
+        for title, item in data.items():
+            yield Document(_field(item, settings, f"{path}, entry {title!r}"), title)
+        return
+    if not isinstance(data, list):
+        raise ShearlingError(
+            f"{path} holds neither a list nor an object.",
+            hint='A .json source is [{"text": ...}, ...] or {"title": {"text": ...}, ...}.',
+        )
+    for number, item in enumerate(data, 1):
+        yield Document(_field(item, settings, f"{path}, entry {number}"), _title(item))
+
+
+def _parquet(path: Path, settings: SourceSettings) -> Iterator[Document]:
+    arrow = importlib.import_module("pyarrow")  # a dependency of datasets, without types
+    parquet = importlib.import_module("pyarrow.parquet")
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if settings.field not in names:
+                _field(dict.fromkeys(names), settings, str(path))
+            columns = [n for n in dict.fromkeys((settings.field, "title")) if n in names]
+            row = 0
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for item in batch.to_pylist():
+                    row += 1
+                    yield Document(_field(item, settings, f"{path}, row {row}"), _title(item))
+    except (arrow.ArrowException, OSError) as error:
+        raise ShearlingError(
+            f"{path} is no readable Parquet file: {error}",
+            hint="Download or copy the file again.",
+        ) from error
+
+
+_ARTICLE = re.compile(r" = ([^=\s](?:.*[^=\s])?) = \n?")
+
+
+def _wikitext(path: Path, settings: SourceSettings) -> Iterator[Document]:
+    """Raw WikiText is one text; an article begins at a heading of the first level.
+
+    A heading stands between blank lines; the dumps also have a table row that looks like one.
+    """
+    title: str | None = None
+    lines: list[str] = []
+    pending: str | None = None  # a heading that counts if a blank line follows
+    before = ""
+    for _, line in _lines(path):
+        if pending is not None:
+            if not line.strip():
+                if "".join(lines).strip():
+                    yield _article(lines, title, settings)
+                lines, title = [], pending.strip(" =\n")
+            lines.append(pending)
+            pending = None
+        if _ARTICLE.fullmatch(line) and not before.strip():
+            pending = line
+        else:
+            lines.append(line)
+        before = line
+    if pending is not None:
+        lines.append(pending)
+    yield _article(lines, title, settings)
+
+
+def _article(lines: list[str], title: str | None, settings: SourceSettings) -> Document:
+    text = "".join(lines)
+    return Document(detokenize(text) if settings.detokenize else text.strip("\n"), title)
+
+
+_UNSPACED = (
+    (re.compile(r" @([-,.])@ "), r"\1"),
+    (re.compile(r"=(?: =)+"), lambda match: match.group().replace(" ", "")),
+    (re.compile(r" ([,.;:!?%)\]}])(?=\s)"), r"\1"),
+    (re.compile(r"([(\[{$£€]) "), r"\1"),
+    (re.compile(r'" ([^"\n]*?) "'), r'"\1"'),
+    (re.compile(r" ('(?:s|t|m|d|re|ve|ll)|n't)\b"), r"\1"),
+    (re.compile(r"s ' "), "s' "),
+    (re.compile(r" ° "), "° "),
+    (re.compile(r"^ +| +$", re.MULTILINE), ""),
+    (re.compile(r"\n{3,}"), "\n\n"),
+)
+
+
+def detokenize(text: str) -> str:
+    """WikiText as one would write it: no spaces before commas, no ``@-@``.
+
+    The idea is lm-eval's ``wikitext_detokenizer``: headings stay (``== Career ==``), so that
+    training text looks like the benchmark's.
+    """
+    for pattern, replacement in _UNSPACED:
+        text = pattern.sub(replacement, text)
+    return text.strip("\n")
+
+
+READERS: dict[str, Callable[[Path, SourceSettings], Iterator[Document]]] = {
+    "text": _text,
+    "jsonl": _jsonl,
+    "json": _json,
+    "parquet": _parquet,
+    "wikitext": _wikitext,
+}
+
+_SHUFFLE_BUFFER = 10_000
+
+
+def dataset_documents(settings: SourceSettings, seed: int) -> Iterator[Document]:
+    """The rows of what ``datasets.load_dataset`` opens, streamed.
+
+    A hub's data set can be far larger than what is asked for, so it isn't read whole to draw
+    from: shards are shuffled, and rows inside a buffer, by the seed.
+    """
+    import datasets
+
+    local = Path(settings.path).expanduser()
+    try:
+        if (local / "state.json").is_file():
+            rows = datasets.load_from_disk(str(local)).to_iterable_dataset()
+        else:
+            rows = datasets.load_dataset(
+                settings.path, settings.config, split=settings.split, streaming=True
+            )
+        for number, row in enumerate(rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), 1):
+            where = f"{settings.path}, split {settings.split}, row {number}"
+            yield Document(_field(row, settings, where), _title(row))
+    except ShearlingError:
+        raise
+    except Exception as error:  # datasets raises types of a dozen libraries
+        raise ShearlingError(
+            f"datasets can't open {settings.path!r} for the source {settings.name!r}: "
+            f"{str(error).strip() or type(error).__name__}",
+            hint="If a file was meant, it does not exist. For a data set check `path`, `config` "
+            "and `split`; without network only local data and the cache work.",
+        ) from error
