@@ -406,7 +406,7 @@ _SAFE_NAME_RULE = "use letters, digits, '.', '_' and '-' (64 at most, a letter o
 
 
 def _echo(problem: dict[str, Any], problems: list[dict[str, Any]]) -> bool:
-    """Whether a list is only called too short because its items are wrong, which is told already."""
+    """Whether a list is called too short only because its items are wrong, told elsewhere."""
     here = problem["loc"]
     return problem["type"] == "too_short" and any(
         len(other["loc"]) > len(here) and other["loc"][: len(here)] == here for other in problems

@@ -1,0 +1,149 @@
+"""What a run shows: a live line on a terminal, a plain line now and then anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+PLAIN_SECONDS = 15.0
+"""Between two plain lines of one step."""
+
+
+class Display:
+    """Prints decisions, progress and results of a run."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live: Progress | None = None
+        self._task: TaskID | None = None
+        self._what = ""
+        self._started = 0.0
+        self._printed = 0.0
+
+    def __enter__(self) -> Display:
+        if self.console.is_terminal:
+            self._live = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TextColumn("[dim]{task.fields[numbers]}"),
+                console=self.console,
+                transient=True,
+            )
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.step_ended()
+        if self._live:
+            self._live.stop()
+            self._live = None
+
+    def line(self, text: str, style: str = "") -> None:
+        """Print one line; nothing in ``text`` is read as markup."""
+        self.console.print(Text(text, style=style), highlight=False, soft_wrap=True)
+
+    def decision(self, name: str, decision: str) -> None:
+        line = Text.assemble((f"{name}: ", "bold"), decision)
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def progress(self, name: str, what: str, done: int, total: int, **numbers: float) -> None:
+        """Show how far a step is. ``what`` names the part of the step that is counted."""
+        clock = time.monotonic()
+        if what != self._what:
+            self.step_ended()
+            self._what, self._started, self._printed = what, clock, clock
+        if self._live:
+            self._show_live(name, what, done, total, numbers)
+        elif clock - self._printed >= PLAIN_SECONDS:
+            self._printed = clock
+            left = time_left(clock - self._started, done, total)
+            parts = [f"  {name}: {what} {done:,}/{total:,}", format_numbers(numbers), left]
+            self.line(" · ".join(part for part in parts if part))
+
+    def _show_live(
+        self, name: str, what: str, done: int, total: int, numbers: Mapping[str, float]
+    ) -> None:
+        assert self._live is not None
+        shown = format_numbers(numbers)
+        if self._task is None:
+            self._task = self._live.add_task(
+                f"[bold]{_plain(name)}[/bold] {_plain(what)}", total=total, numbers=shown
+            )
+        self._live.update(self._task, completed=done, total=total, numbers=_plain(shown))
+
+    def step_ended(self) -> None:
+        """Take the live line away; the next progress begins a new one."""
+        if self._live and self._task is not None:
+            self._live.remove_task(self._task)
+        self._task, self._what = None, ""
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+_UNITS = {"tokens_per_second": "tokens/s", "learning_rate": "lr", "gradient_norm": "gradient"}
+_HIDDEN = {"step", "steps", "seconds", "tokens"}
+
+
+def format_numbers(numbers: Mapping[str, Any]) -> str:
+    """``loss 3.21 · forward_kl 3.02 · 210 tokens/s``."""
+    parts = []
+    for name, value in numbers.items():
+        if name in _HIDDEN or not isinstance(value, (int, float)):
+            continue
+        if name == "tokens_per_second":
+            parts.append(f"{value:,.0f} tokens/s")
+        else:
+            parts.append(f"{_UNITS.get(name, name.replace('_', ' '))} {value:.4g}")
+    return " · ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """``3.2 s``, ``4 min 05 s``, ``2 h 03 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_bytes(size: float) -> str:
+    """``1.9 GB``, in powers of ten as disks and memory are sold."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def time_left(elapsed: float, done: int, total: int) -> str:
+    if done <= 0 or total <= done:
+        return ""
+    return f"{format_seconds(elapsed * (total - done) / done)} left"
+
+
+def headline(scorecard: Mapping[str, Any]) -> str:
+    """One line of a scorecard: its size and the first metric of each task."""
+    parts = [f"{scorecard.get('parameters', 0) / 1e6:,.1f}M parameters"]
+    for task, metrics in scorecard.get("results", {}).items():
+        for metric, number in list(metrics.items())[:1]:
+            value, stderr = number.get("value"), number.get("stderr")
+            if isinstance(value, (int, float)):
+                spread = f" ± {stderr:.2g}" if isinstance(stderr, (int, float)) else ""
+                parts.append(f"{task} {metric} {value:.4g}{spread}")
+    return ", ".join(parts)

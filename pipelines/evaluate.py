@@ -1,0 +1,75 @@
+"""`shearling eval`: the benchmark on any model, outside of a run."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.display import Display, format_bytes
+from pipelines.machine import pick_device
+from pipelines.preflight import check_tasks
+from reports.settings import BenchmarkSettings
+from shearling import ShearlingError
+from teachers.settings import TeacherSettings
+
+
+def evaluate_model(
+    model: str, settings: dict[str, Any], *, cache: Path, console: Console
+) -> dict[str, Any]:
+    """The scorecard of a model folder, a stage's folder, a GGUF file, a packaged file or a hub id.
+
+    ``settings`` are keys of ``BenchmarkSettings``; progress goes to ``console``.
+    """
+    chosen = _settings(settings)
+    check_tasks(chosen)
+    from reports.benchmark import benchmark
+    from teachers.checkpoint import import_teacher
+
+    folder = Path(model).expanduser() / "model"
+    named = str(folder) if folder.is_dir() else model
+    with Display(console) as display, tempfile.TemporaryDirectory(prefix="shearling-") as aside:
+
+        def progress(what: str, done: int, total: int, /, **numbers: float) -> None:
+            display.progress("eval", what, done, total, **numbers)
+
+        # The same way in as for a teacher, so every form of a model can be measured.
+        import_teacher(TeacherSettings(model=named), Path(aside), cache=cache, progress=progress)
+        return benchmark(
+            Path(aside) / "model",
+            chosen,
+            name=model,
+            cache=cache,
+            device=pick_device("auto"),
+            progress=progress,
+        )
+
+
+def _settings(settings: dict[str, Any]) -> BenchmarkSettings:
+    if "tasks" in settings and not settings["tasks"]:
+        raise ShearlingError(
+            "No task is named.", hint="Name some with --tasks, as in --tasks wikitext2,piqa."
+        )
+    return BenchmarkSettings(**settings)
+
+
+def scorecard_table(scorecard: dict[str, Any]) -> Table:
+    """A scorecard as a table: one row a metric."""
+    size = f"{scorecard['parameters']:,} parameters, {format_bytes(scorecard['bytes'])}"
+    table = Table(title=Text(f"{scorecard['model']}: {size}"), box=None, title_justify="left")
+    for column in ("task", "metric"):
+        table.add_column(column)
+    for column in ("value", "standard error"):
+        table.add_column(column, justify="right")
+    for task, metrics in scorecard["results"].items():
+        for metric, number in metrics.items():
+            stderr = number.get("stderr")
+            spread = f"{stderr:.4g}" if isinstance(stderr, (int, float)) else ""
+            table.add_row(Text(task), Text(metric), f"{number['value']:.5g}", spread)
+    for task, reason in scorecard.get("skipped", {}).items():
+        table.add_row(Text(task), Text(f"skipped: {reason}", style="dim"), "", "")
+    return table

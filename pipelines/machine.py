@@ -1,0 +1,124 @@
+"""Facts of this machine and of the software on it, and the memory that a stage took."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+PACKAGES = ("torch", "transformers", "torch-pruning", "datasets", "lm-eval", "safetensors", "numpy")
+
+
+class PeakMemory:
+    """The largest resident memory of this process while the ``with`` block runs, in bytes.
+
+    The operating system only keeps the peak of a process's whole life, which would give every
+    stage the memory of the greediest one before it; so a thread looks twenty times a second.
+    """
+
+    def __init__(self, seconds_between: float = 0.05) -> None:
+        self.bytes = 0
+        self._between = seconds_between
+        self._stop = threading.Event()
+        self._process = psutil.Process()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def _look(self) -> None:
+        self.bytes = max(self.bytes, int(self._process.memory_info().rss))
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._between):
+            self._look()
+
+    def __enter__(self) -> PeakMemory:
+        self._look()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._look()
+
+
+def pick_device(wanted: str) -> str:
+    """``auto`` to the accelerator there is, or cpu; anything else as it is."""
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that the numbers depend on."""
+    found = {}
+    for name in ("shearling", *PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # not installed: then it had no part in the numbers either
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, memory and accelerator."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": int(psutil.virtual_memory().total),
+        "accelerators": [torch.cuda.get_device_name(i) for i in range(gpus)],
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and cleanness of the checkout that this code runs from; None outside of one."""
+    here = Path(__file__).resolve().parents[1]
+    commit = _git(here, "rev-parse", "HEAD")
+    if commit is None or not (here / ".git").exists():
+        return None
+    return {"commit": commit, "clean": _git(here, "status", "--porcelain") == ""}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

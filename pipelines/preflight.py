@@ -1,0 +1,106 @@
+"""What can be found wrong before any work is done, so that a mistake costs seconds, not hours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipelines.recipe import PruneStage, Recipe
+from pipelines.stages.prune import student_shape
+from reports.settings import BenchmarkSettings
+from shearling import ShearlingError, read_json
+from students.shape import Shape
+
+_FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".raw", ".gz", ".zst", ".gguf", ".md")
+
+
+def check_run_folder(run: Path) -> None:
+    """The run folder is new, empty, or that of an earlier run: nothing else is ever written into.
+
+    Raises:
+        ShearlingError: if it is a file or a folder of something else.
+    """
+    if run.is_dir():
+        names = {path.name for path in run.iterdir()}
+        if not names or names & {"run.json", "run.lock", "store"}:
+            return
+        what = f"{run} holds other files and is not a run."
+    elif run.exists() or run.is_symlink():
+        what = f"{run} is not a folder."
+    else:
+        return
+    raise ShearlingError(what, hint="Name a new folder with --out DIR.")
+
+
+def check_tasks(settings: BenchmarkSettings) -> None:
+    """Every task of the benchmark exists."""
+    from reports.tasks import check_tasks as check
+
+    check(settings)
+
+
+def check_paths(recipe: Recipe) -> None:
+    """All of the recipe's local paths exist and are not empty.
+
+    Raises:
+        ShearlingError: with every path that is wrong.
+    """
+    problems = []
+    model = recipe.teacher.model
+    if _looks_local(model) and not Path(model).expanduser().exists():
+        problems.append(f"teacher.model: {model} does not exist")
+    for source in recipe.transfer_set.sources:
+        path = Path(source.path).expanduser()
+        where = f"transfer_set.sources.{source.name}.path: {source.path}"
+        if path.is_file() and path.stat().st_size == 0:
+            problems.append(f"{where} is empty")
+        elif path.is_dir() and not any(path.iterdir()):
+            problems.append(f"{where} is an empty folder")
+        elif source.format != "dataset" and _looks_local(source.path) and not path.exists():
+            problems.append(f"{where} does not exist")
+    if problems:
+        raise ShearlingError(
+            "The recipe names files that can't be used:\n"
+            + "\n".join(f"  - {problem}" for problem in problems),
+            hint="Relative paths count from the recipe's folder, then from the folder the command "
+            "runs in. Override one with --set, as in --set teacher.model=PATH.",
+        )
+
+
+def _looks_local(path: str) -> bool:
+    """Whether a name can only mean a file here, and not a package, a hub id or a dataset."""
+    if path.startswith("pypi:"):
+        return False
+    return path.startswith((".", "/", "~")) or path.lower().endswith(_FILE_ENDINGS)
+
+
+def check_teacher(folder: Path) -> Shape:
+    """Open a local Hugging Face folder; missing, cut-off and foreign files end here."""
+    from teachers.checkpoint import open_checkpoint
+
+    return open_checkpoint(folder).shape
+
+
+def check_shapes(recipe: Recipe, teacher: Shape) -> None:
+    """Every prune stage's shape fits the model before it.
+
+    Raises:
+        ShearlingError: with the problems of the first stage that does not fit.
+    """
+    newest = teacher
+    for stage in recipe.stages:
+        if isinstance(stage, PruneStage):
+            try:
+                newest = student_shape(stage.shape_spec(), teacher=teacher, newest=newest)
+            except ShearlingError as error:
+                raise ShearlingError(
+                    f"Stage {stage.name}: {error.what}", hint=error.hint
+                ) from error
+
+
+def known_teacher_shape(recipe: Recipe, artefact: Path) -> Shape | None:
+    """The teacher's shape if it can be told without importing it, else None."""
+    local = Path(recipe.teacher.model).expanduser()
+    if local.is_dir():
+        return check_teacher(local)
+    config = artefact / "model" / "config.json"
+    return Shape.from_config(read_json(config)) if config.is_file() else None

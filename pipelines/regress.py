@@ -1,0 +1,307 @@
+"""`shearling regress`: small recipes, run for real, held against numbers kept in the repository.
+
+A baseline file holds each number with its direction and its tolerance:
+
+    {"schema": 1, "recipe": ..., "versions": {...},
+     "numbers": {"distill/wikitext2/word_perplexity":
+                 {"value": 61.2, "better": "lower", "tolerance": {"relative": 0.05}}}}
+
+Tolerances are there for other processors, whose sums round differently; they are edited by hand
+and survive ``--update``. A number that got better never fails, but is pointed out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.display import Display
+from pipelines.machine import package_versions
+from pipelines.recipe import Recipe, load_recipe
+from pipelines.runner import Options, run_recipe
+from pipelines.tiny import make_tiny_llama, tiny_documents, write_documents
+from shearling import ShearlingError, read_json, write_json
+
+SCHEMA = 1
+BASELINES = Path(__file__).parent / "baselines"
+RECIPES = ("regress-tiny", "regress-smollm2")
+RELATIVE = 0.05
+"""Default tolerance of perplexities and divergences, as a share of the baseline."""
+ANSWERS = 3
+"""Default tolerance of accuracies, in answers that may turn from right to wrong."""
+
+Better = Literal["lower", "higher", "same"]
+
+
+@dataclass(frozen=True)
+class Number:
+    """One measured number and which direction is better."""
+
+    value: float
+    better: Better
+    samples: int | None = None
+    """How many answers an accuracy is the mean of."""
+
+    def default_tolerance(self) -> dict[str, float]:
+        if self.better == "same":
+            return {"absolute": 0.0}
+        if self.better == "higher":
+            return {"absolute": round(ANSWERS / self.samples, 4) if self.samples else 0.05}
+        return {"relative": RELATIVE}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How one number stands against its baseline."""
+
+    name: str
+    verdict: Literal["ok", "better", "worse", "missing", "new", "skipped"]
+    baseline: float | None
+    measured: float | None
+    allowed: float
+    """The largest change for the worse that passes."""
+
+    @property
+    def fails(self) -> bool:
+        return self.verdict in ("worse", "missing")
+
+    def row(self) -> tuple[str, str, str, str, str, str]:
+        """Name, baseline, measured, change, allowed, verdict: as text."""
+        change = ""
+        if self.baseline is not None and self.measured is not None:
+            difference = self.measured - self.baseline
+            share = f" ({difference / self.baseline:+.1%})" if self.baseline else ""
+            change = f"{difference:+.4g}{share}"
+        allowed = f"{self.allowed:.3g}" if self.baseline is not None else ""
+        return (
+            self.name,
+            _text(self.baseline),
+            _text(self.measured),
+            change,
+            allowed,
+            self.verdict,
+        )
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None else f"{value:.6g}"
+
+
+def regress(out: Path, *, only: str | None, update: bool, cache: Path, console: Console) -> bool:
+    """Run the recipes in fresh folders below ``out``; True if no number got worse than allowed."""
+    if only is not None and only not in RECIPES:
+        raise ShearlingError(
+            f"There is no regression recipe {only}.", hint=f"Choose --only {' or '.join(RECIPES)}."
+        )
+    whole = True
+    for name in [only] if only else RECIPES:
+        run = out / name
+        measured, skipped = run_fresh(name, run, cache=cache, console=console)
+        path = BASELINES / f"{name}.json"
+        if update:
+            write_json(path, baseline_of(name, measured, before=_read_baseline(path)))
+            console.print(f"{name}: baselines written to {path}", highlight=False, soft_wrap=True)
+            continue
+        findings = compare(_need_baseline(path, name), measured, skipped)
+        _show(name, findings, console)
+        whole = whole and not any(finding.fails for finding in findings)
+    return whole
+
+
+def run_fresh(
+    name: str, run: Path, *, cache: Path, console: Console
+) -> tuple[dict[str, Number], set[str]]:
+    """Run a recipe from nothing; its numbers, and the names of tasks that were skipped.
+
+    Nothing of an earlier run is used again: a change of code is what regress is there to catch.
+    """
+    if run.exists():
+        if not (run / "run.json").is_file():
+            raise ShearlingError(f"{run} is not a run.", hint="Name another folder with --out DIR.")
+        shutil.rmtree(run)
+    recipe = _prepare(name, run.with_name(f"{name}-inputs"))
+    options = Options(run=run, cache=cache, again=f"shearling regress --only {name}")
+    run_recipe(recipe, options, Display(console))
+    return numbers_of(run, [stage.name for stage in recipe.stages])
+
+
+def _prepare(name: str, inputs: Path) -> Recipe:
+    """The recipe; for the tiny one, with the teacher and text that are made here."""
+    if name != "regress-tiny":
+        return load_recipe(name)
+    teacher = make_tiny_llama(inputs / "tiny-llama").resolve()
+    text = write_documents(inputs / "tiny-text.jsonl", tiny_documents(400)).resolve()
+    return load_recipe(
+        name, [f"teacher.model={teacher}", f"transfer_set.sources.grammar.path={text}"]
+    )
+
+
+# --- measuring ----------------------------------------------------------------------------------
+
+
+def numbers_of(run: Path, stages: Iterable[str]) -> tuple[dict[str, Number], set[str]]:
+    """All quality numbers of a finished run by STAGE/TASK/METRIC, and the skipped tasks."""
+    numbers: dict[str, Number] = {}
+    skipped: set[str] = set()
+    for stage in ("teacher", *stages):
+        folder = run / "stages" / stage
+        scorecard = read_json(folder / "scorecard.json")
+        numbers |= {f"{stage}/{name}": number for name, number in _scores(scorecard).items()}
+        numbers |= {f"{stage}/{name}": number for name, number in _heldout(folder).items()}
+        skipped |= {f"{stage}/{task}" for task in scorecard.get("skipped", {})}
+    return numbers, skipped
+
+
+def _scores(scorecard: Mapping[str, Any]) -> dict[str, Number]:
+    numbers = {"parameters": Number(scorecard["parameters"], "same")}
+    for task, metrics in scorecard["results"].items():
+        facts = scorecard.get("tasks", {}).get(task, {})
+        directions = facts.get("higher_is_better", {})
+        for metric, entry in metrics.items():
+            if isinstance(entry["value"], (int, float)):
+                better: Better = "higher" if directions.get(metric, True) else "lower"
+                samples = facts.get("samples")
+                numbers[f"{task}/{metric}"] = Number(float(entry["value"]), better, samples)
+    return numbers
+
+
+_HELDOUT: dict[str, Better] = {
+    "heldout_kl": "lower",
+    "heldout_perplexity": "lower",
+    "heldout_top1_agreement": "higher",
+}
+
+
+def _heldout(folder: Path) -> dict[str, Number]:
+    """The last evaluation on held-out windows, of a stage that trained."""
+    from pipelines.runner import read_metrics
+
+    lines = read_metrics(folder / "metrics.jsonl")
+    last = [line for line in lines if "heldout_kl" in line][-1:]
+    return {
+        name: Number(float(line[name]), better)
+        for line in last
+        for name, better in _HELDOUT.items()
+        if name in line
+    }
+
+
+# --- comparing ----------------------------------------------------------------------------------
+
+
+def compare(
+    baseline: Mapping[str, Any], measured: Mapping[str, Number], skipped: set[str]
+) -> list[Finding]:
+    """One finding for each number of the baseline, then for each that the baseline lacks."""
+    findings = []
+    for name, known in baseline["numbers"].items():
+        value = float(known["value"])
+        allowed = _allowed(value, known["tolerance"])
+        number = measured.get(name)
+        if number is None:
+            task = "/".join(name.split("/")[:2])
+            verdict: Any = "skipped" if task in skipped else "missing"
+            findings.append(Finding(name, verdict, value, None, allowed))
+        else:
+            verdict = _verdict(number.value, value, known["better"], allowed)
+            findings.append(Finding(name, verdict, value, number.value, allowed))
+    new = [name for name in measured if name not in baseline["numbers"]]
+    return findings + [Finding(name, "new", None, measured[name].value, 0.0) for name in new]
+
+
+def _allowed(value: float, tolerance: Mapping[str, float]) -> float:
+    return tolerance.get("absolute", 0.0) + tolerance.get("relative", 0.0) * abs(value)
+
+
+def _verdict(now: float, before: float, better: Better, allowed: float) -> str:
+    if better == "same":
+        return "ok" if abs(now - before) <= allowed else "worse"
+    worse_by = now - before if better == "lower" else before - now
+    if not abs(worse_by) <= allowed:  # also true for NaN
+        return "better" if worse_by < 0 else "worse"
+    return "ok"
+
+
+def baseline_of(
+    name: str, measured: Mapping[str, Number], *, before: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """A baseline file's content; tolerances that were set before stay."""
+    known = (before or {}).get("numbers", {})
+    return {
+        "schema": SCHEMA,
+        "recipe": name,
+        "versions": package_versions(),
+        "numbers": {
+            key: {
+                "value": float(f"{number.value:.8g}"),
+                "better": number.better,
+                "tolerance": known.get(key, {}).get("tolerance") or number.default_tolerance(),
+            }
+            for key, number in sorted(measured.items())
+        },
+    }
+
+
+def _read_baseline(path: Path) -> dict[str, Any] | None:
+    return dict(read_json(path)) if path.is_file() else None
+
+
+def _need_baseline(path: Path, name: str) -> dict[str, Any]:
+    baseline = _read_baseline(path)
+    if baseline is None:
+        raise ShearlingError(
+            f"{name} has no baseline yet.",
+            hint=f"Write it: shearling regress --only {name} --update",
+        )
+    return baseline
+
+
+# --- showing ------------------------------------------------------------------------------------
+
+_COLUMNS = ("number", "baseline", "now", "change", "allowed", "")
+_STYLES = {"worse": "bold red", "missing": "bold red", "better": "green", "skipped": "dim"}
+
+
+def _show(name: str, findings: list[Finding], console: Console) -> None:
+    table = Table(title=name, title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="right" if 0 < index < 5 else "left", no_wrap=True)
+    for finding in findings:
+        table.add_row(*map(Text, finding.row()), style=_STYLES.get(finding.verdict, ""))
+    # A log cuts nothing off: outside of a terminal there is no width to respect.
+    console.print(table, width=None if console.is_terminal else 120)
+    failed = [finding for finding in findings if finding.fails]
+    verdict = f"{name}: {len(failed)} of {len(findings)} numbers got worse than allowed"
+    if failed:
+        worst = "".join(
+            f"\n  {f.name}: {_text(f.baseline)} -> {_text(f.measured) or 'missing'}" for f in failed
+        )
+        console.print(Text(verdict + worst, style="bold red"), soft_wrap=True)
+    else:
+        console.print(f"{name}: {len(findings)} numbers hold", highlight=False)
+    if any(finding.verdict == "better" for finding in findings):
+        console.print(
+            "Some got better than the baseline: keep that with `shearling regress --update`.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    _write_step_summary(name, findings)
+
+
+def _write_step_summary(name: str, findings: list[Finding]) -> None:
+    """Add the table to the summary page of a CI that offers one."""
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if not path:
+        return
+    lines = [f"### {name}", "", f"| {' | '.join(_COLUMNS)} |", "| --- " * len(_COLUMNS) + "|"]
+    lines += [f"| {' | '.join(finding.row())} |" for finding in findings]
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n\n")

@@ -1,0 +1,399 @@
+"""Run a recipe: decide for each step whether it has to run, run it, publish it, show it.
+
+    RUN/recipe.yaml  lock.json  run.json  metrics.jsonl  report.html  report.json  error.log
+    RUN/store/                  finished artefacts by key (see ``pipelines.store``)
+    RUN/stages/NAME/            the current artefact of each stage, for people and programs
+
+A step that was killed leaves at most its ``.partial`` folder behind; ``stages/NAME`` is replaced
+only by a finished artefact. So whatever happens, what was done before is still there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines import machine, preflight
+from pipelines.display import Display, format_bytes, format_seconds, headline
+from pipelines.journal import Journal, now
+from pipelines.recipe import Recipe
+from pipelines.stages.context import Context
+from pipelines.steps import STAGES, Decision, Step, build_steps, decide
+from pipelines.store import STAGE_FILE, Store, run_lock
+from shearling import (
+    ShearlingError,
+    disk_errors,
+    folder_aside,
+    read_json,
+    sha256_of_json,
+    write_json,
+    write_text,
+)
+
+SCHEMA = 1
+ERROR_LOG = "error.log"
+LINKED = ("model", "selection.json", "metrics.jsonl", "transfer_set.json")
+"""What of an artefact ``stages/NAME`` links to; scorecard.json and stage.json are copied."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM. The run ends cleanly and the same command goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to run, apart from what the recipe says."""
+
+    run: Path
+    """The run folder."""
+    cache: Path
+    """Where downloads are kept."""
+    again: str
+    """The command that repeats this run; shown when it is interrupted."""
+    verify: bool = False
+    """Compare the hash of every finished file before it is used again."""
+
+
+def check(recipe: Recipe, options: Options) -> list[Step]:
+    """All steps of the recipe, after everything was checked that can be before any work.
+
+    Writes nothing, so that a mistake leaves an earlier run as it was.
+    """
+    preflight.check_run_folder(options.run)
+    preflight.check_paths(recipe)
+    store = Store(options.run / "store")
+    steps = build_steps(recipe, store.fingerprint)
+    shape = preflight.known_teacher_shape(recipe, store.artefact("teacher", steps[0].key))
+    if shape is not None:
+        preflight.check_shapes(recipe, shape)
+    preflight.check_tasks(recipe.benchmark)
+    return steps
+
+
+def decisions(steps: list[Step], options: Options) -> list[tuple[Step, Decision]]:
+    """Every step with what would be done about it now, and why."""
+    store = Store(options.run / "store")
+    return [
+        (step, decide(step, store, _previous(options.run, step), verify=options.verify))
+        for step in steps
+    ]
+
+
+def run_recipe(recipe: Recipe, options: Options, display: Display) -> None:
+    """Run all steps of a recipe in ``options.run``.
+
+    Raises:
+        ShearlingError: for what the user can mend; the journal then says failed.
+        KeyboardInterrupt: if interrupted; the journal then says interrupted.
+    """
+    steps = check(recipe, options)
+    with disk_errors(options.run):
+        (options.run / "store").mkdir(parents=True, exist_ok=True)
+    with run_lock(options.run):
+        _Run(recipe, options, display, steps).go()
+
+
+class _Run:
+    """One run while it is at work."""
+
+    def __init__(
+        self, recipe: Recipe, options: Options, display: Display, steps: list[Step]
+    ) -> None:
+        self.recipe = recipe
+        self.options = options
+        self.run = options.run
+        self.display = display
+        self.store = Store(options.run / "store")
+        self.planned = decisions(steps, options)
+        self.steps = {step.name: step for step in steps}
+        self.device = machine.pick_device(recipe.device)
+
+    def go(self) -> None:
+        """Write down what is to be done, then do it step by step."""
+        self._write_provenance()
+        _remove_old_stages(self.run / "stages", {step.stage for step, _ in self.planned})
+        rows = [(s.stage, s.kind) for s, _ in self.planned if s.kind != "benchmark"]
+        self.journal = Journal(
+            self.run, recipe=self.recipe.name, stages=rows, again=self.options.again
+        )
+        try:
+            with self.display:
+                for step, decision in self.planned:
+                    self._do(step, decision)
+            self.journal.end("done")
+            self._report()
+        except KeyboardInterrupt:
+            self.journal.end("interrupted")
+            self._report_if_possible()
+            raise
+        except ShearlingError as error:
+            self.journal.end("failed", {"what": error.what, "hint": error.hint})
+            self._report_if_possible()
+            raise
+        except BaseException as error:
+            what = f"Unexpected error: {type(error).__name__}: {error}"
+            self.journal.end("failed", {"what": what, "hint": f"See {self.run / ERROR_LOG}."})
+            raise
+
+    # --- one step ---
+
+    def _do(self, step: Step, decision: Decision) -> None:
+        self.display.decision(step.name, str(decision))
+        if step.kind != "benchmark":
+            self.journal.set_row(step.stage, reason=str(decision), state="running", key=step.key)
+        if decision.runs:
+            self._make(step, decision)
+        self._show(step)
+        if step.name == "teacher" and decision.runs:
+            self._check_shapes()
+        if step.kind in ("benchmark", "transfer_set"):
+            self.journal.set_row(step.stage, state="done")
+            self._report_if_possible()
+
+    def _make(self, step: Step, decision: Decision) -> None:
+        """Run a step and publish what it made."""
+        stage = STAGES[step.kind]
+        goes_on = step.resumable and self.store.partial(step.kind, step.key).exists()
+        spent = self.journal.seconds_before(step.key) if goes_on else 0.0
+        out = self.store.open_work(step.kind, step.key, resumable=step.resumable)
+        context = self._context(step, out, spent)
+        started, clock = now(), time.monotonic()
+        with machine.PeakMemory() as memory, full_disk(out):
+            summary = stage.run(step.settings, context)
+        seconds = spent + time.monotonic() - clock
+        record = {
+            "schema": SCHEMA,
+            "name": step.name,
+            "kind": step.kind,
+            "key": step.key,
+            "state": "done",
+            "reason": str(decision),
+            "started": started,
+            "seconds": round(seconds, 3),
+            "peak_memory_bytes": memory.bytes,
+            "device": self.device,
+            "inputs": dict(step.inputs),
+            "settings": dict(step.slice),
+            "code_version": step.code_version,
+            "summary": summary,
+        }
+        self.store.publish(step.kind, step.key, record)
+        self.display.step_ended()
+        took = f"{format_seconds(seconds)}, peak memory {format_bytes(memory.bytes)}"
+        self.display.line(f"  {step.name}: done in {took}", style="green")
+
+    def _context(self, step: Step, out: Path, spent: float) -> Context:
+        begun = time.monotonic()
+
+        def progress(what: str, done: int, total: int, /, **numbers: float) -> None:
+            self.display.progress(step.name, what, done, total, **numbers)
+            if step.kind != "benchmark":
+                seconds = round(spent + time.monotonic() - begun, 3)
+                self.journal.row(step.stage)["seconds"] = seconds
+            self.journal.progress(step.name, what, done, total, **numbers)
+
+        return Context(
+            name=step.stage,
+            inputs={role: self._artefact(name) for role, name in step.needs.items()},
+            out=out,
+            run=self.run,
+            seed=self.recipe.seed,
+            device=self.device,
+            cache=self.options.cache,
+            progress=progress,
+            on_metrics=self._metrics_writer(step),
+        )
+
+    def _artefact(self, name: str) -> Path:
+        step = self.steps[name]
+        return self.store.artefact(step.kind, step.key)
+
+    def _metrics_writer(self, step: Step) -> Callable[[dict[str, Any]], None]:
+        """Append each line of metrics to the run's own file, so that it can be watched live."""
+        self._collect_metrics(working=step)
+
+        def write(line: dict[str, Any]) -> None:
+            with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": step.stage, **line}, allow_nan=False) + "\n")
+
+        return write
+
+    # --- what people and programs see ---
+
+    def _show(self, step: Step) -> None:
+        """Bring ``stages/NAME``, the run's metrics and the journal up to date with an artefact."""
+        artefact = self.store.artefact(step.kind, step.key)
+        folder = self.run / "stages" / step.stage
+        record = read_json(artefact / STAGE_FILE)
+        if step.kind == "benchmark":
+            scorecard = {**read_json(artefact / "scorecard.json"), "model": step.stage}
+            write_json(folder / "scorecard.json", scorecard)
+            write_json(folder / "benchmark.json", record)
+            self.display.line(f"  {step.stage}: {headline(scorecard)}")
+            return
+        refresh_stage(folder, artefact, record)
+        self._collect_metrics()
+        self.journal.set_row(
+            step.stage,
+            seconds=record["seconds"],
+            peak_memory_bytes=record["peak_memory_bytes"],
+        )
+
+    def _collect_metrics(self, working: Step | None = None) -> None:
+        """Write the run's metrics.jsonl anew from the stages' own, in order.
+
+        A stage that goes on after a kill repeats no line this way.
+        """
+        lines: list[str] = []
+        for step, _ in self.planned:
+            source = self.store.artefact(step.kind, step.key)
+            if working is not None and step.name == working.name:
+                source = self.store.partial(step.kind, step.key)
+            for line in read_metrics(source / "metrics.jsonl"):
+                lines.append(json.dumps({"stage": step.stage, **line}))
+        write_text(self.run / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
+
+    def _check_shapes(self) -> None:
+        """The teacher's shape is known now; a student that does not fit ends the run early."""
+        shape = preflight.known_teacher_shape(self.recipe, self._artefact("teacher"))
+        if shape is not None:
+            preflight.check_shapes(self.recipe, shape)
+
+    def _write_provenance(self) -> None:
+        """recipe.yaml and lock.json: what to do, and with what."""
+        recipe = self.recipe.model_dump(mode="json")
+        write_text(self.run / "recipe.yaml", self.recipe.to_yaml())
+        lock = {
+            "schema": SCHEMA,
+            "created": now(),
+            "recipe": self.recipe.name,
+            "recipe_sha256": sha256_of_json(recipe),
+            "seed": self.recipe.seed,
+            "command": self.options.again,
+            "git": machine.git_state(),
+            "python": platform.python_version(),
+            "packages": machine.package_versions(),
+            "hardware": machine.hardware(),
+            "device": self.device,
+            "code_versions": {kind: module.CODE_VERSION for kind, module in STAGES.items()},
+            "keys": {step.name: step.key for step, _ in self.planned},
+            "inputs": {
+                name: digest
+                for step, _ in self.planned
+                for name, digest in step.inputs.items()
+                if name not in step.needs
+            },
+        }
+        write_json(self.run / "lock.json", lock)
+
+    def _report(self) -> None:
+        from reports.page import write_report
+
+        write_report(self.run)
+
+    def _report_if_possible(self) -> None:
+        """Refresh the report between stages; its failure must not cost the stages to come.
+
+        The traceback goes to error.log, and at the end of the run the same failure is an error.
+        """
+        try:
+            self._report()
+        except Exception as error:
+            log = log_traceback(self.run)
+            self.display.line(f"  report: not written yet ({error}); see {log}", style="yellow")
+
+
+# --- helpers ------------------------------------------------------------------------------------
+
+
+def refresh_stage(folder: Path, artefact: Path, record: dict[str, Any]) -> None:
+    """Make ``stages/NAME`` show an artefact: links to what is large, a copy of stage.json.
+
+    The scorecard of an earlier artefact goes away: it was measured on another model. One of the
+    same artefact stays until the benchmark's own step writes it again.
+    """
+    kept = ["benchmark.json"]  # the next benchmark tells by it what has changed
+    if _key_shown(folder) == record["key"]:
+        kept.append("scorecard.json")
+    with folder_aside(folder) as aside:
+        for name in LINKED:
+            if (artefact / name).exists():
+                target = os.path.relpath(artefact / name, folder)
+                (aside / name).symlink_to(target)
+        for name in kept:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, aside / name)
+        write_json(aside / STAGE_FILE, record)
+
+
+def _key_shown(folder: Path) -> str | None:
+    try:
+        record = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        return str(record["key"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _previous(run: Path, step: Step) -> dict[str, Any] | None:
+    """The stage.json of the last result that the step's name had in this run."""
+    name = "benchmark.json" if step.kind == "benchmark" else STAGE_FILE
+    try:
+        record = json.loads((run / "stages" / step.stage / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _remove_old_stages(folder: Path, names: set[str]) -> None:
+    """Take away the shown folders of stages that the recipe no longer has; the store keeps them."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name not in names and (path / STAGE_FILE).is_file():
+                shutil.rmtree(path)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, which may not exist; a last line that was cut off is left."""
+    if not path.is_file():
+        return []
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(dict(json.loads(text)))
+        except (ValueError, TypeError):
+            break
+    return lines
+
+
+@contextlib.contextmanager
+def full_disk(where: Path) -> Iterator[None]:
+    """As ``disk_errors``, also for libraries that wrap the system's error in one of their own."""
+    with disk_errors(where):
+        try:
+            yield
+        except (OSError, ShearlingError):
+            raise
+        except Exception as error:
+            # safetensors (Rust) says "os error 28", torch "No space left on device".
+            if "os error 28" in str(error) or "No space left on device" in str(error):
+                raise OSError(errno.ENOSPC, str(error)) from error
+            raise
+
+
+def log_traceback(run: Path) -> str:
+    """Append the current traceback to the run's error.log; returns the path as text."""
+    path = run / ERROR_LOG
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"--- {now()} {' '.join(sys.argv[1:])}\n{traceback.format_exc()}\n")
+    return str(path)

@@ -1,0 +1,31 @@
+"""What a stage is given besides its slice of the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shearling import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """Where a stage reads and writes, and whom it tells how far it is."""
+
+    name: str
+    """The stage's name in the recipe."""
+    inputs: Mapping[str, Path]
+    """Finished artefact folders by their role: teacher, model, transfer_set."""
+    out: Path
+    """The folder to fill. It is empty unless the stage is resumable and was interrupted."""
+    run: Path
+    """The run folder; only for messages."""
+    seed: int
+    device: str
+    """cpu, cuda, cuda:N or mps; never auto."""
+    cache: Path
+    progress: Progress
+    on_metrics: Callable[[dict[str, Any]], None]
+    """Takes one line of training metrics as it happens."""

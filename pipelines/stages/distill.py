@@ -1,0 +1,39 @@
+"""Stage distill: teach the newest model on the transfer set."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stages.context import Context
+from pipelines.stages.prune import TEACHER_SELECTION
+
+if TYPE_CHECKING:
+    from pipelines.recipe import DistillStage
+
+CODE_VERSION = 1
+RESUMABLE = True
+
+
+def run(settings: DistillStage, context: Context) -> dict[str, Any]:
+    """Write ``out/model`` and ``out/metrics.jsonl``; goes on from ``out/resume`` if it is there."""
+    from compress.distill import distill
+
+    student = context.inputs["model"]
+    selection = student / TEACHER_SELECTION
+    # Teaching moves no dimension, so what the student kept of the teacher stays true.
+    shutil.copyfile(selection, context.out / TEACHER_SELECTION)
+    summary = distill(
+        context.inputs["teacher"] / "model",
+        student / "model",
+        context.out,
+        context.inputs["transfer_set"],
+        settings,
+        selection=selection,
+        seed=context.seed,
+        device=context.device,
+        progress=context.progress,
+        on_metrics=context.on_metrics,
+    )
+    shutil.rmtree(context.out / "resume", ignore_errors=True)
+    return summary

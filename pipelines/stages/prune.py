@@ -1,0 +1,76 @@
+"""Stage prune: cut the newest model to the shape that the recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stages.context import Context
+from shearling import read_json, write_json
+from students.shape import Shape, resolve_shape
+
+if TYPE_CHECKING:
+    from pipelines.recipe import PruneStage
+
+CODE_VERSION = 1
+RESUMABLE = False
+TEACHER_SELECTION = "teacher_selection.json"
+"""What a student kept of the *teacher*; ``selection.json`` is about the model that was cut."""
+
+
+def run(settings: PruneStage, context: Context) -> dict[str, Any]:
+    """Write ``out/model`` and ``out/selection.json``; returns the walk's summary."""
+    from compress.prune import prune
+
+    newest = context.inputs["model"]
+    shape = student_shape(
+        settings.shape_spec(),
+        teacher=Shape.from_config(read_json(context.inputs["teacher"] / "model" / "config.json")),
+        newest=Shape.from_config(read_json(newest / "model" / "config.json")),
+    )
+    summary = prune(
+        newest / "model",
+        context.out,
+        shape,
+        context.inputs["transfer_set"],
+        settings,
+        seed=context.seed,
+        device=context.device,
+        progress=context.progress,
+    )
+    selection = read_json(context.out / "selection.json")
+    if (newest / TEACHER_SELECTION).is_file():
+        selection = joined_selection(read_json(newest / TEACHER_SELECTION), selection)
+    write_json(context.out / TEACHER_SELECTION, selection)
+    return summary
+
+
+def student_shape(spec: str | dict[str, Any], *, teacher: Shape, newest: Shape) -> Shape:
+    """The shape to cut ``newest`` to.
+
+    A preset is a proportion of the teacher, however many cuts came before; axes that are given by
+    number leave all others as the newest model has them.
+    """
+    if isinstance(spec, str):
+        return resolve_shape(resolve_shape(spec, teacher).to_dict(), newest)
+    return resolve_shape(spec, newest)
+
+
+def joined_selection(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """One selection for two cuts: ``second`` counts in the model that ``first`` made.
+
+    ``layers`` and ``hidden`` are lists of indices; ``heads``, ``key_value_heads`` and ``neurons``
+    have such a list for each layer of the student.
+    """
+    layers: Sequence[int] = second["layers"]
+    joined: dict[str, Any] = {
+        "schema": 1,
+        "layers": [first["layers"][layer] for layer in layers],
+        "hidden": [first["hidden"][index] for index in second["hidden"]],
+    }
+    for axis in ("heads", "key_value_heads", "neurons"):
+        joined[axis] = [
+            [first[axis][layer][index] for index in kept]
+            for layer, kept in zip(layers, second[axis], strict=True)
+        ]
+    return joined

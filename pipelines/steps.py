@@ -1,0 +1,254 @@
+"""From a recipe to steps: what each is a function of, and whether it has to run.
+
+A recipe names its stages; the steps are those, the teacher and the transfer set before them, and a
+benchmark after each one that makes a model. All keys follow from the recipe and from the user's
+own files, so what will be done and why is known before anything is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from pipelines.recipe import Recipe
+from pipelines.stages import benchmark, distill, prune, teacher, transfer_set
+from pipelines.store import Store, stage_key
+from students.settings import Settings
+
+STAGES: dict[str, ModuleType] = {
+    "teacher": teacher,
+    "transfer_set": transfer_set,
+    "prune": prune,
+    "distill": distill,
+    "benchmark": benchmark,
+}
+"""One module a kind: ``run(settings, context)``, ``CODE_VERSION``, ``RESUMABLE``."""
+
+FILES = "files of "
+"""Prefix of inputs that are hashes of the user's own files, not keys of artefacts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One artefact to be made, and all that it is a function of."""
+
+    name: str
+    """Unique in the run: a stage's name, or NAME/benchmark."""
+    stage: str
+    """The stage it belongs to: its own name, or that of the stage it measures."""
+    kind: str
+    settings: Settings
+    slice: Mapping[str, Any]
+    """The part of the recipe that the key depends on, as JSON."""
+    needs: Mapping[str, str]
+    """Names of earlier steps by role: teacher, model, transfer_set."""
+    inputs: Mapping[str, str]
+    """Keys of those steps by role, and hashes of the user's own files."""
+
+    @property
+    def code_version(self) -> int:
+        return int(STAGES[self.kind].CODE_VERSION)
+
+    @property
+    def resumable(self) -> bool:
+        return bool(STAGES[self.kind].RESUMABLE)
+
+    @property
+    def key(self) -> str:
+        return stage_key(self.kind, self.code_version, self.slice, self.inputs)
+
+    @property
+    def makes_model(self) -> bool:
+        return self.kind not in ("transfer_set", "benchmark")
+
+    @property
+    def recipe_path(self) -> str:
+        """Where its settings stand in a recipe, as in --set."""
+        return "benchmark" if self.kind == "benchmark" else self.stage
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a step runs, and why."""
+
+    runs: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'runs' if self.runs else 'not run again'}: {self.reason}"
+
+
+@dataclass
+class _Builder:
+    """Collects steps; each new one sees the keys of those before it."""
+
+    seed: int
+    steps: dict[str, Step] = field(default_factory=dict)
+
+    def add(
+        self,
+        kind: str,
+        settings: Settings,
+        *,
+        stage: str,
+        name: str | None = None,
+        seeded: bool = True,
+        leave_out: frozenset[str] = frozenset(),
+        needs: Mapping[str, str] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
+        slice_ = settings.model_dump(mode="json", exclude=set(leave_out))
+        needs = needs or {}
+        inputs = {role: self.steps[need].key for role, need in needs.items()}
+        inputs |= {FILES + path: digest for path, digest in (files or {}).items()}
+        step = Step(
+            name=name or stage,
+            stage=stage,
+            kind=kind,
+            settings=settings,
+            slice={"seed": self.seed, **slice_} if seeded else slice_,
+            needs=needs,
+            inputs=inputs,
+        )
+        self.steps[step.name] = step
+
+
+def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step]:
+    """All steps of a recipe in the order in which they run.
+
+    ``fingerprint`` hashes a local file or folder. Names of stages and the folder of the mirror are
+    not part of a key: renaming and moving repeat no work.
+    """
+    builder = _Builder(recipe.seed)
+    builder.add(
+        "teacher",
+        recipe.teacher,
+        stage="teacher",
+        seeded=False,
+        files=_hashes({"teacher.model": recipe.teacher.model}, fingerprint),
+    )
+    sources = {f"transfer_set.sources.{s.name}.path": s.path for s in recipe.transfer_set.sources}
+    builder.add(
+        "transfer_set",
+        recipe.transfer_set,
+        stage="transfer_set",
+        needs={"teacher": "teacher"},
+        files=_hashes(sources, fingerprint),
+    )
+    mirror = _mirror_files(recipe, fingerprint)
+
+    def measure(stage: str) -> None:
+        builder.add(
+            "benchmark",
+            recipe.benchmark,
+            stage=stage,
+            name=f"{stage}/benchmark",
+            leave_out=frozenset({"mirror"}),
+            needs={"model": stage},
+            files=mirror,
+        )
+
+    measure("teacher")
+    newest = "teacher"
+    for stage in recipe.stages:
+        builder.add(
+            stage.kind,
+            stage,
+            stage=stage.name,
+            leave_out=frozenset({"name", "kind"}),
+            needs={"teacher": "teacher", "model": newest, "transfer_set": "transfer_set"},
+        )
+        measure(stage.name)
+        newest = stage.name
+    return list(builder.steps.values())
+
+
+def _hashes(paths: Mapping[str, str], fingerprint: Callable[[Path], str]) -> dict[str, str]:
+    """Hashes of those paths that are on this disk; packages and hub ids are pinned by name."""
+    local = {where: Path(path).expanduser() for where, path in paths.items()}
+    return {where: fingerprint(path) for where, path in local.items() if path.exists()}
+
+
+def _mirror_files(recipe: Recipe, fingerprint: Callable[[Path], str]) -> dict[str, str]:
+    """Hashes of the mirror's files for the recipe's tasks; one that appears later is measured."""
+    folder = Path(recipe.benchmark.mirror or "").expanduser()
+    if not recipe.benchmark.mirror or not folder.is_dir():
+        return {}
+    paths = sorted(folder.glob("*.jsonl"))
+    mine = [p for p in paths if any(p.stem.startswith(task) for task in recipe.benchmark.tasks)]
+    return {f"benchmark.mirror/{path.name}": fingerprint(path) for path in mine}
+
+
+# --- decisions ----------------------------------------------------------------------------------
+
+
+def decide(
+    step: Step, store: Store, previous: Mapping[str, Any] | None, *, verify: bool = False
+) -> Decision:
+    """Whether ``step`` runs. ``previous`` is the stage.json of its name's last result, if any."""
+    changes = differences(step, previous) if previous else []
+    if store.artefact(step.kind, step.key).exists():
+        damage = store.damage(step.kind, step.key, verify=verify)
+        if damage:
+            return Decision(True, f"artefact damaged: {damage}")
+        if changes:
+            return Decision(False, f"done before with these settings ({'; '.join(changes)})")
+        return Decision(False, "nothing changed")
+    if store.partial(step.kind, step.key).exists():
+        again = "goes on where it was interrupted" if step.resumable else "it was interrupted"
+        return Decision(True, again)
+    if previous is None:
+        return Decision(True, "first time")
+    return Decision(True, "; ".join(changes) or "its artefact is gone from the store")
+
+
+def differences(step: Step, previous: Mapping[str, Any]) -> list[str]:
+    """What makes ``step`` another than the one that ``previous`` records, one phrase each."""
+    old_version = previous.get("code_version")
+    found = []
+    if previous.get("kind") != step.kind:
+        return [f"kind {previous.get('kind')} -> {step.kind}"]
+    old, new = dict(_leaves(previous.get("settings", {}))), dict(_leaves(step.slice))
+    for path in dict.fromkeys([*new, *old]):
+        if old.get(path) != new.get(path):
+            where = path if path == "seed" else f"{step.recipe_path}.{path}"
+            found.append(f"recipe.{where} {_shown(old, path)} -> {_shown(new, path)}")
+    old_inputs = previous.get("inputs", {})
+    for role in dict.fromkeys([*step.inputs, *old_inputs]):
+        if old_inputs.get(role) != step.inputs.get(role):
+            found.append(_input_phrase(step, role))
+    if old_version != step.code_version:
+        found.append(f"code version {old_version} -> {step.code_version}")
+    return list(dict.fromkeys(found))
+
+
+def _input_phrase(step: Step, role: str) -> str:
+    if role.startswith(FILES):
+        return f"the {role} changed"
+    return f"its input {step.needs.get(role, role)} changed"
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything below ``value``; a list of plain values is one leaf."""
+    items: Iterator[tuple[Any, Any]] | None = None
+    if isinstance(value, Mapping) and value:
+        items = iter(value.items())
+    elif isinstance(value, list) and any(isinstance(item, (Mapping, list)) for item in value):
+        items = iter(enumerate(value))
+    if items is None:
+        yield path, value
+        return
+    for key, below in items:
+        yield from _leaves(below, f"{path}.{key}" if path else str(key))
+
+
+def _shown(leaves: Mapping[str, Any], path: str) -> str:
+    if path not in leaves:
+        return "(not set)"
+    value = leaves[path]
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,239 @@
+"""What is already done: artefacts by the hash of what they were made from.
+
+    store/KIND-KEY16/             a finished artefact; stage.json inside is written last
+    store/.KIND-KEY16.partial/    a stage at work; stays after a kill, so that the stage may go on
+    store/hashes.json             sha256 of files that have not changed since they were hashed
+
+An artefact comes to be by one rename of a synced folder, so it is there whole or not at all.
+``stage.json`` lists every file with its size and sha256: a file that was cut off, changed or lost
+afterwards is noticed before the artefact is used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from shearling import ShearlingError, disk_errors, sha256_of_file, sha256_of_json, write_json
+
+SCHEMA = 1
+STAGE_FILE = "stage.json"
+SMALL_BYTES = 1 << 20
+"""Files up to this size are hashed at each reuse; larger ones when their size or time changed."""
+
+
+def stage_key(
+    kind: str, code_version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]
+) -> str:
+    """The key of a stage's artefact: hex sha256 of all that it is a function of."""
+    return sha256_of_json(
+        {"kind": kind, "code_version": code_version, "settings": settings, "inputs": inputs}
+    )
+
+
+class Store:
+    """The artefacts of one run folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def artefact(self, kind: str, key: str) -> Path:
+        return self.root / f"{kind}-{key[:16]}"
+
+    def partial(self, kind: str, key: str) -> Path:
+        return self.root / f".{kind}-{key[:16]}.partial"
+
+    def open_work(self, kind: str, key: str, *, resumable: bool) -> Path:
+        """The folder that a stage fills; what a killed run left in it stays if it is resumable."""
+        work = self.partial(kind, key)
+        with disk_errors(work):
+            if work.exists() and not resumable:
+                shutil.rmtree(work)
+            work.mkdir(parents=True, exist_ok=True)
+        return work
+
+    def publish(self, kind: str, key: str, record: Mapping[str, Any]) -> Path:
+        """Turn the filled work folder into the artefact; ``record`` becomes its stage.json."""
+        work, final = self.partial(kind, key), self.artefact(kind, key)
+        with disk_errors(final):
+            _sync_tree(work)
+            write_json(work / STAGE_FILE, {**record, "files": self.list_files(work)})
+            _sync(work)
+            if final.exists():  # only a damaged one is ever made again
+                shutil.rmtree(final)
+            os.replace(work, final)
+            _sync(self.root)
+        return final
+
+    def read(self, kind: str, key: str) -> dict[str, Any] | None:
+        """The stage.json of a finished artefact; None if there is none that can be read."""
+        try:
+            text = (self.artefact(kind, key) / STAGE_FILE).read_text(encoding="utf-8")
+            record = json.loads(text)
+        except (OSError, ValueError):
+            return None
+        return record if isinstance(record, dict) else None
+
+    def damage(self, kind: str, key: str, *, verify: bool = False) -> str | None:
+        """What is wrong with a finished artefact, in words; None if it is whole.
+
+        Sizes are always compared, hashes for small files and for files whose modification time is
+        not the recorded one. ``verify`` hashes all.
+        """
+        folder = self.artefact(kind, key)
+        record = self.read(kind, key)
+        if record is None or not isinstance(record.get("files"), dict) or record.get("key") != key:
+            return f"{STAGE_FILE} can't be read"
+        for name, known in record["files"].items():
+            problem = self._file_damage(folder / name, known, verify=verify)
+            if problem:
+                return f"{name} {problem}"
+        return None
+
+    def _file_damage(self, path: Path, known: Mapping[str, Any], *, verify: bool) -> str | None:
+        try:
+            stat = path.stat()
+        except OSError:
+            return "is missing"
+        if stat.st_size != known["size"]:
+            return f"has {stat.st_size:,} of {known['size']:,} bytes"
+        unchanged = stat.st_mtime_ns == known["mtime_ns"] and stat.st_size > SMALL_BYTES
+        if unchanged and not verify:
+            return None
+        if sha256_of_file(path) != known["sha256"]:
+            return "has other content than when it was made"
+        return None
+
+    def list_files(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Every file below ``folder`` but its stage.json: size, mtime_ns and sha256 by path."""
+        listed = {}
+        for path in _files_below(folder):
+            name = path.relative_to(folder).as_posix()
+            if name != STAGE_FILE:
+                stat = path.stat()
+                listed[name] = {
+                    "size": stat.st_size,
+                    "mtime_ns": stat.st_mtime_ns,
+                    "sha256": sha256_of_file(path),
+                }
+        return listed
+
+    def fingerprint(self, path: Path) -> str:
+        """One hash over a local file, or over the files directly in a folder.
+
+        Hashes are remembered by size and modification time, so an 8B teacher is read once and not
+        at every start.
+        """
+        remembered = self._read_hashes()
+        known = dict(remembered)
+        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+        digest = {}
+        for file in files:
+            stat = file.stat()
+            mark = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+            if mark not in known:
+                known[mark] = sha256_of_file(file)
+            digest[file.name if path.is_dir() else ""] = known[mark]
+        if known != remembered and self.root.is_dir():
+            write_json(self.root / "hashes.json", known)
+        return sha256_of_json(digest)
+
+    def _read_hashes(self) -> dict[str, str]:
+        try:
+            known = json.loads((self.root / "hashes.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # a memory only: whatever is not known is hashed again
+        return known if isinstance(known, dict) else {}
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """All files below ``folder``. A linked folder (a user's own teacher) counts one level deep."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and path.is_dir():
+            yield from sorted(p for p in path.iterdir() if p.is_file())
+        elif path.is_dir():
+            yield from _files_below(path)
+        elif path.is_file():
+            yield path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, folders, files in os.walk(folder):
+        for name in (*files, *folders):
+            path = Path(parent) / name
+            if not path.is_symlink():
+                _sync(path)
+
+
+# --- one run at a time --------------------------------------------------------------------------
+
+
+def lock_owner(run: Path) -> dict[str, Any] | None:
+    """The living process that runs in this folder ({"pid", "process_started", "host"}), or None."""
+    try:
+        owner = json.loads((run / "run.lock").read_text(encoding="utf-8"))
+        pid, started, host = int(owner["pid"]), float(owner["process_started"]), owner["host"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if host != socket.gethostname():
+        return dict(owner)  # can't be looked up from here; flock told whether it lives
+    try:
+        # A process id is used again sooner or later; together with its start time it is unique.
+        alive = abs(psutil.Process(pid).create_time() - started) < 1.0
+    except psutil.Error:
+        return None
+    return dict(owner) if alive else None
+
+
+@contextlib.contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold the run folder for this process. The lock of a process that has ended is taken over.
+
+    Raises:
+        ShearlingError: if another process runs here.
+    """
+    path = run / "run.lock"
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = lock_owner(run) or {}
+            raise ShearlingError(
+                f"Another run is at work in {run} (process {owner.get('pid', 'unknown')}).",
+                hint=f"Watch it with `shearling status {run}`, or give this run its own folder "
+                "with --out DIR.",
+            ) from error
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, json.dumps(_me()).encode(), 0)
+        yield
+        # Emptied, not deleted: deleting would let a waiting process lock a file that is gone.
+        os.ftruncate(handle, 0)
+    finally:
+        os.close(handle)
+
+
+def _me() -> dict[str, Any]:
+    return {
+        "pid": os.getpid(),
+        "process_started": psutil.Process().create_time(),
+        "host": socket.gethostname(),
+    }
