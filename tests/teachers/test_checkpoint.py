@@ -1,0 +1,384 @@
+"""Checkpoints: what is whole opens to the same numbers, what isn't is refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+from shearling import ShearlingError
+from teachers.checkpoint import (
+    Checkpoint,
+    copy_tokenizer,
+    import_teacher,
+    load_tokenizer,
+    open_checkpoint,
+)
+from teachers.settings import TeacherSettings
+from teachers.weights import is_finite
+
+
+@pytest.fixture
+def copy(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A tiny Llama that a test may spoil."""
+    return Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, **changes}))
+
+
+def edit_weights(folder: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def reference(folder: Path) -> dict[str, torch.Tensor]:
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def to_shards(folder: Path) -> None:
+    LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(
+        folder, max_shard_size="40KB"
+    )
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+
+
+def to_bin(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("layout", [lambda folder: None, to_shards, to_bin])
+def test_every_layout_opens_to_the_tensors_transformers_loads(
+    copy: Path, layout: Callable[[Path], None]
+) -> None:
+    expected = reference(copy)
+    layout(copy)
+    checkpoint = open_checkpoint(copy)
+    assert set(checkpoint.names()) == set(expected) - {"lm_head.weight"}
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.tensor(name), tensor), name
+    assert checkpoint.tensor("model.norm.weight", torch.float16).dtype == torch.float16
+    assert checkpoint.shape.parameters == sum(
+        tensor.numel() for name, tensor in expected.items() if name != "lm_head.weight"
+    )
+
+
+def test_an_untied_head_is_a_tensor_of_its_own(tiny_llama_untied: Path) -> None:
+    checkpoint = open_checkpoint(tiny_llama_untied)
+    head = checkpoint.tensor("lm_head.weight")
+    assert torch.equal(head, reference(tiny_llama_untied)["lm_head.weight"])
+    assert not torch.equal(head, checkpoint.tensor("model.embed_tokens.weight"))
+
+
+def test_the_model_and_the_tokenizer_come_out(tiny_llama: Path) -> None:
+    checkpoint = open_checkpoint(tiny_llama)
+    ids = checkpoint.tokenizer()("A lamb", return_tensors="pt").input_ids
+    logits = checkpoint.model(torch.float32)(ids).logits
+    assert logits.shape == (1, ids.shape[1], checkpoint.shape.vocab_size)
+
+
+def test_missing_tensors_are_all_named(copy: Path) -> None:
+    gone = ["model.layers.1.self_attn.k_proj.weight", "model.norm.weight"]
+    edit_weights(copy, lambda tensors: [tensors.pop(name) for name in gone])
+    with pytest.raises(ShearlingError) as caught:
+        open_checkpoint(copy)
+    assert "2 tensors are missing" in caught.value.what
+    assert all(name in caught.value.what for name in gone)
+
+
+def test_a_wrong_shape_is_named_with_both(copy: Path) -> None:
+    edit_config(copy, intermediate_size=48)
+    with pytest.raises(ShearlingError, match=r"gate_proj.weight has shape \[64, 32\].*\[48, 32\]"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_no_numbers_are_found(copy: Path, value: float) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.2.mlp.up_proj.weight"][5, 7] = value
+
+    edit_weights(copy, spoil)
+    assert open_checkpoint(copy, values=False)
+    with pytest.raises(ShearlingError, match=r"NaN or infinite.*layers.2.mlp.up_proj"):
+        open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_finite_in_all_dtypes(dtype: torch.dtype) -> None:
+    tensor = torch.full((3, 5), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(tensor)
+    tensor[1, 1] = float("nan")
+    assert not is_finite(tensor)
+    assert is_finite(torch.empty(0))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 200, -1])
+def test_a_truncated_file_is_noticed(copy: Path, keep: int) -> None:
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ShearlingError, match=r"truncated|whole safetensors"):
+        open_checkpoint(copy)
+
+
+def test_a_damaged_header_is_noticed(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8:20] = b"[[[[[[[[[[[["
+    file.write_bytes(content)
+    with pytest.raises(ShearlingError, match="damaged safetensors header"):
+        open_checkpoint(copy)
+
+
+def test_missing_shards_are_all_named(copy: Path) -> None:
+    to_shards(copy)
+    for number in (1, 2):
+        next(copy.glob(f"model-0000{number}-of-*")).unlink()
+    with pytest.raises(ShearlingError) as caught:
+        open_checkpoint(copy)
+    assert "lacks 2 of" in caught.value.what
+    assert "model-00001-of" in caught.value.what
+    assert "model-00002-of" in caught.value.what
+
+
+def test_an_index_can_not_point_out_of_the_folder(copy: Path) -> None:
+    to_shards(copy)
+    index = copy / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["model.norm.weight"] = "../other/model.safetensors"
+    index.write_text(json.dumps(data))
+    with pytest.raises(ShearlingError, match="not a file of that folder"):
+        open_checkpoint(copy)
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("echo run > /tmp/shearling-evil",)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": _Evil()}, copy / "pytorch_model.bin")
+    with pytest.raises(ShearlingError, match="can't be read as plain weights"):
+        open_checkpoint(copy)
+    assert not Path("/tmp/shearling-evil").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "mistral"}, "not a Llama"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ({"attention_bias": True}, "q_proj.bias"),
+        ({"hidden_size": "wide"}, "not a usable Llama configuration"),
+    ],
+)
+def test_what_a_stock_llama_can_not_hold_is_refused_by_name(
+    copy: Path, changes: dict[str, Any], named: str
+) -> None:
+    edit_config(copy, **changes)
+    with pytest.raises(ShearlingError) as caught:
+        open_checkpoint(copy)
+    assert named in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("model.layers.0.self_attn.q_norm.weight", "QK norm"),
+        ("model.layers.0.self_attn.q_proj.bias", "biases"),
+        ("model.layers.0.mlp.experts.0.w1.weight", "experts"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", "adapters"),
+        ("model.layers.0.self_attn.q_proj.qweight", "quantised"),
+        ("vision.weight", "does not have: vision.weight"),
+    ],
+)
+def test_tensors_that_no_llama_has_are_explained(copy: Path, name: str, meaning: str) -> None:
+    edit_weights(copy, lambda tensors: tensors.update({name: torch.zeros(4)}))
+    with pytest.raises(ShearlingError) as caught:
+        open_checkpoint(copy)
+    assert meaning in caught.value.what
+
+
+def test_an_old_checkpoints_frequencies_and_a_tied_copy_of_the_head_do_no_harm(copy: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    edit_weights(copy, add)
+    assert open_checkpoint(copy)
+
+
+def test_biases_that_the_config_mentions_are_part_of_the_model(tmp_path: Path) -> None:
+    from pipelines.tiny import make_tiny_llama
+
+    folder = make_tiny_llama(tmp_path / "biased", attention_bias=True, mlp_bias=True)
+    checkpoint = open_checkpoint(folder)
+    assert "model.layers.0.self_attn.o_proj.bias" in checkpoint.names()
+    assert set(checkpoint.names()) == set(reference(folder)) - {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
+def test_an_incomplete_folder_says_what_it_lacks(copy: Path, missing: str) -> None:
+    (copy / missing).unlink()
+    with pytest.raises(ShearlingError, match=missing):
+        open_checkpoint(copy)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ShearlingError, match="not a folder"):
+        open_checkpoint(tmp_path / "none")
+
+
+def test_the_fingerprint_changes_with_any_byte_and_with_nothing_else(
+    copy: Path, tmp_path: Path
+) -> None:
+    first = open_checkpoint(copy).fingerprint()
+    again = Path(shutil.copytree(copy, tmp_path / "again"))
+    assert open_checkpoint(again).fingerprint() == first
+    (again / "README.md").write_text("not part of the model")
+    assert open_checkpoint(again).fingerprint() == first
+    edit_weights(again, lambda t: t["model.norm.weight"].mul_(1.0001))
+    changed = open_checkpoint(again).fingerprint()
+    assert changed != first
+    text = (again / "tokenizer.json").read_text()
+    (again / "tokenizer.json").write_text(text + " ")
+    assert open_checkpoint(again).fingerprint() not in (first, changed)
+
+
+def test_a_large_file_that_changed_is_hashed_anew(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("teachers.checkpoint._SMALL", 0)
+    first = open_checkpoint(copy).fingerprint()
+    assert open_checkpoint(copy).fingerprint() == first
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    assert open_checkpoint(copy).fingerprint() != first
+
+
+# --- import ---
+
+
+def test_a_folder_is_linked_and_its_facts_told(tiny_llama: Path, tmp_path: Path) -> None:
+    facts = import_teacher(
+        TeacherSettings(model=str(tiny_llama)), tmp_path / "out", cache=tmp_path / "cache"
+    )
+    link = tmp_path / "out" / "model"
+    assert link.is_symlink()
+    assert Path(os.readlink(link)).is_absolute()
+    assert LlamaForCausalLM.from_pretrained(link).num_parameters() == facts["parameters"]
+    assert facts["sha256"] == open_checkpoint(tiny_llama).fingerprint()
+    assert facts["shape"]["hidden_size"] == 32
+    json.dumps(facts)
+
+
+def test_a_folder_is_held_against_the_expected_fingerprint(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    settings = TeacherSettings(model=str(tiny_llama), sha256="0" * 64)
+    with pytest.raises(ShearlingError, match="not the expected model"):
+        import_teacher(settings, tmp_path / "out", cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no/such/folder/here", "neither a folder"),
+        ("does-not-exist", "neither a folder"),
+        ("nobody/does-not-exist", "not in the local hub cache"),
+    ],
+)
+def test_a_teacher_that_is_nowhere(
+    tmp_path: Path, model: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ShearlingError, match=message):
+        import_teacher(TeacherSettings(model=model), tmp_path / "out", cache=tmp_path)
+
+
+def test_a_single_file_that_is_no_gguf_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = TeacherSettings(model=str(tiny_llama / "model.safetensors"))
+    with pytest.raises(ShearlingError, match=r"no \.gguf file"):
+        import_teacher(settings, tmp_path / "out", cache=tmp_path)
+
+
+def test_a_hub_id_comes_out_of_the_local_hub_cache(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of the hub's cache: refs name a commit, snapshots link to blobs."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repo = tmp_path / "hub" / "models--sheep--tiny-llama"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs" / "main").write_text(commit)
+    (repo / "refs" / "v1").write_text(commit)
+    (repo / "blobs").mkdir()
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    for file in tiny_llama.iterdir():
+        shutil.copyfile(file, repo / "blobs" / file.name)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    for revision in (None, "v1", commit):
+        out = tmp_path / f"out-{revision}"
+        settings = TeacherSettings(model="sheep/tiny-llama", revision=revision)
+        facts = import_teacher(settings, out, cache=tmp_path)
+        assert facts["format"] == "hub"
+        assert facts["sha256"] == open_checkpoint(tiny_llama).fingerprint()
+    with pytest.raises(ShearlingError, match="sheep/tiny-llama"):
+        import_teacher(
+            TeacherSettings(model="sheep/tiny-llama", revision="v2"),
+            tmp_path / "no",
+            cache=tmp_path,
+        )
+
+
+def test_a_teacher_without_tokenizer_is_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(ShearlingError, match="no tokenizer"):
+        import_teacher(TeacherSettings(model=str(copy)), tmp_path / "out", cache=tmp_path)
+
+
+# --- tokenizers travel ---
+
+
+@pytest.mark.parametrize(
+    "where", ["tokenizers/llama2", "tokenizers/llama3", "models/stories260K/hf"]
+)
+def test_a_copied_tokenizer_gives_the_same_ids(
+    shared_data: Path, tmp_path: Path, nasty: list[str], where: str
+) -> None:
+    copy_tokenizer(shared_data / where, tmp_path)
+    ours, theirs = load_tokenizer(tmp_path), load_tokenizer(shared_data / where)
+    for text in nasty:
+        assert ours(text).input_ids == theirs(text).input_ids
+        assert ours.decode(ours(text).input_ids) == theirs.decode(theirs(text).input_ids)
+    assert ours.chat_template == theirs.chat_template
+    assert ours.special_tokens_map == theirs.special_tokens_map
+
+
+def test_stories260k_opens(shared_data: Path) -> None:
+    checkpoint = open_checkpoint(shared_data / "models/stories260K/hf")
+    assert checkpoint.shape.num_key_value_heads == 4
+    assert Checkpoint(checkpoint.folder).shape == checkpoint.shape
