@@ -37,3 +37,7 @@ class BenchmarkSettings(Settings):
         description="Beginnings that each model completes greedily, shown side by side.",
     )
     completion_tokens: int = Field(default=40, ge=1, description="Length of each completion.")
+    speed: bool = Field(
+        default=True,
+        description="Measure speed and memory, in a process of its own (adds some seconds).",
+    )

@@ -1,0 +1,347 @@
+"""Measure one checkpoint: lm-eval's tasks, perplexity, speed, memory, completions -> scorecard.
+
+A scorecard is plain data (see `benchmark`); nothing here compares models, `compare.py` does.
+Everything is deterministic on a CPU but the speeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import random
+import socket
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+import reports.tasks as tasks
+from reports.lm import PrefixLM
+from reports.load import load_model, quiet_libraries
+from reports.perplexity import perplexity_of_windows, ratio_error, window_losses
+from reports.settings import BenchmarkSettings
+from reports.speed import measure_speed, peak_memory
+from reports.tasks import Task, check_tasks
+from shearling import Progress, __version__, silent
+
+SCHEMA = 1
+WINDOW = 512
+BOOTSTRAPS = 1000
+PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+def benchmark(
+    model: Path,
+    settings: BenchmarkSettings,
+    *,
+    name: str,
+    cache: Path,
+    device: str = "cpu",
+    seed: int = 0,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Measure the checkpoint folder ``model`` and return its scorecard.
+
+    {"schema", "model", "parameters", "bytes", "results": {task: {metric: {"value", "stderr"}}},
+    "tasks": {task: facts that must agree before two scorecards may be compared, and chance},
+    "skipped": {task: reason}, "speed", "peak_memory_bytes", "completions", "versions",
+    "samples": {task: {metric: one number, or [log-likelihood, weight], a document}}}
+
+    A task that doesn't exist, or a folder that is no complete checkpoint, is a ShearlingError.
+    """
+    check_tasks(settings)
+    loaded, tokenizer = load_model(model, device)
+    card: dict[str, Any] = {
+        "schema": SCHEMA,
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "bytes": sum(file.stat().st_size for file in Path(model).glob("*.safetensors")),
+        "results": {},
+        "tasks": {},
+        "skipped": {},
+        "speed": {},
+        "peak_memory_bytes": None,
+        "completions": complete(loaded, tokenizer, settings),
+        "versions": versions(),
+        "samples": {},
+    }
+    with quiet_libraries():
+        lm = PrefixLM(loaded, tokenizer, batch_size=settings.batch_size, progress=progress)
+    for task_name in settings.tasks:
+        lm.what = task_name
+        _run_task(task_name, lm, settings, card, cache=cache, seed=seed, progress=progress)
+    if "wikitext2" in card["results"]:
+        _add_token_perplexity(card, loaded, tokenizer, settings, cache, progress)
+    del lm, loaded
+    if settings.speed:
+        progress("speed and memory", 0, 1)
+        card.update(measure_speed(model, device=device))
+    else:
+        card["peak_memory_bytes"] = peak_memory(device)
+        card["memory"] = {"measured": "peak resident set of the whole process so far"}
+    return card
+
+
+@torch.inference_mode()
+def complete(
+    model: LlamaForCausalLM, tokenizer: Any, settings: BenchmarkSettings
+) -> list[dict[str, str]]:
+    """What the model writes after each of the settings' prompts, greedily."""
+    completions = []
+    for prompt in settings.prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=settings.completion_tokens,
+            pad_token_id=model.config.pad_token_id or 0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+        )
+        text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        completions.append({"prompt": prompt, "text": text})
+    return completions
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that could change a number."""
+    found = {package: version(package) for package in PACKAGES}
+    return {"shearling": __version__, "python": platform.python_version(), **found}
+
+
+def _run_task(
+    name: str,
+    lm: PrefixLM,
+    settings: BenchmarkSettings,
+    card: dict[str, Any],
+    *,
+    cache: Path,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """Evaluate one task (or one of lm-eval's groups) and add what came out to the scorecard."""
+    limit = settings.limits.get(name, settings.limit)
+    with tempfile.TemporaryDirectory(prefix="shearling-tasks-") as folder, quiet_libraries():
+        task = tasks.prepare(name, settings, Path(folder), cache, progress)
+        loaded = load_task(task, settings, card["skipped"])
+        if loaded is None:
+            return
+        results = evaluate(lm, loaded, limit=limit, num_fewshot=settings.num_fewshot, seed=seed)
+    for found, metrics in results["results"].items():
+        card["results"][found] = read_metrics(metrics)
+        samples = results["samples"].get(found)
+        if samples is None:
+            continue
+        card["samples"][found] = keep_samples(samples)
+        card["tasks"][found] = {
+            "version": results["versions"].get(found),
+            "hash": hash_of_samples(samples),
+            "data_sha256": task.data_sha256,
+            "source": task.source,
+            "limit": limit,
+            "num_fewshot": results["n-shot"].get(found, 0),
+            "samples": results["n-samples"][found]["effective"],
+            "documents": results["n-samples"][found]["original"],
+            "higher_is_better": results["higher_is_better"].get(found, {}),
+            **floors(samples),
+        }
+        add_ratio_errors(card["results"][found], card["samples"][found])
+
+
+def load_task(
+    task: Task, settings: BenchmarkSettings, skipped: dict[str, str]
+) -> dict[str, Any] | None:
+    """Load a task with lm-eval; None (and a reason in ``skipped``) if its data can't be had."""
+    from lm_eval.tasks import TaskManager
+
+    if task.file is not None:
+        manager = TaskManager(include_path=str(task.file.parent), include_defaults=False)
+        return dict(manager.load([task.name]))
+    missing = f"no file of it in benchmark.mirror ({settings.mirror})" if settings.mirror else ""
+    where = "its data are on the Hugging Face hub"
+    if not hub_answers():
+        offline = f"{where}, which doesn't answer here"
+        skipped[task.name] = "; ".join(part for part in (missing, offline) if part)
+        return None
+    try:
+        return dict(TaskManager().load([task.name]))
+    except Exception as error:
+        # Whatever the hub, the data set's builder or a missing extra raises: the other tasks'
+        # numbers are worth more than a stop after hours.
+        reason = f"{where}, and loading them failed: {type(error).__name__}: {error}".split("\n")[0]
+        skipped[task.name] = "; ".join(part for part in (missing, reason) if part)
+        return None
+
+
+def hub_answers(timeout: float = 3.0) -> bool:
+    """Whether the hub's host accepts connections; offline mode asks nobody and tries the cache."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return True
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    try:
+        port = host.port or (80 if host.scheme == "http" else 443)
+        socket.create_connection((host.hostname or "", port), timeout).close()
+    except OSError:
+        return False
+    return True
+
+
+def evaluate(
+    lm: PrefixLM,
+    loaded: dict[str, Any],
+    *,
+    limit: int | None,
+    num_fewshot: int | None,
+    seed: int,
+) -> dict[str, Any]:
+    """lm-eval's `evaluate`, prepared as its `simple_evaluate` does.
+
+    `simple_evaluate` itself is not used: after each task it would spend seconds on a report of the
+    machine. Neither are lm-eval's caches: the key of `use_cache` doesn't know the model, and that
+    of `cache_requests` knows neither the data's path nor the limit.
+    """
+    from lm_eval.evaluator import evaluate as run
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if num_fewshot is not None and own != 0:
+            task.set_config(key="num_fewshot", value=num_fewshot)
+        elif own is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+    results: dict[str, Any] = run(
+        lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True
+    )
+    return results
+
+
+def finite(value: Any) -> float | None:
+    """A number as JSON can hold it: None for NaN, infinity and lm-eval's "N/A"."""
+    if isinstance(value, bool | int | float | np.number) and math.isfinite(float(value)):
+        return float(value)
+    return None
+
+
+def read_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    """lm-eval's flat {"acc,none": x, "acc_stderr,none": y} -> {"acc": {"value", "stderr"}}."""
+    read = {}
+    for key, value in metrics.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        label = metric if filtered == "none" else key
+        error = finite(metrics.get(f"{metric}_stderr,{filtered}"))
+        read[label] = {"value": finite(value), "stderr": error}
+    return read
+
+
+def keep_samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Per metric one number a document: 0/1, a value, or [log-likelihood, weight]."""
+    filters = sorted({sample["filter"] for sample in samples})
+    kept: dict[str, list[Any]] = {}
+    for filtered in filters:
+        rows = [sample for sample in samples if sample["filter"] == filtered]
+        for metric in rows[0]["metrics"]:
+            values = [_compact(row.get(metric)) for row in rows]
+            if all(value is not None for value in values):
+                label = metric if filtered == "none" else f"{metric},{filtered}"
+                kept[label] = values
+    return kept
+
+
+def _compact(value: Any) -> int | float | list[float] | None:
+    if isinstance(value, tuple | list):
+        parts = [finite(part) for part in value]
+        return [part for part in parts if part is not None] if None not in parts else None
+    number = finite(value)
+    return int(number) if number in (0.0, 1.0) else number
+
+
+def hash_of_samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """SHA-256 over what was asked: each document, prompt and target, as lm-eval hashes them."""
+    ordered = sorted(samples, key=lambda s: (s["doc_id"], s["filter"]))
+    parts = (s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in ordered)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def floors(samples: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """What no knowledge at all scores on a task of choices: guessing, and one constant answer.
+
+    Both are None where there are no choices; `constant` also where the right answer always stands
+    at the same place (a fact about the file, not about the task) or several answers are right.
+    """
+    first = [s for s in samples if s["filter"] == samples[0]["filter"]]
+    choices = [len(sample["arguments"]) for sample in first]
+    if "acc" not in first[0]["metrics"] or min(choices) < 2:
+        return {"chance": None, "constant": None}
+    several = [(sample["doc"].get("mc2_targets") or {}).get("labels", ()) for sample in first]
+    if [len(labels) for labels in several] == choices:
+        return {"chance": float(np.mean([np.mean(labels) for labels in several])), "constant": None}
+    right = [_right_choice(sample) for sample in first]
+    known = None not in right and len(set(right)) > 1
+    constant = max(right.count(place) for place in set(right)) / len(right) if known else None
+    return {"chance": float(np.mean([1 / count for count in choices])), "constant": constant}
+
+
+def _right_choice(sample: Mapping[str, Any]) -> int | None:
+    """Index of the right choice; lm-eval logs it as a number, as its digits, or as its text."""
+    target = str(sample["target"]).strip()
+    texts = [arguments[1].strip() for arguments in sample["arguments"]]
+    if target in texts:
+        return texts.index(target)
+    return int(target) if target.isdigit() else None
+
+
+def add_ratio_errors(
+    results: dict[str, dict[str, float | None]], samples: Mapping[str, Sequence[Any]]
+) -> None:
+    """Give weighted perplexities the standard errors that lm-eval doesn't compute."""
+    for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        pairs = samples.get(metric)
+        if metric not in results or pairs is None:
+            continue
+        error = ratio_error([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        value = results[metric]["value"]
+        if error is not None and value is not None:
+            scale = 1 / math.log(2) if metric == "bits_per_byte" else value
+            results[metric]["stderr"] = error * scale
+
+
+def _add_token_perplexity(
+    card: dict[str, Any],
+    model: LlamaForCausalLM,
+    tokenizer: Any,
+    settings: BenchmarkSettings,
+    cache: Path,
+    progress: Progress,
+) -> None:
+    """Perplexity on windows of 512 tokens of the raw test text, beside lm-eval's numbers."""
+    from reports.tasks.wikitext import raw_test_text
+
+    losses = window_losses(
+        model,
+        tokenizer,
+        raw_test_text(cache),
+        length=WINDOW,
+        windows=settings.perplexity_windows,
+        progress=progress,
+    )
+    metric = f"token_perplexity_{WINDOW}"
+    value, error = perplexity_of_windows(losses)
+    card["results"]["wikitext2"][metric] = {"value": finite(value), "stderr": error}
+    card["samples"]["wikitext2"][metric] = [round(loss, 6) for loss in losses]
+    card["tasks"]["wikitext2"]["perplexity_windows"] = len(losses)
+    card["tasks"]["wikitext2"]["higher_is_better"][metric] = False

