@@ -1,0 +1,40 @@
+# Two commands on an empty machine that has python3 (3.11 or newer) and make:
+#   make quickstart   a real teacher, pruned, distilled, measured; the report is in runs/quickstart
+#   make test         all tests, then the small recipes against their baselines
+# Each installs what it needs into .venv first; a second call installs nothing.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: quickstart test bench lint clean
+
+quickstart: $(INSTALLED)
+	$(BIN)/shearling run quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+	$(BIN)/shearling regress
+
+bench: $(INSTALLED)
+	$(BIN)/python -m pytest tests/bench -o python_files='bench_*.py' -s
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+# Made anew when the lists of packages change, and finished by the stamp alone: an installation
+# that was broken off is begun again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "shearling needs Python 3.11 or newer; name one with: make PYTHON=python3.12" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+	  echo "Python can't make a virtual environment; on Debian: apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(VENV), once"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
