@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,11 +23,13 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from compress import checkpointing
+from compress.attention import choose_attention
 from compress.checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from compress.data import Batch, StepData
 from compress.hidden import HiddenMatch, hidden_outputs, open_hidden_match
 from compress.interrupts import StopRequest
 from compress.losses import Comparison, FusedLoss, Term, compare
+from compress.memory import reuse_freed_memory
 from compress.optimizers import (
     build_optimizers,
     optimizer_tensors,
@@ -125,12 +126,17 @@ def _open_course(
     """Load and build everything; put a checkpoint's state back where there is one."""
     device = torch.device(device_name)
     torch.manual_seed(seed)
+    if device.type == "cpu":
+        reuse_freed_memory()
     if checkpoint:  # what was measured then, lest a busy machine change the arithmetic now
         precision = PrecisionChoice(**checkpoint.state["precision"])
     else:
         precision = fast_dtype(device, settings.precision)
     student = load_model(student_folder, torch.float32, device)
     teacher = load_model(teacher_folder, precision.dtype, device).eval().requires_grad_(False)
+    attention = choose_attention(device, precision.dtype, text.window)
+    for model in (teacher, student):
+        model.set_attn_implementation(attention)
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable()
     student.train()
@@ -266,7 +272,7 @@ def trunk(model: LlamaForCausalLM, batch: Batch, precision: PrecisionChoice) -> 
     """
     narrow = precision.dtype != torch.float32 and model.dtype != precision.dtype
     with torch.autocast(batch.input_BT.device.type, precision.dtype, enabled=narrow):
-        hidden_BTD = model.model(
+        hidden_BTD: Tensor = model.model(
             input_ids=batch.input_BT, position_ids=batch.positions_BT, use_cache=False
         ).last_hidden_state
     return hidden_BTD[batch.mask_BT]
@@ -478,7 +484,8 @@ def _open_metrics(out: Path, checkpoint: Checkpoint | None) -> TextIO:
 
 def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
     """Put the weights to be kept into the student, save it, and give the summary."""
-    assert course.best and course.first and course.latest, "start and end were evaluated"
+    assert course.best, "the end was evaluated"
+    assert course.latest, "the end was evaluated"
     if course.average is not None:
         _put_weights(course.student, course.average)
     kept = course.best if course.settings.keep == "best" else course.latest

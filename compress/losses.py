@@ -263,7 +263,7 @@ class FusedLoss:
             1.0 / max(positions if positions is not None else len(student_ND), 1),
             self.cross_entropy / max(labelled, 1),
         )
-        loss, *sums = _Fused.apply(
+        loss, *sums = _Fused.apply(  # type: ignore[no-untyped-call]
             student_ND, head_VD, teacher_NE, teacher_head_VE, labels_N, self, scales
         )
         names = [*(term.name for term in self.terms), "cross_entropy"]
@@ -440,7 +440,9 @@ def _project_back(
     if grad_CV.dtype == grad_VD.dtype:
         used_VD.addmm_(grad_CV.T, hidden_CD)
     else:
-        narrow_VD = fused.workspace.take("head", *head_VD.shape, grad_CV.dtype, grad_CV)
+        narrow_VD = fused.workspace.take(
+            "head", head_VD.shape[0], head_VD.shape[1], grad_CV.dtype, grad_CV
+        )
         used_VD.add_(torch.mm(grad_CV.T, hidden_CD, out=narrow_VD))
 
 

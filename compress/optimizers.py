@@ -71,7 +71,7 @@ def optimizer_tensors(
     model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer]
 ) -> dict[str, Tensor]:
     """All state as {"adamw/exp_avg/model.norm.weight": tensor, ...}."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {
         f"{kind}/{field}/{names[p]}": value
         for kind, optimizer in optimizers.items()

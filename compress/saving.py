@@ -42,6 +42,7 @@ def save_student(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
     dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32
     student = student.to(dtype).eval()
     student.activation_checkpointing_disable()
+    student.set_attn_implementation("sdpa")
     with folder_aside(folder) as aside:
         student.save_pretrained(aside)
         copy_tokenizer(source, aside)

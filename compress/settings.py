@@ -1,4 +1,4 @@
-"""What a recipe may say about pruning and distilling: data only, so reading a recipe loads no torch."""
+"""What a recipe may say about pruning and distilling: data only, so no torch is loaded."""
 
 from __future__ import annotations
 
