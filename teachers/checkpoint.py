@@ -32,6 +32,7 @@ from shearling import (
 from students.shape import Shape
 from teachers import gguf_file
 from teachers.fetch import default_cache, fetch, is_packaged
+from teachers.layout import expected_tensors, listed, tensor_problems
 from teachers.settings import TeacherSettings
 from teachers.weights import FLOAT_DTYPES, WeightFiles, is_finite, weight_files
 
@@ -51,42 +52,6 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old checkpoints carry it; it is computed
 _ADAPTER = re.compile(r"lora_|\.base_layer\.")
 _QUANTISED = re.compile(r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|quant_map|weight_scale)$")
-_SHOWN = 8  # names in one error message
-
-
-def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors of a stock ``LlamaForCausalLM`` of this shape.
-
-    ``lm_head.weight`` is left out where it is tied to the embeddings. Linear weights are
-    [out, in].
-    """
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    queries = shape.num_attention_heads * shape.head_dim
-    keys = shape.num_key_value_heads * shape.head_dim
-    linears = {
-        "self_attn.q_proj": (queries, hidden, shape.attention_bias),
-        "self_attn.k_proj": (keys, hidden, shape.attention_bias),
-        "self_attn.v_proj": (keys, hidden, shape.attention_bias),
-        "self_attn.o_proj": (hidden, queries, shape.attention_bias),
-        "mlp.gate_proj": (ffn, hidden, shape.mlp_bias),
-        "mlp.up_proj": (ffn, hidden, shape.mlp_bias),
-        "mlp.down_proj": (hidden, ffn, shape.mlp_bias),
-    }
-    tensors: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not shape.tie_word_embeddings:
-        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
-    for layer in range(shape.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        tensors[f"{prefix}.input_layernorm.weight"] = (hidden,)
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = (hidden,)
-        for name, (out, inp, bias) in linears.items():
-            tensors[f"{prefix}.{name}.weight"] = (out, inp)
-            if bias:
-                tensors[f"{prefix}.{name}.bias"] = (out,)
-    return tensors
 
 
 class Checkpoint:
@@ -243,11 +208,6 @@ def _refuse_features(checkpoint: Checkpoint) -> None:
         )
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
 def _unexpected(names: list[str]) -> Iterator[str]:
     """Say what tensors that no Llama of this configuration has are a sign of."""
     for pattern, meaning in (
@@ -259,37 +219,37 @@ def _unexpected(names: list[str]) -> Iterator[str]:
     ):
         found = [name for name in names if pattern.search(name)]
         if found:
-            yield f"{meaning}: {_listed(found)}"
+            yield f"{meaning}: {listed(found)}"
             names = [name for name in names if name not in found]
     if names:
-        yield f"tensors that a stock Llama does not have: {_listed(names)}"
+        yield f"tensors that a stock Llama does not have: {listed(names)}"
+
+
+def _misfit(checkpoint: Checkpoint, problems: list[str]) -> ShearlingError:
+    return ShearlingError(
+        f"The weights in {checkpoint.folder} don't fit its config.json:\n"
+        + "\n".join(f"  - {problem}" for problem in problems),
+        hint=_AGAIN,
+    )
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    infos, expected = checkpoint.weights.infos, expected_tensors(checkpoint.shape)
-    problems = []
-    missing = [name for name in expected if name not in infos]
-    if missing:
-        problems.append(f"{len(missing)} tensors are missing: {_listed(missing)}")
-    problems += [
-        f"{name} has shape {list(infos[name].shape)}, config.json says {list(shape)}"
-        for name, shape in expected.items()
-        if name in infos and infos[name].shape != shape
-    ][:_SHOWN]
-    problems += [
-        f"{name} is stored as {infos[name].dtype}, not as plain numbers"
-        for name in expected
-        if name in infos and infos[name].dtype not in FLOAT_DTYPES
-    ][:_SHOWN]
+    infos = checkpoint.weights.infos
+    problems = tensor_problems(
+        checkpoint.shape, {name: info.shape for name, info in infos.items()}, "config.json says"
+    )
+    if problems:
+        raise _misfit(checkpoint, problems)
+    expected = expected_tensors(checkpoint.shape)
+    strange = [n for n in expected if infos[n].dtype not in FLOAT_DTYPES]
+    if strange:
+        kinds = ", ".join(sorted({infos[name].dtype for name in strange}))
+        problems.append(f"stored as {kinds}, not as plain numbers: {listed(strange)}")
     allowed = {"lm_head.weight"}  # a tied model may carry its copy
     extra = [n for n in infos if n not in expected and n not in allowed and not _BUFFERS.search(n)]
     problems += _unexpected(extra)
     if problems:
-        raise ShearlingError(
-            f"The weights in {checkpoint.folder} don't fit its config.json:\n"
-            + "\n".join(f"  - {problem}" for problem in problems),
-            hint=_AGAIN,
-        )
+        raise _misfit(checkpoint, problems)
 
 
 def _check_values(checkpoint: Checkpoint) -> None:
@@ -303,7 +263,7 @@ def _check_values(checkpoint: Checkpoint) -> None:
     if bad:
         raise ShearlingError(
             f"{checkpoint.folder} has NaN or infinite weights in {len(bad)} tensors: "
-            f"{_listed(bad)}.",
+            f"{listed(bad)}.",
             hint="The model is damaged or its training diverged; use an earlier or intact copy.",
         )
     for file in unknown:

@@ -21,8 +21,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
 from shearling import Progress, ShearlingError, silent, write_json
+from students.shape import Shape
 from teachers.gguf_header import Gguf, read_gguf, refusal
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer, special_ids
+from teachers.layout import tensor_problems
 
 SHARD_BYTES = 2 << 30
 
@@ -97,8 +99,7 @@ def _architecture_problems(gguf: Gguf) -> list[str]:
         problems.append(
             f"one of {meta['split.count']} parts; join them with `llama-gguf-split --merge` first"
         )
-    known = {*_OUTER_NAMES, "rope_freqs.weight"}
-    extra = [n for n in gguf.tensors if n not in known and _layer_name(n) is None]
+    extra = [n for n in gguf.tensors if n != "rope_freqs.weight" and _hf_name(n) is None]
     if extra and not problems:
         problems.append(f"tensors that a stock Llama does not have: {', '.join(extra[:8])}")
     return problems
@@ -186,6 +187,10 @@ def _layer_name(name: str) -> str | None:
     return f"model.layers.{int(parts[1])}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
 
 
+def _hf_name(name: str) -> str | None:
+    return _OUTER_NAMES.get(name) or _layer_name(name)
+
+
 def unpermute(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """From GGUF's rotary layout to Hugging Face's, for the rows of a query or key matrix.
 
@@ -199,7 +204,7 @@ def unpermute(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
 def llama_tensors(gguf: Gguf, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and 32-bit tensors, one in memory at a time, in the file's order."""
     for name in gguf.tensors:
-        target = _OUTER_NAMES.get(name) or _layer_name(name)
+        target = _hf_name(name)
         if target is None:
             continue
         try:
@@ -221,7 +226,7 @@ def _shards(gguf: Gguf) -> list[int]:
     """How many tensors go into each shard, so that one is about SHARD_BYTES."""
     counts, size = [0], 0
     for name, info in gguf.tensors.items():
-        if name not in _OUTER_NAMES and _layer_name(name) is None:
+        if _hf_name(name) is None:
             continue
         bytes_ = 4 * math.prod(info.shape)
         if counts[-1] and size + bytes_ > SHARD_BYTES:
@@ -264,13 +269,27 @@ def convert(path: Path, out: Path, *, progress: Progress = silent) -> None:
     ``out`` is filled as it stands; the caller makes it appear as a whole.
     """
     gguf = read_gguf(path)
-    config = llama_config(gguf)
-    tokenizer = llama_tokenizer(gguf)
+    try:
+        config, tokenizer = llama_config(gguf), llama_tokenizer(gguf)
+        _check_tensors(gguf, config)
+    except ShearlingError:
+        raise
+    except Exception as error:  # metadata of any type and value, given to two libraries
+        raise refusal(path, f"its metadata make no sense: {error}") from error
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(out)
     _generation_config(gguf, config).save_pretrained(out)
     save_tokenizer(tokenizer, out)
     _save_weights(gguf, config, out, progress)
+
+
+def _check_tensors(gguf: Gguf, config: LlamaConfig) -> None:
+    shape = Shape.from_config(config)
+    names = ((_hf_name(name), info.shape) for name, info in gguf.tensors.items())
+    found = {name: dimensions for name, dimensions in names if name is not None}
+    problems = shape.internal_problems() or tensor_problems(shape, found, "the metadata say")
+    if problems:
+        raise refusal(gguf.path, *problems)
 
 
 def _generation_config(gguf: Gguf, config: LlamaConfig) -> GenerationConfig:

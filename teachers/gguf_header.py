@@ -109,8 +109,10 @@ class _Cursor:
     def string(self) -> str:
         length = self.scalar("<Q")
         start = self.take(length)
-        # A vocabulary may hold pieces of characters; they must survive to be compared as text.
-        return self.data[start : start + length].decode("utf-8", errors="surrogateescape")
+        try:
+            return self.data[start : start + length].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise _Damaged(f"the text at byte {start:,} is not UTF-8") from error
 
     def value(self, kind: int) -> Any:
         if kind == _STRING:

@@ -189,6 +189,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(copy: Path) -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"attention_bias": True}, "q_proj.bias"),
+        ({"num_hidden_layers": 10**12}, "1,000,000,000,000 layers"),
         ({"hidden_size": "wide"}, "not a usable Llama configuration"),
     ],
 )
