@@ -24,6 +24,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import reports.tasks as tasks
+from reports.compare import pack
 from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
 from reports.perplexity import perplexity_of_windows, ratio_error, window_losses
@@ -248,17 +249,17 @@ def read_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | None
     return read
 
 
-def keep_samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Per metric one number a document: 0/1, a value, or [log-likelihood, weight]."""
+def keep_samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, str | list[Any]]:
+    """Per metric one number a document: 0 or 1 ("0110"), a value, or [log-likelihood, weight]."""
     filters = sorted({sample["filter"] for sample in samples})
-    kept: dict[str, list[Any]] = {}
+    kept: dict[str, str | list[Any]] = {}
     for filtered in filters:
         rows = [sample for sample in samples if sample["filter"] == filtered]
         for metric in rows[0]["metrics"]:
             values = [_compact(row.get(metric)) for row in rows]
             if all(value is not None for value in values):
                 label = metric if filtered == "none" else f"{metric},{filtered}"
-                kept[label] = values
+                kept[label] = pack(values)
     return kept
 
 

