@@ -391,7 +391,7 @@ def _structure_mistakes(data: Mapping[str, Any]) -> list[str]:
             found.append(f"stages: no stage may have the name {name!r}; it means something else")
     # Folder names that differ only in case are one folder on some disks.
     folded = [name.casefold() for name in names]
-    for name in dict.fromkeys(n for n in names if folded.count(n.casefold()) > 1):
+    for name in dict.fromkeys(name for name in folded if folded.count(name) > 1):
         found.append(f"stages: the name {name!r} is given to more than one stage")
     kinds = [stage.get("kind") for stage in listed if isinstance(stage, dict)]
     if "distill" in kinds and "prune" not in kinds[: kinds.index("distill")]:

@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.recipe import Recipe
 from pipelines.stages import benchmark, distill, prune, teacher, transfer_set
 from pipelines.store import Store, stage_key
+from reports.tasks import mirror_file
 from students.settings import Settings
 
 STAGES: dict[str, ModuleType] = {
@@ -178,9 +179,14 @@ def _mirror_files(recipe: Recipe, fingerprint: Callable[[Path], str]) -> dict[st
     folder = Path(recipe.benchmark.mirror or "").expanduser()
     if not recipe.benchmark.mirror or not folder.is_dir():
         return {}
-    paths = sorted(folder.glob("*.jsonl"))
-    mine = [p for p in paths if any(p.stem.startswith(task) for task in recipe.benchmark.tasks)]
-    return {f"benchmark.mirror/{path.name}": fingerprint(path) for path in mine}
+    found = [mirror_file(task, folder) for task in recipe.benchmark.tasks]
+    return {
+        f"benchmark.mirror/{path.relative_to(folder)}": fingerprint(path)
+        for file in found
+        if file is not None
+        for path in (file, file.with_name(f"{file.stem}_train{file.suffix}"))
+        if path.is_file()
+    }
 
 
 # --- decisions ----------------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""A recipe that runs the whole pipeline on the tiny Llama in seconds, without any download."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Shearling = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="session")
+def tiny_mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A benchmark mirror with one stock task, COPA, on a few sentences."""
+    folder = tmp_path_factory.mktemp("mirror")
+    rows = [
+        {
+            "premise": f"The lamb sees {what}.",
+            "choice1": "It follows the shepherd.",
+            "choice2": "The gate counts the rain.",
+            "question": "effect",
+            "idx": index,
+            "label": 0,
+        }
+        for index, what in enumerate(("the hill", "a river", "the gate", "some wool"))
+    ]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "copa.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def recipe_data(tiny_llama: Path, tiny_text: Path, tiny_mirror: Path) -> dict[str, Any]:
+    """A valid recipe as raw data. Copy it before changing it."""
+    return {
+        "name": "tiny",
+        "seed": 0,
+        "device": "cpu",
+        "teacher": {"model": str(tiny_llama)},
+        "transfer_set": {
+            "window": 32,
+            "heldout_windows": 4,
+            "sources": [{"name": "grammar", "path": str(tiny_text)}],
+        },
+        "benchmark": {
+            "tasks": ["copa"],
+            "mirror": str(tiny_mirror),
+            "prompts": ["The shepherd"],
+            "completion_tokens": 4,
+            "speed": False,
+        },
+        "stages": [
+            {
+                "name": "prune",
+                "kind": "prune",
+                "shape": {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 48},
+                "calibration_tokens": 512,
+                "precision": "float32",
+            },
+            {
+                "name": "distill",
+                "kind": "distill",
+                "tokens": 1024,
+                "batch_tokens": 256,
+                "precision": "float32",
+                "evaluate_every": 0,
+                "save_every_seconds": 0,
+            },
+        ],
+    }
+
+
+@pytest.fixture
+def recipe_file(recipe_data: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(recipe_data, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "pipelines", *map(str, arguments)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a shearling of its own: offline, one thread."""
+    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return {**os.environ, **quiet, **extra}
+
+
+@pytest.fixture
+def shearling(tmp_path: Path) -> Shearling:
+    """Run `shearling ...` as a process of its own, in the test's folder."""
+
+    def run(*arguments: str | Path, **extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments),
+            cwd=tmp_path,
+            env=environment(**extra),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+
+    return run

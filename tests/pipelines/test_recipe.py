@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipelines.recipe import (
+    MAX_BYTES,
+    check_recipe,
+    load_recipe,
+    read_recipe,
+    shipped_recipes,
+)
+from shearling import ShearlingError
+
+
+@pytest.fixture
+def data(recipe_data: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(recipe_data)
+
+
+def mistakes(data: dict[str, Any]) -> str:
+    with pytest.raises(ShearlingError) as caught:
+        check_recipe(data)
+    assert caught.value.hint
+    return caught.value.what
+
+
+def test_a_good_recipe_is_read_and_survives_being_written(data: dict[str, Any]) -> None:
+    recipe = check_recipe(data)
+    assert recipe.stages[1].name == "distill"
+    assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_validates(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def test_an_unknown_key_names_the_nearest_known_one(data: dict[str, Any]) -> None:
+    data["stages"][1]["tokns"] = 5
+    assert "distill.tokns: unknown key; did you mean 'tokens'?" in mistakes(data)
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "nearest"),
+    [
+        ((), "seeds", "seed"),
+        (("teacher",), "modle", "model"),
+        (("transfer_set",), "windw", "window"),
+        (("transfer_set", "sources", 0), "feild", "field"),
+        (("benchmark",), "task", "tasks"),
+        (("stages", 0), "calibration_token", "calibration_tokens"),
+        (("stages", 0, "shape"), "hiden_size", "hidden_size"),
+        (("stages", 1, "hidden"), "wieght", "weight"),
+    ],
+)
+def test_nearest_keys_at_every_depth(
+    data: dict[str, Any], place: tuple[str | int, ...], key: str, nearest: str
+) -> None:
+    data["stages"][1]["hidden"] = {"weight": 0.5}
+    target: Any = data
+    for part in place:
+        target = target[part]
+    target[key] = 1
+    found = mistakes(data)
+    assert f"{key}: unknown key; did you mean {nearest!r}?" in found
+    assert "a mistake" in found
+
+
+def test_all_mistakes_are_told_at_once(data: dict[str, Any]) -> None:
+    data["seed"] = "many"
+    data["extra"] = 1
+    data["stages"][0]["shape"] = "like-3c"
+    data["stages"][0]["ridge"] = -1
+    data["stages"][1]["tokens"] = 0
+    data["stages"].append({"name": "PRUNE", "kind": "distil"})
+    found = mistakes(data)
+    assert "7 mistakes" in found
+    for part in (
+        "seed: ",
+        "extra: unknown key",
+        "prune.shape: no shape has the name 'like-3c'; did you mean 'like-3b'?",
+        "prune.ridge: should be greater than 0, not -1",
+        "distill.tokens: should be greater than 0, not 0",
+        "PRUNE.kind: must be one of prune, distill; did you mean 'distill'?",
+        "is given to more than one stage",
+    ):
+        assert part in found
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a" * 65, "a b", "con\n"])
+def test_names_that_are_no_folder_names(data: dict[str, Any], name: str) -> None:
+    data["stages"][0]["name"] = name
+    assert "can't be a folder's name" in mistakes(data)
+    data["stages"][0]["name"] = "prune"
+    data["name"] = name
+    assert "can't be a folder's name" in mistakes(data)
+
+
+@pytest.mark.parametrize("name", ["teacher", "transfer_set", "benchmark", "store", "seed"])
+def test_reserved_stage_names(data: dict[str, Any], name: str) -> None:
+    data["stages"][0]["name"] = name
+    assert f"no stage may have the name {name!r}" in mistakes(data)
+
+
+def test_stages_are_needed_and_in_order(data: dict[str, Any]) -> None:
+    data["stages"] = data["stages"][::-1]
+    assert "a distill stage stands before any prune stage" in mistakes(data)
+    data["stages"] = []
+    assert "stages: " in mistakes(data)
+    del data["stages"]
+    assert "stages: is missing" in mistakes(data)
+
+
+@pytest.mark.parametrize("shape", [{"hidden_size": True}, {"hidden_size": "24"}, {"x": 1}, 3, None])
+def test_shapes_of_wrong_types(data: dict[str, Any], shape: Any) -> None:
+    data["stages"][0]["shape"] = shape
+    assert "prune.shape" in mistakes(data)
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"name: a\nname: b\n", "line 2, column 1: the key 'name' is given twice"),
+        (b"stages: [\n", "is not valid YAML: line 2"),
+        (b"\xff\xfe\x00", "is not UTF-8 text"),
+        (b"- 1\n", "holds a list, not a mapping"),
+        (b"", "holds nothing, not a mapping"),
+        (b"x: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),
+        (b"x: &x [*x]\n", "more values than a recipe can need"),
+        (b"#" * (MAX_BYTES + 1), "is larger than"),
+        (b"[" * 5000, "is not valid YAML"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ShearlingError, match=r".") as caught:
+        load_recipe(str(path))
+    assert message in caught.value.what
+
+
+def test_a_file_of_nested_aliases_is_refused(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ShearlingError, match="more values than a recipe can need"):
+        read_recipe(path)
+
+
+def test_an_unknown_recipe_names_the_shipped_ones() -> None:
+    with pytest.raises(ShearlingError) as caught:
+        load_recipe("quickstrat")
+    assert "did you mean 'quickstart'?" in caught.value.what
+    assert "quickstart" in caught.value.hint
+
+
+def test_paths_count_from_the_recipe_then_from_here(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "recipes"
+    (folder / "near").mkdir(parents=True)
+    data["teacher"]["model"] = "near"
+    data["transfer_set"]["sources"][0]["path"] = "far.txt"
+    (folder / "r.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("recipes/r.yaml")
+    assert recipe.teacher.model == str(folder / "near")
+    assert recipe.transfer_set.sources[0].path == "far.txt"
+
+
+def test_the_name_is_the_files_by_default(data: dict[str, Any], tmp_path: Path) -> None:
+    del data["name"]
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    assert load_recipe(str(path)).name == "mine"
+
+
+# --- --set --------------------------------------------------------------------------------------
+
+
+def test_overrides_reach_stages_lists_and_absent_keys(recipe_file: Path) -> None:
+    recipe = load_recipe(
+        str(recipe_file),
+        [
+            "distill.tokens=2048",
+            "distill.hidden.weight=0.5",
+            "prune.shape.hidden_size=16",
+            "transfer_set.sources.0.tokens=77",
+            "transfer_set.sources.grammar.field=body",
+            "benchmark.tasks=[copa, piqa]",
+            "seed=3",
+        ],
+    )
+    prune, distill = recipe.stages
+    assert (distill.tokens, distill.hidden.weight, recipe.seed) == (2048, 0.5, 3)
+    assert prune.shape_spec()["hidden_size"] == 16
+    assert recipe.transfer_set.sources[0].tokens == 77
+    assert recipe.transfer_set.sources[0].field == "body"
+    assert recipe.benchmark.tasks == ("copa", "piqa")
+
+
+def test_an_override_turns_a_preset_into_axes(recipe_file: Path) -> None:
+    overrides = ["prune.shape=like-3b", "prune.shape.hidden_size=16"]
+    recipe = load_recipe(str(recipe_file), overrides)
+    assert recipe.stages[0].shape_spec() == {"hidden_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("prun.shape=x", "'prun' is neither a top-level key nor a stage; did you mean 'prune'?"),
+        ("distill.tokens", "write it as KEY.KEY=VALUE"),
+        ("=5", "write it as KEY.KEY=VALUE"),
+        ("distill..tokens=5", "write it as KEY.KEY=VALUE"),
+        ("distill.tokens=[", "the value is not valid YAML"),
+        ("transfer_set.sources.9.path=x", "has no item '9'"),
+        ("distill.tokns=5", "distill.tokns: unknown key; did you mean 'tokens'?"),
+        ("distill.tokens=few", "distill.tokens: "),
+    ],
+)
+def test_wrong_overrides(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ShearlingError) as caught:
+        load_recipe(str(recipe_file), [override])
+    assert message in caught.value.what
+
+
+def test_mistakes_of_file_and_overrides_come_together(data: dict[str, Any], tmp_path: Path) -> None:
+    data["extra"] = 1
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    with pytest.raises(ShearlingError, match="2 mistakes"):
+        load_recipe(str(path), ["nothing.at=all"])

@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.recipe import check_recipe
+from pipelines.stages.prune import joined_selection, student_shape
+from pipelines.steps import Step, build_steps, decide, differences
+from pipelines.store import Store
+from students.shape import Shape
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    store = Store(tmp_path / "store")
+    store.root.mkdir()
+    return store
+
+
+def steps_of(data: dict[str, Any], store: Store) -> dict[str, Step]:
+    return {step.name: step for step in build_steps(check_recipe(data), store.fingerprint)}
+
+
+def record(step: Step) -> dict[str, Any]:
+    """What a finished run of the step would have left in its stage.json."""
+    return json.loads(
+        json.dumps(
+            {
+                "kind": step.kind,
+                "key": step.key,
+                "settings": dict(step.slice),
+                "inputs": dict(step.inputs),
+                "code_version": step.code_version,
+            }
+        )
+    )
+
+
+def finish(step: Step, store: Store) -> None:
+    (store.open_work(step.kind, step.key, resumable=False) / "file").write_text("done")
+    store.publish(step.kind, step.key, record(step))
+
+
+def test_steps_in_order(recipe_data: dict[str, Any], store: Store) -> None:
+    assert list(steps_of(recipe_data, store)) == [
+        "teacher",
+        "transfer_set",
+        "teacher/benchmark",
+        "prune",
+        "prune/benchmark",
+        "distill",
+        "distill/benchmark",
+    ]
+
+
+def changed_by(data: dict[str, Any], store: Store, change: Any) -> set[str]:
+    """Names of the steps whose keys a change of the recipe changes."""
+    other = copy.deepcopy(data)
+    change(other)
+    before, after = steps_of(data, store), steps_of(other, store)
+    return {name for name in before if before[name].key != after[name].key}
+
+
+def test_what_a_change_makes_run_again(recipe_data: dict[str, Any], store: Store) -> None:
+    def tasks(data: dict[str, Any]) -> None:
+        data["benchmark"]["limit"] = 2
+
+    def tokens(data: dict[str, Any]) -> None:
+        data["stages"][1]["tokens"] = 2048
+
+    def window(data: dict[str, Any]) -> None:
+        data["transfer_set"]["window"] = 64
+
+    def words(data: dict[str, Any]) -> None:
+        data["name"], data["description"] = "other", "other"
+
+    benchmarks = {"teacher/benchmark", "prune/benchmark", "distill/benchmark"}
+    assert changed_by(recipe_data, store, tasks) == benchmarks
+    assert changed_by(recipe_data, store, tokens) == {"distill", "distill/benchmark"}
+    assert changed_by(recipe_data, store, window) == {
+        "transfer_set",
+        "prune",
+        "prune/benchmark",
+        "distill",
+        "distill/benchmark",
+    }
+    assert changed_by(recipe_data, store, words) == set()
+
+
+def test_renaming_a_stage_repeats_nothing(recipe_data: dict[str, Any], store: Store) -> None:
+    other = copy.deepcopy(recipe_data)
+    other["stages"][0]["name"] = "cut"
+    assert steps_of(other, store)["cut"].key == steps_of(recipe_data, store)["prune"].key
+
+
+def test_the_users_files_are_part_of_the_keys(
+    recipe_data: dict[str, Any], store: Store, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "one"}\n')
+    data = copy.deepcopy(recipe_data)
+    data["transfer_set"]["sources"][0]["path"] = str(text)
+    before = steps_of(data, store)["transfer_set"]
+    text.write_text('{"text": "one or two"}\n')
+    after = steps_of(data, store)["transfer_set"]
+    assert before.key != after.key
+    assert differences(after, record(before)) == [
+        "the files of transfer_set.sources.grammar.path changed"
+    ]
+
+
+def test_decisions_and_their_reasons(recipe_data: dict[str, Any], store: Store) -> None:
+    distill = steps_of(recipe_data, store)["distill"]
+    assert str(decide(distill, store, None)) == "runs: first time"
+    finish(distill, store)
+    assert str(decide(distill, store, record(distill))) == "not run again: nothing changed"
+    assert str(decide(distill, store, None)) == "not run again: nothing changed"
+
+    data = copy.deepcopy(recipe_data)
+    data["stages"][1]["tokens"] = 2048
+    data["seed"] = 1
+    longer = steps_of(data, store)["distill"]
+    reason = str(decide(longer, store, record(distill)))
+    assert reason.startswith("runs: recipe.seed 0 -> 1; recipe.distill.tokens 1024 -> 2048")
+    assert "its input prune changed" in reason
+
+    back = decide(distill, store, record(longer))
+    assert not back.runs
+    assert "recipe.distill.tokens 2048 -> 1024" in back.reason
+
+    store.open_work(longer.kind, longer.key, resumable=True)
+    assert decide(longer, store, None).reason == "goes on where it was interrupted"
+
+    (store.artefact("distill", distill.key) / "file").write_text("d")
+    assert decide(distill, store, record(distill)).reason == (
+        "artefact damaged: file has 1 of 4 bytes"
+    )
+
+
+def test_a_new_version_of_the_code_is_a_reason(
+    recipe_data: dict[str, Any], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = record(steps_of(recipe_data, store)["prune"])
+    monkeypatch.setattr("pipelines.stages.prune.CODE_VERSION", before["code_version"] + 1)
+    after = steps_of(recipe_data, store)["prune"]
+    version = before["code_version"]
+    assert decide(after, store, before).reason == f"code version {version} -> {version + 1}"
+
+
+def test_a_lost_artefact_is_a_reason(recipe_data: dict[str, Any], store: Store) -> None:
+    prune = steps_of(recipe_data, store)["prune"]
+    assert decide(prune, store, record(prune)).reason == "its artefact is gone from the store"
+
+
+def test_a_mirror_file_that_appears_later_is_measured(
+    recipe_data: dict[str, Any], store: Store, tmp_path: Path
+) -> None:
+    data = copy.deepcopy(recipe_data)
+    data["benchmark"]["mirror"] = str(tmp_path / "mirror")
+    (tmp_path / "mirror").mkdir()
+    before = steps_of(data, store)["teacher/benchmark"]
+    (tmp_path / "mirror" / "unrelated.jsonl").write_text("{}")
+    assert steps_of(data, store)["teacher/benchmark"].key == before.key
+    (tmp_path / "mirror" / "copa.jsonl").write_text("{}")
+    assert steps_of(data, store)["teacher/benchmark"].key != before.key
+
+
+def test_cuts_one_after_another_are_joined() -> None:
+    first = {
+        "layers": [0, 2, 3],
+        "hidden": [1, 3, 5, 7],
+        "heads": [[0, 2], [1, 3], [0, 1]],
+        "key_value_heads": [[0], [1], [0]],
+        "neurons": [[4, 5, 6], [1, 2, 3], [7, 8, 9]],
+    }
+    second = {
+        "layers": [0, 2],
+        "hidden": [0, 3],
+        "heads": [[1], [0]],
+        "key_value_heads": [[0], [0]],
+        "neurons": [[0, 2], [1]],
+    }
+    assert joined_selection(first, second) == {
+        "schema": 1,
+        "layers": [0, 3],
+        "hidden": [1, 7],
+        "heads": [[2], [0]],
+        "key_value_heads": [[0], [0]],
+        "neurons": [[4, 6], [8]],
+    }
+
+
+def test_a_preset_is_a_proportion_of_the_teacher_after_any_cut() -> None:
+    teacher = Shape(
+        hidden_size=64,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=8,
+        intermediate_size=112,
+        vocab_size=100,
+        tie_word_embeddings=True,
+    )
+    middle = student_shape("like-3b", teacher=teacher, newest=teacher)
+    assert student_shape("like-3b", teacher=teacher, newest=middle) == middle
+    cut = student_shape({"num_hidden_layers": 2}, teacher=teacher, newest=middle)
+    assert (cut.num_hidden_layers, cut.hidden_size) == (2, middle.hidden_size)

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipelines.store import SMALL_BYTES, STAGE_FILE, Store, lock_owner, run_lock, stage_key
+from shearling import ShearlingError
+
+KEY = "a" * 64
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def publish(store: Store, **files: bytes) -> Path:
+    work = store.open_work("prune", KEY, resumable=False)
+    for name, content in files.items():
+        (work / name).write_bytes(content)
+    return store.publish("prune", KEY, {"schema": 1, "key": KEY})
+
+
+def test_a_key_depends_on_everything() -> None:
+    base = stage_key("prune", 1, {"a": 1}, {"teacher": "x"})
+    assert base == stage_key("prune", 1, {"a": 1}, {"teacher": "x"})
+    others = {
+        stage_key("distill", 1, {"a": 1}, {"teacher": "x"}),
+        stage_key("prune", 2, {"a": 1}, {"teacher": "x"}),
+        stage_key("prune", 1, {"a": 2}, {"teacher": "x"}),
+        stage_key("prune", 1, {"a": 1}, {"teacher": "y"}),
+    }
+    assert len(others | {base}) == 5
+
+
+def test_publishing_is_one_rename_and_lists_the_files(store: Store) -> None:
+    final = publish(store, model=b"weights")
+    assert not store.partial("prune", KEY).exists()
+    record = store.read("prune", KEY)
+    assert record is not None
+    assert record["files"]["model"]["size"] == 7
+    assert STAGE_FILE not in record["files"]
+    assert (final / "model").read_bytes() == b"weights"
+    assert store.damage("prune", KEY) is None
+
+
+def test_an_interrupted_stage_starts_clean_unless_it_is_resumable(store: Store) -> None:
+    (store.open_work("prune", KEY, resumable=False) / "half").write_text("x")
+    assert (store.open_work("prune", KEY, resumable=True) / "half").is_file()
+    assert not any(store.open_work("prune", KEY, resumable=False).iterdir())
+
+
+def test_damage_is_noticed(store: Store) -> None:
+    big = os.urandom(SMALL_BYTES + 10)
+    folder = publish(store, small=b"0123456789", big=big)
+    (folder / "small").write_bytes(b"01234")
+    assert store.damage("prune", KEY) == "small has 5 of 10 bytes"
+    (folder / "small").write_bytes(b"0123456780")
+    assert store.damage("prune", KEY) == "small has other content than when it was made"
+    (folder / "small").write_bytes(b"0123456789")
+    assert store.damage("prune", KEY) is None
+    (folder / "big").unlink()
+    assert store.damage("prune", KEY) == "big is missing"
+    (folder / STAGE_FILE).write_text("{")
+    assert store.damage("prune", KEY) == "stage.json can't be read"
+
+
+def test_a_flipped_bit_in_a_big_file(store: Store) -> None:
+    big = bytes(SMALL_BYTES + 10)
+    folder = publish(store, big=big)
+    stat = (folder / "big").stat()
+    (folder / "big").write_bytes(b"\1" + big[1:])
+    assert store.damage("prune", KEY) == "big has other content than when it was made"
+    # With size and time as they were, only --verify reads it all again.
+    os.utime(folder / "big", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert store.damage("prune", KEY) is None
+    assert store.damage("prune", KEY, verify=True) is not None
+
+
+def test_a_copied_store_is_still_whole(store: Store) -> None:
+    folder = publish(store, big=bytes(SMALL_BYTES + 10))
+    os.utime(folder / "big")
+    assert store.damage("prune", KEY) is None
+
+
+def test_a_linked_folder_is_checked_through_the_link(store: Store, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "model.safetensors").write_bytes(b"weights")
+    work = store.open_work("teacher", KEY, resumable=False)
+    (work / "model").symlink_to(teacher)
+    store.publish("teacher", KEY, {"key": KEY})
+    assert store.damage("teacher", KEY) is None
+    (teacher / "model.safetensors").write_bytes(b"weigh")
+    assert store.damage("teacher", KEY) == "model/model.safetensors has 5 of 7 bytes"
+
+
+def test_fingerprints_follow_content_and_are_remembered(store: Store, tmp_path: Path) -> None:
+    store.root.mkdir()
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"1")
+    first = store.fingerprint(folder)
+    assert json.loads((store.root / "hashes.json").read_text())
+    assert store.fingerprint(folder) == first
+    (folder / "a").write_bytes(b"22")
+    assert store.fingerprint(folder) != first
+    (store.root / "hashes.json").write_text("broken")
+    (folder / "a").write_bytes(b"1")
+    assert store.fingerprint(folder) == first
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from pipelines.store import Store
+store = Store(Path(sys.argv[1]))
+work = store.open_work("prune", "a" * 64, resumable=False)
+(work / "model").write_bytes(b"x" * 100)
+print("half", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_kill_in_the_middle_leaves_nothing_half_done(store: Store) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(store.root)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"half\n"
+        process.send_signal(signal.SIGKILL)
+    assert not store.artefact("prune", KEY).exists()
+    assert store.partial("prune", KEY).exists()
+    publish(store, model=b"whole")
+    assert store.damage("prune", KEY) is None
+    assert (store.artefact("prune", KEY) / "model").read_bytes() == b"whole"
+
+
+# --- the lock -----------------------------------------------------------------------------------
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+from pipelines.store import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_two_runs_on_one_folder(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        owner = lock_owner(tmp_path)
+        assert owner is not None
+        assert owner["pid"] == other.pid
+        with pytest.raises(ShearlingError, match=str(other.pid)) as caught, run_lock(tmp_path):
+            pass
+        assert "--out" in caught.value.hint
+        other.kill()
+    # Killed without a word: the lock is stale and is taken over.
+    assert lock_owner(tmp_path) is None
+    with run_lock(tmp_path):
+        assert lock_owner(tmp_path) == lock_owner(tmp_path) is not None
+    assert lock_owner(tmp_path) is None
+
+
+def test_a_process_id_that_was_given_away_again_owns_nothing(tmp_path: Path) -> None:
+    import socket
+
+    lock = {"pid": os.getpid(), "process_started": time.time() - 1e6, "host": socket.gethostname()}
+    (tmp_path / "run.lock").write_text(json.dumps(lock))
+    assert lock_owner(tmp_path) is None
+    (tmp_path / "run.lock").write_text("not json")
+    assert lock_owner(tmp_path) is None
+
+
+def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="boom"), run_lock(tmp_path):
+        raise ValueError("boom")
+    with run_lock(tmp_path):
+        pass
