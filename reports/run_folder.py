@@ -1,0 +1,247 @@
+"""Read what a run folder says, in whatever state; what can't be read is noted, not fatal.
+
+Only JSON, JSONL and YAML are opened, never a model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from shearling import ShearlingError
+
+Data = dict[str, Any]
+
+
+@dataclass
+class Stage:
+    """One stage of a run: its row in the journal and the JSON in its folder."""
+
+    name: str
+    kind: str
+    state: str
+    reason: str | None = None
+    seconds: float | None = None
+    peak_memory_bytes: int | None = None
+    scorecard: Data | None = None
+    record: Data = field(default_factory=dict)
+    """stage.json"""
+    config: Data = field(default_factory=dict)
+    """model/config.json"""
+    selection: Data = field(default_factory=dict)
+    transfer_set: Data = field(default_factory=dict)
+    metrics: list[Data] = field(default_factory=list)
+
+    @property
+    def summary(self) -> Data:
+        """What the stage itself found worth telling."""
+        return as_dict(self.record.get("summary"))
+
+
+@dataclass
+class Run:
+    """A run folder as data. `problems` says in words what was missing or could not be read."""
+
+    folder: Path
+    name: str
+    state: str
+    journal: Data
+    recipe: Data
+    recipe_text: str
+    lock: Data
+    stages: list[Stage]
+    problems: list[str]
+
+    @property
+    def models(self) -> list[Stage]:
+        """The stages that make a model, the teacher first."""
+        return [stage for stage in self.stages if stage.kind != "transfer_set"]
+
+    @property
+    def measured(self) -> list[Stage]:
+        """The models whose scorecard is there."""
+        return [stage for stage in self.models if stage.scorecard]
+
+    @property
+    def teacher(self) -> Data | None:
+        """The teacher's scorecard."""
+        found = [stage.scorecard for stage in self.measured if stage.kind == "teacher"]
+        return found[0] if found else None
+
+
+def as_dict(value: Any) -> Data:
+    """The value if it is a mapping, else an empty one."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """The value if it is a list, else an empty one."""
+    return list(value) if isinstance(value, list) else []
+
+
+def as_number(value: Any) -> float | None:
+    """The value if it is a finite number, else None."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if number and abs(value) < float("inf") else None
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. One that doesn't exist, or holds nothing of a run, is a ShearlingError."""
+    folder = Path(folder)
+    known = ("run.json", "recipe.yaml", "stages", "lock.json")
+    if not any((folder / name).exists() for name in known):
+        raise ShearlingError(
+            f"{folder} is not a run: it has none of {', '.join(known)}.",
+            hint="Name the folder that `shearling run` wrote, as in runs/quickstart.",
+        )
+    problems: list[str] = []
+    journal = _read_json(folder / "run.json", problems)
+    recipe_text = _read_text(folder / "recipe.yaml", problems)
+    recipe = _parse_yaml(recipe_text, problems)
+    stages = [
+        _read_stage(folder / "stages" / _file_name(row.get("name")), row, problems)
+        for row in _rows(folder, journal, recipe)
+    ]
+    stages.sort(key=lambda stage: stage.kind != "teacher")
+    return Run(
+        folder=folder,
+        name=str(recipe.get("name") or journal.get("recipe") or folder.resolve().name),
+        state=_state(journal, stages),
+        journal=journal,
+        recipe=recipe,
+        recipe_text=recipe_text,
+        lock=_read_json(folder / "lock.json", problems),
+        stages=stages,
+        problems=problems,
+    )
+
+
+def _rows(folder: Path, journal: Data, recipe: Data) -> list[Data]:
+    """The stages in order: as the journal has them, else as the recipe has, else as folders are."""
+    rows = [row for row in map(as_dict, as_list(journal.get("stages"))) if row.get("name")]
+    if rows:
+        return rows
+    rows = [{"name": "teacher", "kind": "teacher"}] if recipe.get("teacher") else []
+    rows += [row for row in map(as_dict, as_list(recipe.get("stages"))) if row.get("name")]
+    known = {row["name"] for row in rows}
+    found = sorted(folder.glob("stages/*/stage.json"), key=lambda path: path.stat().st_mtime)
+    extra = [path.parent.name for path in found if path.parent.name not in known]
+    return [*rows, *({"name": name} for name in extra)]
+
+
+def _file_name(name: Any) -> str:
+    """A stage's name as one part of a path: a hostile journal may not lead out of the run."""
+    return Path(str(name)).name or "unnamed"
+
+
+def _read_stage(folder: Path, row: Data, problems: list[str]) -> Stage:
+    record = _read_json(folder / "stage.json", problems, required=False)
+    state = row.get("state") or ("done" if record else "waiting")
+    memory = as_number(row.get("peak_memory_bytes", record.get("peak_memory_bytes")))
+    reason = row.get("reason") or record.get("reason")
+    return Stage(
+        name=str(row.get("name")),
+        kind=str(row.get("kind") or record.get("kind") or "unknown"),
+        state=str(state),
+        reason=None if reason is None else str(reason),
+        seconds=as_number(row.get("seconds")) or as_number(record.get("seconds")),
+        peak_memory_bytes=None if memory is None else int(memory),
+        scorecard=_read_scorecard(folder / "scorecard.json", problems),
+        record=record,
+        config=_read_json(folder / "model" / "config.json", problems, required=False),
+        selection=_read_json(folder / "selection.json", problems, required=False),
+        transfer_set=_read_json(folder / "transfer_set.json", problems, required=False),
+        metrics=_read_lines(folder / "metrics.jsonl", problems),
+    )
+
+
+def _read_scorecard(path: Path, problems: list[str]) -> Data | None:
+    """A scorecard whose parts have the right types, so that nobody after this has to ask."""
+    card = _read_json(path, problems, required=False)
+    if not card:
+        return None
+    for part in ("results", "tasks", "skipped", "speed", "versions", "samples"):
+        card[part] = as_dict(card.get(part))
+    card["results"] = {
+        task: {metric: as_dict(number) for metric, number in as_dict(metrics).items()}
+        for task, metrics in card["results"].items()
+    }
+    card["tasks"] = {task: as_dict(facts) for task, facts in card["tasks"].items()}
+    card["samples"] = {task: as_dict(values) for task, values in card["samples"].items()}
+    card["completions"] = [as_dict(entry) for entry in as_list(card.get("completions"))]
+    return card
+
+
+def _read_text(path: Path, problems: list[str], *, required: bool = True) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        if required:
+            problems.append(f"{path.name} is not there.")
+    except OSError as error:
+        problems.append(f"{path.name} can't be read: {error.strerror}.")
+    return ""
+
+
+def _read_json(path: Path, problems: list[str], *, required: bool = True) -> Data:
+    text = _read_text(path, problems, required=required)
+    if not text:
+        return {}
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        problems.append(f"{path.parent.name}/{path.name} is damaged.")
+        return {}
+    return data
+
+
+def _parse_yaml(text: str, problems: list[str]) -> Data:
+    try:
+        data = yaml.safe_load(text) if text else {}
+    except (yaml.YAMLError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        problems.append("recipe.yaml is damaged.")
+        return {}
+    return data
+
+
+def _read_lines(path: Path, problems: list[str]) -> list[Data]:
+    """The lines of a JSONL file; the last one may be half written."""
+    lines: list[Data] = []
+    for text in _read_text(path, problems, required=False).splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def _state(journal: Data, stages: list[Stage]) -> str:
+    """The run's state; a run that says it is running while its process is gone is interrupted."""
+    state = str(journal.get("state") or "unknown")
+    if state != "running":
+        return state
+    if journal.get("host") not in (None, os.uname().nodename):
+        return state
+    pid, started = journal.get("pid"), as_number(journal.get("process_started"))
+    try:
+        process = psutil.Process(pid) if isinstance(pid, int) else None
+        same = process and (started is None or abs(process.create_time() - started) < 1)
+    except (psutil.Error, ValueError):
+        same = False
+    if not same:
+        for stage in stages:
+            stage.state = "interrupted" if stage.state == "running" else stage.state
+    return state if same else "interrupted"
