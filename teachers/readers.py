@@ -154,7 +154,8 @@ def _field(item: Any, settings: SourceSettings, where: str) -> str:
         return item
     if not isinstance(item, Mapping):
         raise ShearlingError(
-            f"{where} is a {type(item).__name__}, not an object with a field {settings.field!r}.",
+            f"{where} is not an object with a field {settings.field!r}, but a value of type "
+            f"{type(item).__name__}.",
             hint=f"Check `format` of the source {settings.name!r}.",
         )
     if settings.field not in item:
@@ -166,7 +167,8 @@ def _field(item: Any, settings: SourceSettings, where: str) -> str:
     text = item[settings.field]
     if not isinstance(text, str):
         raise ShearlingError(
-            f"{where}: the field {settings.field!r} is a {type(text).__name__}, not text.",
+            f"{where}: the field {settings.field!r} holds a value of type {type(text).__name__}, "
+            "not text.",
             hint=f"Set `field` of the source {settings.name!r} to one that holds text.",
         )
     return text

@@ -19,6 +19,7 @@ import hashlib
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,21 @@ def _batches(source: Iterable[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
+def _encoded(
+    source: Iterable[Document], encoder: Encoder
+) -> Iterator[tuple[list[Document], list[Ids]]]:
+    """Batches with their ids; the next batch is read while the tokenizer works on this one."""
+    with ThreadPoolExecutor(1) as pool:
+        before: tuple[list[Document], Future[list[Ids]]] | None = None
+        for batch in _batches(source):
+            current = batch, pool.submit(encoder.batch, [document.text for document in batch])
+            if before is not None:
+                yield before[0], before[1].result()
+            before = current
+        if before is not None:
+            yield before[0], before[1].result()
+
+
 def tokenise(
     source: Iterable[Document],
     encoder: Encoder,
@@ -139,12 +155,11 @@ def tokenise(
     show, name, total = progress
     lengths, sizes, count = array("q"), array("q"), 0
     with disk_errors(path), path.open("wb") as file:
-        for batch in _batches(source):
-            for document, ids in zip(batch, encoder.batch([d.text for d in batch]), strict=True):
-                ids.tofile(file)
-                lengths.append(ids.size)
-                sizes.append(len(document.text.encode()))
-                count += ids.size
+        for batch, encoded in _encoded(source, encoder):
+            np.concatenate(encoded).tofile(file)
+            lengths.extend(ids.size for ids in encoded)
+            sizes.extend(len(document.text.encode()) for document in batch)
+            count = file.tell() // np.dtype(np.uint32).itemsize
             show(f"tokenise {name}", len(lengths), max(total, len(lengths)), tokens=float(count))
             if enough is not None and count >= enough:
                 break
