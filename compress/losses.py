@@ -59,8 +59,10 @@ def _unmasked(values_N: Tensor, mask_N: Tensor | None) -> Tensor:
 
 
 def _log_mixture(first_NV: Tensor, second_NV: Tensor, share: float) -> Tensor:
-    """log(share · exp(first) + (1 - share) · exp(second)), minus infinity where both are."""
-    return (share * first_NV.exp() + (1 - share) * second_NV.exp()).log()
+    """log(share · exp(first) + (1 - share) · exp(second)), finite where both are minus infinity."""
+    mixture_NV = share * first_NV.exp() + (1 - share) * second_NV.exp()
+    # Below the smallest number the clamp has no gradient; the logarithm's would be infinite.
+    return mixture_NV.clamp(min=torch.finfo(mixture_NV.dtype).tiny).log()
 
 
 def forward_kl(

@@ -15,6 +15,7 @@ import torch
 from compress.settings import Precision
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_AT_LEAST = 5
 _SHAPE_MKN = (1024, 576, 1536)
 """Rows, inner and outer size of the measured product: the order of a small model's layers."""
 
@@ -44,14 +45,14 @@ def product_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.1)
     rows, inner, outer = _SHAPE_MKN
     left = torch.ones(rows, inner, device=device, dtype=dtype)
     right = torch.ones(inner, outer, device=device, dtype=dtype)
-    best, end = float("inf"), time.perf_counter() + seconds
     left @ right  # the first product sets the libraries up
-    while time.perf_counter() < end:
+    best, products, end = float("inf"), 0, time.perf_counter() + seconds
+    while products < _AT_LEAST or time.perf_counter() < end:
         _wait(device)
         start = time.perf_counter()
         left @ right
         _wait(device)
-        best = min(best, time.perf_counter() - start)
+        best, products = min(best, time.perf_counter() - start), products + 1
     return 2.0 * rows * inner * outer / best
 
 

@@ -40,7 +40,9 @@ def save_student(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
         ShearlingError: the saved model does not answer as the one in memory does.
     """
     dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32
-    student = student.to(dtype).eval()
+    student.eval()
+    for parameter in student.parameters():  # not .to(dtype): RoPE's frequencies stay float32
+        parameter.data = parameter.data.to(dtype)
     student.activation_checkpointing_disable()
     student.set_attn_implementation("sdpa")
     with folder_aside(folder) as aside:

@@ -1,0 +1,295 @@
+"""The training loop: it learns, it is exact, it keeps documents apart, it stops with a word."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from compress.data import StepData, make_batch
+from compress.distill import distill
+from compress.losses import IGNORED, cross_entropy, forward_kl, hidden_cosine
+from compress.settings import DistillSettings
+from shearling import ShearlingError
+from teachers.transfer_set import TransferSet
+
+BASE: dict[str, Any] = {
+    "tokens": 32 * 8 * 6,
+    "batch_tokens": 32 * 8,
+    "learning_rate": 5e-3,
+    "precision": "float32",
+    "evaluate_every": 3,
+}
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    return [line for line in lines(out) if "loss" in line]
+
+
+class Bench:
+    """The same teacher, student and text for every run of a test."""
+
+    def __init__(self, teacher: Path, student: Path, text: Path, tmp_path: Path) -> None:
+        self.teacher, self.student, self.text, self.tmp_path = teacher, student, text, tmp_path
+
+    def run(self, name: str = "out", **options: Any) -> tuple[Path, dict[str, Any]]:
+        more = {k: options.pop(k) for k in ("selection", "progress", "seed") if k in options}
+        out = self.tmp_path / name
+        settings = DistillSettings(**{**BASE, **options})
+        return out, distill(self.teacher, self.student, out, self.text, settings, **more)
+
+
+@pytest.fixture
+def bench(tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path) -> Bench:
+    return Bench(tiny_llama, tiny_student, tiny_transfer_set, tmp_path)
+
+
+# --- it works --------------------------------------------------------------------------------
+
+
+def test_the_student_comes_nearer_to_the_teacher(bench: Bench) -> None:
+    out, summary = bench.run(tokens=32 * 8 * 20)
+    assert summary["heldout_end"]["heldout_kl"] < 0.8 * summary["heldout_start"]["heldout_kl"]
+    assert summary["steps"] == 20
+    assert summary["tokens"] == 32 * 8 * 20
+    assert summary["precision"]["name"] == "float32"
+    assert {line["step"] for line in steps(out)} == set(range(1, 21))
+    wanted = {"step", "steps", "tokens", "loss", "forward_kl", "cross_entropy", "learning_rate"}
+    wanted |= {"gradient_norm", "tokens_per_second", "seconds"}
+    assert all(wanted <= line.keys() for line in steps(out))
+    evaluations = [line for line in lines(out) if "heldout_kl" in line]
+    assert [line["step"] for line in evaluations] == [0, 3, 6, 9, 12, 15, 18, 20]
+
+
+def test_the_output_is_a_stock_model_with_its_tokenizer(bench: Bench) -> None:
+    out, summary = bench.run()
+    model = LlamaForCausalLM.from_pretrained(out / "model")
+    assert model.dtype == torch.float32
+    assert sum(p.numel() for p in model.parameters()) == summary["parameters"]
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    text = "the sheep, shorn"
+    assert tokenizer(text) == AutoTokenizer.from_pretrained(bench.student)(text)
+    assert "shearling" not in (out / "model" / "config.json").read_text()
+
+
+def test_the_student_s_dtype_is_kept(bench: Bench) -> None:
+    narrow = bench.tmp_path / "narrow"
+    LlamaForCausalLM.from_pretrained(bench.student, dtype=torch.bfloat16).save_pretrained(narrow)
+    bench.student = narrow
+    out, _ = bench.run()
+    assert LlamaForCausalLM.from_pretrained(out / "model").dtype == torch.bfloat16
+
+
+def test_the_first_step_s_loss_is_what_stock_models_and_dense_losses_say(bench: Bench) -> None:
+    """The oracle computes each document alone, so this also proves that nothing leaks."""
+    settings = DistillSettings(**BASE)
+    text = TransferSet(bench.text)
+    data = StepData(text, settings, seed=0, device=torch.device("cpu"))
+    teacher = LlamaForCausalLM.from_pretrained(bench.teacher)
+    student = LlamaForCausalLM.from_pretrained(bench.student)
+    divergences, surprises, documents = [], [], 0
+    for window in data.windows(0):
+        batch = text.batch([window])
+        ids, positions = batch["input_ids"][0], batch["position_ids"][0]
+        begins = [0, *(np.flatnonzero(positions[1:] == 0) + 1).tolist(), len(ids)]
+        for first, last in pairwise(begins):
+            with torch.no_grad():
+                taught, learnt = (m(ids[None, first:last]).logits[0] for m in (teacher, student))
+            labels = torch.cat([ids[first + 1 : last], torch.tensor([IGNORED])])
+            ends_inside = last < len(ids)
+            divergences.append(forward_kl(learnt, taught)[: -1 if ends_inside else None])
+            surprises.append(cross_entropy(learnt, labels)[:-1])
+            documents += 1
+    assert documents > data.step_windows, "the windows must hold documents' ends to be a test"
+    out, _ = bench.run()
+    line = steps(out)[0]
+    assert line["forward_kl"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-5)
+    assert line["cross_entropy"] == pytest.approx(torch.cat(surprises).mean().item(), rel=1e-5)
+    assert line["loss"] == pytest.approx(line["forward_kl"], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_documents_in_one_window_do_not_see_each_other(
+    bench: Bench, precision: str, tiny_llama: Path
+) -> None:
+    """Change the first document: what the model says in the second stays the same to the bit."""
+    from compress.attention import choose_attention
+    from compress.distill import trunk
+    from compress.precision import fast_dtype
+
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    choice = fast_dtype("cpu", precision)  # type: ignore[arg-type]
+    model.set_attn_implementation(choose_attention(torch.device("cpu"), choice.dtype, 16))
+    ids = torch.randint(0, 300, (2, 16), generator=torch.Generator().manual_seed(0))
+    positions = torch.stack([torch.arange(16), torch.cat([torch.arange(7), torch.arange(9)])])
+    other = ids.clone()
+    other[1, :7] = (ids[1, :7] + 11) % 300
+    first, second = (
+        trunk(model, make_batch(x, positions, torch.device("cpu")), choice) for x in (ids, other)
+    )
+    # Row 0 has 16 positions that count, document one of row 1 has 6: its last one does not.
+    assert torch.equal(first[:16], second[:16])
+    assert not torch.equal(first[16:22], second[16:22])
+    assert torch.equal(first[22:], second[22:])
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_micro_batches_change_nothing_but_rounding(bench: Bench, micro: int) -> None:
+    whole, _ = bench.run("whole", micro_batch_windows=8, cross_entropy=0.5)
+    parts, _ = bench.run("parts", micro_batch_windows=micro, cross_entropy=0.5)
+    for one, other in zip(steps(whole), steps(parts), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=2e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_rounding(bench: Bench) -> None:
+    hidden = {"hidden": {"weight": 0.5}, "selection": selection(bench, [0, 2])}
+    plain, _ = bench.run("plain", **hidden)
+    frugal, _ = bench.run("frugal", gradient_checkpointing=True, **hidden)
+    for one, other in zip(steps(plain), steps(frugal), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_two_runs_are_the_same_to_the_bit_and_another_seed_is_not(bench: Bench) -> None:
+    losses = [[line["loss"] for line in steps(bench.run(name)[0])] for name in ("a", "b")]
+    other = [line["loss"] for line in steps(bench.run("c", seed=1)[0])]
+    assert losses[0] == losses[1] != other
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "muon"},
+        {"ema": 0.5},
+        {"reverse_kl": 0.5, "skewed_kl": 0.2, "temperature": 2.0},
+        {"forward_kl": 0.0, "cross_entropy": 1.0},
+        {"precision": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_every_option_learns(bench: Bench, options: dict[str, Any]) -> None:
+    _, summary = bench.run(**{"tokens": 32 * 8 * 12, **options})
+    start, end = summary["heldout_start"], summary["heldout_end"]
+    name = "heldout_kl" if options.get("forward_kl", 1) else "heldout_perplexity"
+    assert end[name] < 0.9 * start[name]
+
+
+def test_the_learning_rate_rises_and_falls_to_its_share(bench: Bench) -> None:
+    out, _ = bench.run(tokens=32 * 8 * 10, warmup=0.3, final_learning_rate=0.1)
+    rates = [line["learning_rate"] for line in steps(out)]
+    assert rates[:3] == pytest.approx([5e-3 / 3, 5e-3 * 2 / 3, 5e-3])
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert rates[-1] == pytest.approx(5e-4)
+
+
+def test_the_best_weights_are_kept_when_the_last_are_worse(bench: Bench) -> None:
+    """Learning the labels leads away from a random teacher after a while."""
+    options = {"tokens": 32 * 8 * 30, "forward_kl": 0.0, "cross_entropy": 1.0, "evaluate_every": 2}
+    out, summary = bench.run("best", **options)
+    best = min((x for x in lines(out) if "heldout_kl" in x), key=lambda x: x["heldout_kl"])
+    assert best["step"] < 30, "or this tests nothing"
+    assert summary["kept_step"] == summary["heldout_best"]["step"] == best["step"]
+    again = bench.tmp_path / "again"
+    bench.student = out / "model"
+    settings = DistillSettings(**{**BASE, "tokens": 256})
+    start = distill(bench.teacher, bench.student, again, bench.text, settings)["heldout_start"]
+    assert start["heldout_kl"] == pytest.approx(best["heldout_kl"], rel=1e-6)
+
+
+# --- hidden states ---------------------------------------------------------------------------
+
+
+def selection(bench: Bench, layers: list[int], dims: int = 24) -> Path:
+    path = bench.tmp_path / "selection.json"
+    path.write_text(json.dumps({"layers": layers, "hidden": list(range(3, 3 + dims))}))
+    return path
+
+
+def test_hidden_states_meet_as_the_selection_says(bench: Bench) -> None:
+    chosen = selection(bench, [1, 3])
+    out, _ = bench.run(hidden={"weight": 0.5}, selection=chosen, tokens=32)
+    text = TransferSet(bench.text)
+    data = StepData(text, DistillSettings(**{**BASE, "tokens": 32}), seed=0, device="cpu")  # type: ignore[arg-type]
+    batch = text.batch(data.windows(0))
+    taught, learnt = {}, {}
+    for folder, layers, found in ((bench.teacher, [1, 3], taught), (bench.student, [0, 1], learnt)):
+        model = LlamaForCausalLM.from_pretrained(folder)
+        for number in layers:
+            model.model.layers[number].register_forward_hook(
+                lambda *event, number=number, found=found: found.__setitem__(number, event[2])
+            )
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+    mask = make_batch(
+        **{"input_BT": batch["input_ids"], "positions_BT": batch["position_ids"]},
+        device=torch.device("cpu"),
+    ).mask_BT
+    expected = [
+        hidden_cosine(learnt[mine][mask], taught[theirs][mask][:, 3:27]).mean()
+        for mine, theirs in ((0, 1), (1, 3))
+    ]
+    line = steps(out)[0]
+    assert line["hidden"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    assert line["loss"] == pytest.approx(line["forward_kl"] + 0.5 * line["hidden"], rel=1e-5)
+
+
+def test_a_map_beside_the_selection_replaces_picking(bench: Bench) -> None:
+    chosen = selection(bench, [1, 3])
+    picked, _ = bench.run("picked", hidden={"weight": 0.5}, selection=chosen, tokens=256)
+    save_file({"hidden": torch.eye(32)[:, 3:27].contiguous()}, chosen.parent / "maps.safetensors")
+    mapped, _ = bench.run("mapped", hidden={"weight": 0.5}, selection=chosen, tokens=256)
+    assert steps(mapped)[0]["hidden"] == pytest.approx(steps(picked)[0]["hidden"], rel=1e-5)
+
+
+def test_a_selection_that_does_not_fit_is_refused_with_a_word(bench: Bench) -> None:
+    with pytest.raises(ShearlingError, match="hidden-state loss"):
+        bench.run(hidden={"weight": 0.5}, selection=selection(bench, [1, 3, 2]))
+    with pytest.raises(ShearlingError, match="without the pruner's selection"):
+        bench.run(hidden={"weight": 0.5})
+
+
+# --- it stops with a word --------------------------------------------------------------------
+
+
+def test_an_exploding_loss_stops_with_the_step_and_keeps_the_last_checkpoint(bench: Bench) -> None:
+    with pytest.raises(ShearlingError, match=r"step \d+") as caught:
+        bench.run(
+            tokens=32 * 8 * 60, learning_rate=50.0, warmup=0.5, clip=1e9, save_every_seconds=0
+        )
+    assert "learning_rate" in caught.value.hint
+    kept = sorted((bench.tmp_path / "out" / "resume").glob("step-*"))
+    assert len(kept) == 1
+    from safetensors.torch import load_file
+
+    weights = load_file(kept[0] / "student.safetensors")
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_nan_in_the_weights_is_named_at_once(bench: Bench) -> None:
+    broken = bench.tmp_path / "broken"
+    model = LlamaForCausalLM.from_pretrained(bench.student)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    model.save_pretrained(broken)
+    bench.student = broken
+    with pytest.raises(ShearlingError, match="nan"):
+        bench.run()
+    assert not (bench.tmp_path / "out" / "model").exists()
+
+
+def test_a_missing_model_is_named(bench: Bench) -> None:
+    bench.student = bench.tmp_path / "nowhere"
+    with pytest.raises(ShearlingError, match="nowhere"):
+        bench.run()

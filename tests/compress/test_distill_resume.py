@@ -1,0 +1,215 @@
+"""Killed at any moment and started again: the same losses and weights, to the last bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.checkpointing import Checkpoint, load_checkpoint, save_checkpoint
+from compress.distill import distill
+from compress.interrupts import StopRequest
+from compress.settings import DistillSettings
+from shearling import ShearlingError
+
+SETTINGS: dict[str, Any] = {
+    "tokens": 32 * 8 * 24,
+    "batch_tokens": 32 * 8,
+    "learning_rate": 5e-3,
+    "precision": "float32",
+    "evaluate_every": 5,
+    "save_every_seconds": 0,
+    "ema": 0.9,
+    "optimizer": "muon",
+}
+
+CHILD = """
+import json, sys, time
+from pathlib import Path
+import torch
+from compress.distill import distill
+from compress.settings import DistillSettings
+torch.set_num_threads(1)
+teacher, student, out, text, settings = sys.argv[1:]
+try:
+    distill(Path(teacher), Path(student), Path(out), Path(text),
+            DistillSettings(**json.loads(settings)), progress=lambda *a, **k: time.sleep(0.02))
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def child(teacher: Path, student: Path, out: Path, text: Path) -> subprocess.Popen[bytes]:
+    paths = [str(path) for path in (teacher, student, out, text)]
+    command = [sys.executable, "-c", CHILD, *paths, json.dumps(SETTINGS)]
+    root = Path(__file__).resolve().parents[2]
+    return subprocess.Popen(
+        command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+    )
+
+
+def wait_for_lines(process: subprocess.Popen[bytes], metrics: Path, count: int) -> None:
+    end = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < end:
+        if metrics.is_file() and len(metrics.read_bytes().splitlines()) >= count:
+            return
+        time.sleep(0.005)
+
+
+def curve(out: Path) -> list[dict[str, Any]]:
+    """All lines without what a clock says."""
+    clocks = {"seconds", "tokens_per_second"}
+    lines = (json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines())
+    return [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_llama: Path,
+    tiny_student: Path,
+    tiny_transfer_set: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The run that nobody interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    distill(tiny_llama, tiny_student, out, tiny_transfer_set, DistillSettings(**SETTINGS))
+    return out
+
+
+def same(out: Path, whole: Path) -> None:
+    assert curve(out) == curve(whole)
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (out, whole))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_bits(
+    whole: Path, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for lines, pause in ((4, 0.0), (11, 0.013), (20, 0.027)):
+        process = child(tiny_llama, tiny_student, out, tiny_transfer_set)
+        wait_for_lines(process, out / "metrics.jsonl", lines)
+        time.sleep(pause)  # into the writing of a checkpoint, or just past it
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        assert not (out / "model").exists()
+    assert child(tiny_llama, tiny_student, out, tiny_transfer_set).wait(120) == 0
+    same(out, whole)
+
+
+def test_sigterm_finishes_the_step_and_saves(
+    whole: Path, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    process = child(tiny_llama, tiny_student, out, tiny_transfer_set)
+    wait_for_lines(process, out / "metrics.jsonl", 6)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 130
+    checkpoint = load_checkpoint(out / "resume")
+    assert checkpoint is not None
+    assert checkpoint.step == max(line["step"] for line in curve(out))
+    distill(tiny_llama, tiny_student, out, tiny_transfer_set, DistillSettings(**SETTINGS))
+    same(out, whole)
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    stop = threading.Event()
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        if not stop.is_set():
+            stop.set()
+            signal.raise_signal(signal.SIGINT)
+
+    settings = {**SETTINGS, "save_every_seconds": 100}
+    with pytest.raises(KeyboardInterrupt):
+        distill(
+            tiny_llama,
+            tiny_student,
+            tmp_path,
+            tiny_transfer_set,
+            DistillSettings(**settings),
+            progress=interrupt,
+        )
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    other = DistillSettings(**{**SETTINGS, "learning_rate": 1e-3})
+    with pytest.raises(ShearlingError, match="other settings"):
+        distill(tiny_llama, tiny_student, tmp_path, tiny_transfer_set, other)
+
+
+def test_the_second_signal_acts_as_before() -> None:
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_in_another_thread_no_handler_is_installed() -> None:
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def work() -> None:
+        with StopRequest() as stop:
+            seen.append((signal.getsignal(signal.SIGINT), stop.asked))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(before, False)]
+
+
+def checkpoint_at(step: int) -> Checkpoint:
+    tensors = {"student": {"w": torch.full((3,), float(step))}}
+    return Checkpoint(step=step, state={"best_step": 2}, tensors=tensors)
+
+
+def test_a_newer_checkpoint_replaces_the_older_and_leftovers(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint_at(1))
+    (tmp_path / ".step-00000002.partial-x").mkdir()
+    (tmp_path / "best-00000001.safetensors").touch()
+    (tmp_path / "best-00000002.safetensors").touch()
+    save_checkpoint(tmp_path, checkpoint_at(2))
+    kept = {path.name for path in tmp_path.iterdir()}
+    assert kept == {"step-00000002", "best-00000002.safetensors"}
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert torch.equal(loaded.tensors["student"]["w"], torch.full((3,), 2.0))
+
+
+def test_a_failed_write_leaves_the_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, checkpoint_at(1))
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("compress.checkpointing.save_file", full_disk)
+    with pytest.raises(ShearlingError, match="disk is full"):
+        save_checkpoint(tmp_path, checkpoint_at(2))
+    monkeypatch.undo()
+    loaded = load_checkpoint(tmp_path)
+    assert loaded is not None
+    assert loaded.step == 1
+
+
+def test_a_damaged_checkpoint_is_refused_with_a_word(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, checkpoint_at(1))
+    file = tmp_path / "step-00000001" / "student.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(ShearlingError, match="damaged") as caught:
+        load_checkpoint(tmp_path)
+    assert str(tmp_path) in caught.value.hint

@@ -1,0 +1,110 @@
+"""The parts that are there for speed: short-window attention, measured precision, the schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from compress.attention import LONGEST, NAME, choose_attention
+from compress.memory import reuse_freed_memory
+from compress.optimizers import build_optimizers
+from compress.precision import fast_dtype, product_rate
+from compress.schedule import warmup_then_cosine
+from compress.settings import DistillSettings
+
+CPU = torch.device("cpu")
+
+
+def packed(length: int = 40) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 300, (3, length), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length).repeat(3, 1)
+    positions[1, 17:] -= 17
+    return {"input_ids": ids, "position_ids": positions}
+
+
+@pytest.mark.parametrize("documents", [True, False])
+def test_short_window_attention_is_attention(tiny_llama: Path, documents: bool) -> None:
+    """Against transformers' eager attention, values and all gradients, with grouped heads."""
+    results = []
+    for name in ("eager", NAME):
+        model = LlamaForCausalLM.from_pretrained(tiny_llama, attn_implementation=name)
+        batch = packed()
+        if not documents:
+            del batch["position_ids"]
+        logits = model(**batch, use_cache=False).logits
+        logits.square().mean().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters()])
+        results.append((logits, gradients))
+    (logits, gradients), (fast_logits, fast_gradients) = results
+    torch.testing.assert_close(fast_logits, logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(fast_gradients, gradients, atol=1e-6, rtol=1e-3)
+
+
+def test_short_window_attention_in_bfloat16_is_as_exact_as_pytorch_s(tiny_llama: Path) -> None:
+    def trunk(name: str, narrow: bool) -> torch.Tensor:
+        model = LlamaForCausalLM.from_pretrained(tiny_llama, attn_implementation=name)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            return model.model(**packed(), use_cache=False).last_hidden_state
+
+    exact = trunk("sdpa", narrow=False)
+    errors = {name: (trunk(name, narrow=True) - exact).norm() for name in ("sdpa", NAME)}
+    assert errors[NAME] < 1.3 * errors["sdpa"] < 0.05 * exact.norm()
+
+
+def test_attention_is_chosen_by_device_dtype_and_length() -> None:
+    assert choose_attention(CPU, torch.bfloat16, 256) == NAME
+    assert choose_attention(CPU, torch.bfloat16, LONGEST + 1) == "sdpa"
+    assert choose_attention(CPU, torch.float32, 256) == "sdpa"
+    assert choose_attention(torch.device("cuda"), torch.bfloat16, 256) == "sdpa"
+
+
+def test_auto_takes_what_was_measured_faster_and_says_the_numbers() -> None:
+    choice = fast_dtype(CPU, "auto")
+    faster = choice.bfloat16_flops > 1.3 * choice.float32_flops
+    assert choice.dtype == (torch.bfloat16 if faster else torch.float32)
+    assert f"{choice.bfloat16_flops / 1e9:.0f} GFLOP/s" in choice.reason
+    assert product_rate(torch.float32, CPU, seconds=0.01) > 1e8
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+def test_what_the_recipe_sets_is_not_measured(name: str) -> None:
+    choice = fast_dtype(CPU, name)  # type: ignore[arg-type]
+    assert (choice.name, choice.float32_flops) == (name, 0.0)
+
+
+def test_memory_is_kept_where_glibc_is() -> None:
+    assert reuse_freed_memory() in (True, False)
+    assert torch.ones(3_000_000).sum() == 3_000_000
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0.0), (1, 1.0), (7, 0.1), (100, 0.1), (5, 1.0)])
+def test_the_schedule_never_leaves_its_bounds(steps: int, warmup: float) -> None:
+    rates = [
+        warmup_then_cosine(step, steps, peak=2.0, warmup=warmup, final=0.1) for step in range(steps)
+    ]
+    assert all(0 < rate <= 2.0 for rate in rates)
+    assert rates[-1] == pytest.approx(0.2) or warmup == 1.0
+
+
+def test_muon_takes_the_layers_matrices_only_and_no_weight_twice(tiny_llama: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    optimizers = build_optimizers(model, DistillSettings(tokens=1, optimizer="muon"))
+    names = {p: name for name, p in model.named_parameters()}
+    held = {
+        kind: [names[p] for group in optimizer.param_groups for p in group["params"]]
+        for kind, optimizer in optimizers.items()
+    }
+    assert sorted(held["muon"] + held["adamw"]) == sorted(names.values())
+    assert all("_proj" in name for name in held["muon"])
+    assert "model.embed_tokens.weight" in held["adamw"]
+
+
+def test_norms_have_no_weight_decay(tiny_llama: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    groups = build_optimizers(model, DistillSettings(tokens=1))["adamw"].param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decays[id(p)] == (0.0 if "norm" in name else 0.1)
