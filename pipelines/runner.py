@@ -30,7 +30,7 @@ from pipelines.journal import Journal, now
 from pipelines.recipe import Recipe
 from pipelines.stages.context import Context
 from pipelines.steps import STAGES, Decision, Step, build_steps, decide
-from pipelines.store import STAGE_FILE, Store, run_lock
+from pipelines.store import STAGE_FILE, FileHashes, Store, run_lock
 from shearling import (
     ShearlingError,
     disk_errors,
@@ -73,7 +73,7 @@ def check(recipe: Recipe, options: Options) -> list[Step]:
     preflight.check_run_folder(options.run)
     preflight.check_paths(recipe)
     store = Store(options.run / "store")
-    steps = build_steps(recipe, store.fingerprint)
+    steps = build_steps(recipe, FileHashes(options.cache).fingerprint)
     shape = preflight.known_teacher_shape(recipe, store.artefact("teacher", steps[0].key))
     if shape is not None:
         preflight.check_shapes(recipe, shape)

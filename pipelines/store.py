@@ -2,7 +2,6 @@
 
     store/KIND-KEY16/             a finished artefact; stage.json inside is written last
     store/.KIND-KEY16.partial/    a stage at work; stays after a kill, so that the stage may go on
-    store/hashes.json             sha256 of files that have not changed since they were hashed
 
 An artefact comes to be by one rename of a synced folder, so it is there whole or not at all.
 ``stage.json`` lists every file with its size and sha256: a file that was cut off, changed or lost
@@ -29,6 +28,8 @@ SCHEMA = 1
 STAGE_FILE = "stage.json"
 SMALL_BYTES = 1 << 20
 """Files up to this size are hashed at each reuse; larger ones when their size or time changed."""
+MOST_HASHES = 1000
+"""Hashes that are remembered; the oldest go first."""
 
 
 def stage_key(
@@ -127,32 +128,41 @@ class Store:
                 }
         return listed
 
+
+class FileHashes:
+    """Hashes of the user's own files, remembered by size and modification time.
+
+    An 8B teacher is read once, not at every start. The memory lies in the cache, for a run folder
+    must not change before a run has begun.
+    """
+
+    def __init__(self, cache: Path) -> None:
+        self.path = cache / "hashes.json"
+        self._known = _read_mapping(self.path)
+
     def fingerprint(self, path: Path) -> str:
-        """One hash over a local file, or over the files directly in a folder.
-
-        Hashes are remembered by size and modification time, so an 8B teacher is read once and not
-        at every start.
-        """
-        remembered = self._read_hashes()
-        known = dict(remembered)
+        """One hash over a local file, or over the files directly in a folder."""
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        digest = {}
-        for file in files:
-            stat = file.stat()
-            mark = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-            if mark not in known:
-                known[mark] = sha256_of_file(file)
-            digest[file.name if path.is_dir() else ""] = known[mark]
-        if known != remembered and self.root.is_dir():
-            write_json(self.root / "hashes.json", known)
-        return sha256_of_json(digest)
+        digests = {file.name if path.is_dir() else "": self._sha256(file) for file in files}
+        return sha256_of_json(digests)
 
-    def _read_hashes(self) -> dict[str, str]:
-        try:
-            known = json.loads((self.root / "hashes.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}  # a memory only: whatever is not known is hashed again
-        return known if isinstance(known, dict) else {}
+    def _sha256(self, file: Path) -> str:
+        stat = file.stat()
+        mark = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if mark not in self._known:
+            self._known[mark] = sha256_of_file(file)
+            if stat.st_size > SMALL_BYTES:  # small ones are hashed faster than looked up
+                large = dict(list(self._known.items())[-MOST_HASHES:])
+                write_json(self.path, large)
+        return self._known[mark]
+
+
+def _read_mapping(path: Path) -> dict[str, str]:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # a memory only: whatever is not known is hashed again
+    return known if isinstance(known, dict) else {}
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

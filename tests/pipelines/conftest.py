@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from shearling_process import Shearling
 
-Shearling = Callable[..., "subprocess.CompletedProcess[str]"]
+from pipelines.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -84,29 +82,22 @@ def recipe_file(recipe_data: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "pipelines", *map(str, arguments)]
-
-
-def environment(**extra: str) -> dict[str, str]:
-    """The environment of a shearling of its own: offline, one thread."""
-    quiet = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    return {**os.environ, **quiet, **extra}
-
-
 @pytest.fixture
-def shearling(tmp_path: Path) -> Shearling:
-    """Run `shearling ...` as a process of its own, in the test's folder."""
+def shearling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Shearling:
+    """Run `shearling ...` in the test's folder; in this process, which has torch loaded."""
+    monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str | Path, **extra: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments),
-            cwd=tmp_path,
-            env=environment(**extra),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+    def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        line = ["shearling", *map(str, arguments)]
+        monkeypatch.setattr("sys.argv", line)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        output = capsys.readouterr()
+        code = ended.value.code or 0
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(line, code, output.out, output.err)
 
     return run

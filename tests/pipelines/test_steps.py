@@ -10,7 +10,7 @@ import pytest
 from pipelines.recipe import check_recipe
 from pipelines.stages.prune import joined_selection, student_shape
 from pipelines.steps import Step, build_steps, decide, differences
-from pipelines.store import Store
+from pipelines.store import FileHashes, Store
 from students.shape import Shape
 
 
@@ -22,7 +22,10 @@ def store(tmp_path: Path) -> Store:
 
 
 def steps_of(data: dict[str, Any], store: Store) -> dict[str, Step]:
-    return {step.name: step for step in build_steps(check_recipe(data), store.fingerprint)}
+    return {
+        step.name: step
+        for step in build_steps(check_recipe(data), FileHashes(store.root).fingerprint)
+    }
 
 
 def record(step: Step) -> dict[str, Any]:

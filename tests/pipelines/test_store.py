@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.store import SMALL_BYTES, STAGE_FILE, Store, lock_owner, run_lock, stage_key
+from pipelines.store import (
+    SMALL_BYTES,
+    STAGE_FILE,
+    FileHashes,
+    Store,
+    lock_owner,
+    run_lock,
+    stage_key,
+)
 from shearling import ShearlingError
 
 KEY = "a" * 64
@@ -102,19 +110,21 @@ def test_a_linked_folder_is_checked_through_the_link(store: Store, tmp_path: Pat
     assert store.damage("teacher", KEY) == "model/model.safetensors has 5 of 7 bytes"
 
 
-def test_fingerprints_follow_content_and_are_remembered(store: Store, tmp_path: Path) -> None:
-    store.root.mkdir()
-    folder = tmp_path / "teacher"
+def test_fingerprints_follow_content_and_are_remembered(tmp_path: Path) -> None:
+    folder, cache = tmp_path / "teacher", tmp_path / "cache"
     folder.mkdir()
-    (folder / "a").write_bytes(b"1")
-    first = store.fingerprint(folder)
-    assert json.loads((store.root / "hashes.json").read_text())
-    assert store.fingerprint(folder) == first
-    (folder / "a").write_bytes(b"22")
-    assert store.fingerprint(folder) != first
-    (store.root / "hashes.json").write_text("broken")
-    (folder / "a").write_bytes(b"1")
-    assert store.fingerprint(folder) == first
+    (folder / "small").write_bytes(b"1")
+    (folder / "big").write_bytes(bytes(SMALL_BYTES + 1))
+    first = FileHashes(cache).fingerprint(folder)
+    assert any("big" in mark for mark in json.loads((cache / "hashes.json").read_text()))
+    assert FileHashes(cache).fingerprint(folder) == first
+    (folder / "big").write_bytes(bytes(SMALL_BYTES) + b"x")
+    second = FileHashes(cache).fingerprint(folder)
+    assert second != first
+    (cache / "hashes.json").write_text("broken")
+    assert FileHashes(cache).fingerprint(folder) == second
+    (folder / "small").rename(folder / "other")
+    assert FileHashes(cache).fingerprint(folder) != second
 
 
 KILLED = """
