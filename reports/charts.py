@@ -63,8 +63,9 @@ class Chart:
 @functools.cache
 def javascript() -> str:
     """Vega, Vega-Lite and Vega-Embed as one script that needs nothing else (about 900 kB)."""
-    bundle: str = vl_convert.javascript_bundle()
-    return bundle
+    names = ("vegaEmbed", "vega", "vegaLite")
+    bundle: str = vl_convert.javascript_bundle(";".join(f"window.{n}={n}" for n in names))
+    return bundle.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def make_charts(run: Run) -> list[Chart]:
@@ -110,7 +111,7 @@ def quality_by_size(run: Run) -> Chart | None:
     key = main_perplexity(cards)
     if key is None or len(cards) < 2:
         return None
-    rows = []
+    rows: list[Data] = []
     for stage in run.measured:
         value, error = _number(stage.scorecard, *key)
         parameters = as_number((stage.scorecard or {}).get("parameters"))
@@ -153,7 +154,8 @@ def quality_by_size(run: Run) -> Chart | None:
 
 def tasks_by_model(run: Run) -> Chart | None:
     """Accuracies of all models on all tasks of choices, with standard errors and chance."""
-    rows, guesses = [], []
+    rows: list[Data] = []
+    guesses: list[Data] = []
     for stage in run.measured:
         card = stage.scorecard or {}
         for task, metrics in card["results"].items():
@@ -236,7 +238,8 @@ def _thinned(lines: list[Data], most: int = 400) -> list[Data]:
 
 def losses(run: Run) -> Chart | None:
     """Loss by term over the tokens seen, one colour a term; later stages follow on."""
-    rows, offset = [], 0.0
+    rows: list[Data] = []
+    offset = 0.0
     for stage in _taught(run):
         lines = [line for line in stage.metrics if as_number(line.get("loss")) is not None]
         terms = [
@@ -278,7 +281,8 @@ def losses(run: Run) -> Chart | None:
 
 def heldout(run: Run) -> Chart | None:
     """KL to the teacher on text that the student was not taught on."""
-    rows, offset = [], 0.0
+    rows: list[Data] = []
+    offset = 0.0
     for stage in _taught(run):
         for line in stage.metrics:
             value = as_number(line.get("heldout_kl"))
