@@ -153,4 +153,9 @@ def _status_row(run: Path, row: dict[str, Any], run_state: str) -> dict[str, Any
         shown["state"] = run_state
     scorecard = run / "stages" / row["name"] / "scorecard.json"
     finished = shown["state"] == "done" and scorecard.is_file()
-    return {**shown, "scorecard": read_json(scorecard) if finished else None}
+    return {**shown, "scorecard": _without_samples(read_json(scorecard)) if finished else None}
+
+
+def _without_samples(scorecard: dict[str, Any]) -> dict[str, Any]:
+    """A scorecard as report.json has it: the answers to single documents are in its own file."""
+    return {name: value for name, value in scorecard.items() if name != "samples"}

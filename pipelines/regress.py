@@ -111,7 +111,7 @@ def regress(out: Path, *, only: str | None, update: bool, cache: Path, console: 
             console.print(f"{name}: baselines written to {path}", highlight=False, soft_wrap=True)
             continue
         findings = compare(_need_baseline(path, name), measured, skipped)
-        _show(name, findings, console)
+        show(name, findings, console)
         whole = whole and not any(finding.fails for finding in findings)
     return whole
 
@@ -270,7 +270,8 @@ _COLUMNS = ("number", "baseline", "now", "change", "allowed", "")
 _STYLES = {"worse": "bold red", "missing": "bold red", "better": "green", "skipped": "dim"}
 
 
-def _show(name: str, findings: list[Finding], console: Console) -> None:
+def show(name: str, findings: list[Finding], console: Console) -> None:
+    """Print the table, the verdict, and for a CI its summary."""
     table = Table(title=name, title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(_COLUMNS):
         table.add_column(column, justify="right" if 0 < index < 5 else "left", no_wrap=True)

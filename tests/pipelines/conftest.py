@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from shearling_process import Shearling
+from shearling_process import Shearling, command, environment
 
 from pipelines.cli import main
 
@@ -80,6 +81,34 @@ def recipe_file(recipe_data: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(recipe_data, sort_keys=False), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(
+    recipe_data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str]:
+    """A finished run of ``recipe_data`` and what it printed. Copy the folder before changing it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe_data), encoding="utf-8")
+    done = subprocess.run(
+        command("run", "tiny.yaml"),
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "runs" / "tiny", done.stdout
+
+
+@pytest.fixture
+def run(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A copy of the finished run where the commands of the test find it."""
+    copied = tmp_path / "runs" / "tiny"
+    shutil.copytree(finished[0], copied, symlinks=True)
+    return copied
 
 
 @pytest.fixture

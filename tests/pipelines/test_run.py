@@ -20,34 +20,6 @@ from shearling_process import Shearling, command, environment
 Status = dict[str, Any]
 
 
-@pytest.fixture(scope="module")
-def finished(
-    recipe_data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
-    """A finished run and what it printed. Copy the folder before changing it."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe_data), encoding="utf-8")
-    done = subprocess.run(
-        command("run", "tiny.yaml"),
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "runs" / "tiny", done.stdout
-
-
-@pytest.fixture
-def run(finished: tuple[Path, str], tmp_path: Path) -> Path:
-    """A copy of the finished run where the commands of the test find it."""
-    copied = tmp_path / "runs" / "tiny"
-    shutil.copytree(finished[0], copied, symlinks=True)
-    return copied
-
-
 def digest(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder, links followed."""
     return {
