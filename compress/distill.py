@@ -26,9 +26,10 @@ from compress import checkpointing
 from compress.attention import choose_attention
 from compress.checkpointing import Checkpoint, load_checkpoint, save_checkpoint
 from compress.data import Batch, StepData
+from compress.fused import Comparison, FusedLoss, Term, compare
 from compress.hidden import HiddenMatch, hidden_outputs, open_hidden_match
 from compress.interrupts import StopRequest
-from compress.losses import Comparison, FusedLoss, Term, compare
+from compress.losses import LiveTargets
 from compress.memory import reuse_freed_memory
 from compress.optimizers import (
     build_optimizers,
@@ -238,7 +239,11 @@ def train_step(course: Course) -> dict[str, Any]:
         with hidden_outputs(student, course.hidden, "student") as learnt:
             student_ND = trunk(student, batch, course.precision)
         loss, parts = course.loss(
-            student_ND, head(student), teacher_NE, head(course.teacher), batch.labels_N, **counted
+            student_ND,
+            head(student),
+            LiveTargets(teacher_NE, head(course.teacher)),
+            batch.labels_N,
+            **counted,
         )
         if course.hidden:
             parts["hidden"] = course.hidden.loss(learnt, taught, batch.mask_BT)
@@ -353,8 +358,7 @@ def evaluate(course: Course) -> dict[str, float]:
         part = compare(
             trunk(student, batch, course.precision),
             head(student),
-            course.heldout_NE[number],
-            head(course.teacher),
+            LiveTargets(course.heldout_NE[number], head(course.teacher)),
             batch.labels_N,
             course.loss,
         )

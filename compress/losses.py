@@ -1,6 +1,7 @@
 """What a student is blamed for: divergences from the teacher, dense and fused with the projection.
 
-Legend of shape suffixes: N positions, V vocabulary, D student hidden, E teacher hidden.
+Legend of shape suffixes: N positions, V vocabulary, D student hidden, E teacher hidden, K kept
+tokens.
 
 The dense functions take logits and give one value a position; they are the reference. They share
 these habits: positions outside ``mask_N`` give exactly 0 in value and gradient whatever garbage
@@ -8,16 +9,14 @@ stands there; a token whose logit is minus infinity in both (vocabulary padding)
 equal logits give 0; with a temperature t the logits are divided by t and the value multiplied by
 t², which keeps the gradient's size (Hinton, Vinyals, Dean 2015, https://arxiv.org/abs/1503.02531).
 
-`FusedLoss` computes the same from hidden states and output heads, some hundred positions at a
-time, and keeps no tensor of N x V: it is what `compress.distill` trains with.
+`compress.fused` computes the same from hidden states and output heads, some hundred positions at
+a time: it is what `compress.distill` trains with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, fields
-from operator import add
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -190,328 +189,60 @@ HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Losses between hidden states, by the names that recipes use."""
 
 
-class Workspace:
-    """Buffers that live as long as the loop: fresh memory costs a page fault for every 4 KB.
-
-    On a CPU that made a softmax over the vocabulary take twice its time.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-        """A [rows, columns] tensor with any content, valid until ``name`` is taken again."""
-        key = (name, dtype, like.device)
-        held = self._buffers.get(key)
-        if held is None or held.numel() < rows * columns:
-            held = torch.empty(rows * columns, dtype=dtype, device=like.device)
-            self._buffers[key] = held
-        return held[: rows * columns].view(rows, columns)
+# --- targets that hold a few tokens a position -------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Term:
-    """One divergence of the objective: its function, weight, and further arguments."""
+class LiveTargets:
+    """What the teacher says, as its hidden states and its output head."""
 
-    name: str
-    weight: float
-    arguments: Mapping[str, float] = field(default_factory=dict)
+    hidden_NE: Tensor
+    head_VE: Tensor
 
-    def __call__(self, student_NV: Tensor, teacher_NV: Tensor, temperature: float) -> Tensor:
-        loss = DIVERGENCES[self.name]
-        return loss(student_NV, teacher_NV, temperature=temperature, **self.arguments)
+    def rows(self, chunk: slice) -> LiveTargets:
+        return LiveTargets(self.hidden_NE[chunk], self.head_VE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class FusedLoss:
-    """Projection to the vocabulary, losses and gradients in one pass over chunks of positions.
+@dataclass(frozen=True)
+class SparseTargets:
+    """What the teacher said, as K tokens a position with their probabilities.
 
-    Calling it gives the same value and gradients as projecting everything and adding up the dense
-    losses, but the gradients are computed in the forward pass, while a chunk's logits exist.
-    The method is Liger Kernel's (https://arxiv.org/abs/2410.10989, section 3.2), carried over to
-    several divergences from a live teacher.
-
-    The matrix products run in ``dtype``; everything between them, the softmax and all sums, in
-    float32 (float64 when the student is float64). The head's gradient is summed in that too.
+    ``tail_N`` is the mass of all other tokens: 0 for an unbiased sample, whose weights stand for
+    everything; ``entropy_N`` the teacher's exact entropy, so that a sample's cross-entropy
+    becomes an unbiased estimate of the KL.
     """
 
-    terms: tuple[Term, ...]
-    cross_entropy: float = 0.0
-    temperature: float = 1.0
-    chunk: int = 512
-    dtype: torch.dtype = torch.float32
-    vocabulary: int | None = None
-    workspace: Workspace = field(default_factory=Workspace)
+    ids_NK: Tensor
+    weights_NK: Tensor
+    tail_N: Tensor
+    entropy_N: Tensor
 
-    def __call__(
-        self,
-        student_ND: Tensor,
-        head_VD: Tensor,
-        teacher_NE: Tensor,
-        teacher_head_VE: Tensor,
-        labels_N: Tensor,
-        *,
-        positions: int | None = None,
-        labelled: int | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Give the loss (a scalar to call backward on) and each term's sum over the positions.
-
-        Every row counts (leave masked ones out beforehand). ``positions`` and ``labelled`` are
-        what the divergences' and the labels' sums are divided by: the tokens of the whole
-        optimizer step when gradients are accumulated; by default the rows here.
-        """
-        labelled = int((labels_N != IGNORED).sum()) if labelled is None else labelled
-        scales = (
-            1.0 / max(positions if positions is not None else len(student_ND), 1),
-            self.cross_entropy / max(labelled, 1),
+    def rows(self, chunk: slice) -> SparseTargets:
+        return SparseTargets(
+            self.ids_NK[chunk], self.weights_NK[chunk], self.tail_N[chunk], self.entropy_N[chunk]
         )
-        loss, *sums = _Fused.apply(  # type: ignore[no-untyped-call]
-            student_ND, head_VD, teacher_NE, teacher_head_VE, labels_N, self, scales
-        )
-        names = [*(term.name for term in self.terms), "cross_entropy"]
-        return loss, dict(zip(names, sums, strict=True))
-
-    def logits(self, hidden_ND: Tensor, head_VD: Tensor, name: str) -> Tensor:
-        """Project a chunk into the workspace, in the products' dtype."""
-        out_NV = self.workspace.take(name, len(hidden_ND), len(head_VD), self.dtype, hidden_ND)
-        return torch.mm(hidden_ND.to(self.dtype), head_VD.T, out=out_NV)
-
-    def is_forward_kl(self) -> bool:
-        """Whether the hand-written pass serves: forward KL, labels only at temperature 1."""
-        forward_only = [term.name for term in self.terms] == ["forward_kl"]
-        return forward_only and (self.temperature == 1 or self.cross_entropy == 0)
 
 
-class _Fused(torch.autograd.Function):
-    """The autograd face of `FusedLoss`: gradients are made in forward and scaled in backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_ND: Tensor,
-        head_VD: Tensor,
-        teacher_NE: Tensor,
-        teacher_head_VE: Tensor,
-        labels_N: Tensor,
-        fused: FusedLoss,
-        scales: tuple[float, float],
-    ) -> tuple[Tensor, ...]:
-        vocabulary = fused.vocabulary or min(len(head_VD), len(teacher_head_VE))
-        work = torch.promote_types(student_ND.dtype, torch.float32)
-        head_used_VD = head_VD[:vocabulary].to(fused.dtype)
-        teacher_used_VE = teacher_head_VE[:vocabulary].to(fused.dtype)
-        grad_ND = torch.empty_like(student_ND, dtype=work)
-        grad_VD = torch.zeros_like(head_VD, dtype=work)
-        loss = torch.zeros((), dtype=work, device=student_ND.device)
-        sums = torch.zeros(len(fused.terms) + 1, dtype=work, device=student_ND.device)
-        block_loss = _forward_kl_block if fused.is_forward_kl() else _any_block
-        with torch.autocast(student_ND.device.type, enabled=False):
-            for start in range(0, len(student_ND), fused.chunk):
-                chunk = slice(start, start + fused.chunk)
-                hidden_CD = student_ND[chunk].to(fused.dtype)
-                student_CV = fused.logits(hidden_CD, head_used_VD, "student")
-                teacher_CV = fused.logits(teacher_NE[chunk], teacher_used_VE, "teacher")
-                for block in _blocks(student_CV, teacher_CV, labels_N[chunk], work, fused):
-                    block_sums, block_value = block_loss(*block, fused, scales)
-                    sums += block_sums
-                    loss += block_value
-                _project_back(student_CV, hidden_CD, head_used_VD, grad_ND[chunk], grad_VD, fused)
-        ctx.save_for_backward(grad_ND.to(student_ND.dtype), grad_VD.to(head_VD.dtype))
-        ctx.mark_non_differentiable(*(parts := tuple(sums.unbind())))
-        return (loss, *parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_ND, grad_VD = ctx.saved_tensors
-        # In place: the loop calls backward once, with a gradient of one for a loss of weight one.
-        if grads[0] != 1:
-            grad_ND, grad_VD = grad_ND * grads[0], grad_VD * grads[0]
-        return grad_ND, grad_VD, None, None, None, None, None
+Targets = LiveTargets | SparseTargets
 
 
-_BLOCK_BYTES = 8 * 2**20
-"""Rows are worked on in blocks of this size so that the softmax's passes stay in the cache."""
+def sparse_forward_kl(student_NV: Tensor, targets: SparseTargets) -> Tensor:
+    """Forward KL from sparse targets, in nats a position: the dense reference.
 
-Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _blocks(
-    student_CV: Tensor, teacher_CV: Tensor, labels_C: Tensor, work: torch.dtype, fused: FusedLoss
-) -> Iterator[Block]:
-    """Give (student, teacher, spare, labels, gradient) a few rows at a time, in dtype ``work``.
-
-    The first three may be overwritten; what the taker leaves in the gradient (the chunk's own
-    memory, in the products' dtype) is projected back afterwards.
+    Without a tail: Σ w (-log q) - H(p), whose expectation over samples is KL(p ‖ q) (Anshumann et
+    al. 2025, Sparse Logit Sampling, https://arxiv.org/abs/2503.16870). With one: the KL of the
+    distributions over K + 1 outcomes, the last being "any other token".
     """
-    vocabulary = student_CV.shape[1]
-    rows = max(1, _BLOCK_BYTES // (vocabulary * work.itemsize))
-    for start in range(0, len(student_CV), rows):
-        grad_BV, teacher_BV = student_CV[start : start + rows], teacher_CV[start : start + rows]
-        size = (len(grad_BV), vocabulary, work, student_CV)
-        student_BV = grad_BV
-        if student_CV.dtype != work:
-            student_BV = fused.workspace.take("student block", *size).copy_(grad_BV)
-            teacher_BV = fused.workspace.take("teacher block", *size).copy_(teacher_BV)
-        spare_BV = fused.workspace.take("spare block", *size)
-        yield student_BV, teacher_BV, spare_BV, labels_C[start : start + rows], grad_BV
+    log_q_NV = _log_probabilities(student_NV, None, 1.0)
+    log_q_NK = log_q_NV.gather(-1, targets.ids_NK)
+    crossed_N = -_expectation(targets.weights_NK, log_q_NK)
+    if not targets.tail_N.any():
+        return crossed_N - targets.entropy_N
+    others_N = (1 - log_q_NK.exp().sum(-1)).clamp(min=LEAST_TAIL)
+    known_N = torch.xlogy(targets.weights_NK, targets.weights_NK).sum(-1)
+    tail_N = torch.xlogy(targets.tail_N, targets.tail_N) - targets.tail_N * others_N.log()
+    return crossed_N + known_N + tail_N
 
 
-def _softmax_(logits_BV: Tensor, out_BV: Tensor) -> Tensor:
-    """Write softmax(logits) to ``out`` (may be the same memory); give logsumexp(logits)."""
-    largest_B = logits_BV.amax(-1)
-    torch.ops.aten._softmax.out(logits_BV, -1, False, out=out_BV)
-    # The largest probability is exp(0) / sum, so no pass over the exponentials is needed again.
-    return largest_B - out_BV.amax(-1).log()
-
-
-def _forward_kl_block(
-    student_BV: Tensor,
-    teacher_BV: Tensor,
-    spare_BV: Tensor,
-    labels_B: Tensor,
-    grad_BV: Tensor,
-    fused: FusedLoss,
-    scales: tuple[float, float],
-) -> tuple[Tensor, Tensor]:
-    """Forward KL and cross-entropy by hand: two softmaxes and four light passes.
-
-    KL = Σ p (z_p - z_q) - logsumexp(z_p) + logsumexp(z_q), and its gradient in z_q is q - p.
-    """
-    (term,) = fused.terms
-    temperature = fused.temperature
-    labelled_B = labels_B != IGNORED
-    safe_B1 = labels_B.clamp(min=0).unsqueeze(-1)
-    at_label_B = student_BV.gather(-1, safe_B1).squeeze(-1)
-    if temperature != 1:
-        student_BV.div_(temperature)
-        teacher_BV.div_(temperature)
-    log_sum_p_B = _softmax_(teacher_BV, spare_BV)
-    teacher_BV.sub_(student_BV).mul_(spare_BV)
-    log_sum_q_B = _softmax_(student_BV, student_BV)
-    kl_sum = (teacher_BV.sum(-1) - log_sum_p_B + log_sum_q_B).sum() * temperature**2
-    # At a temperature other than 1 this is only a number for the log: see is_forward_kl.
-    label_sum = torch.where(labelled_B, log_sum_q_B - at_label_B / temperature, 0).sum()
-
-    kl_scale, label_scale = scales[0] * term.weight * temperature, scales[1]
-    if label_scale:
-        label_B1 = labelled_B.to(student_BV.dtype).mul_(label_scale).unsqueeze(-1)
-        student_BV.mul_(label_B1 + kl_scale).sub_(spare_BV, alpha=kl_scale)
-        student_BV.scatter_add_(-1, safe_B1, -label_B1)
-    else:
-        student_BV.sub_(spare_BV).mul_(kl_scale)
-    if grad_BV is not student_BV:
-        grad_BV.copy_(student_BV)
-    value = kl_sum * (scales[0] * term.weight) + label_sum * label_scale
-    return torch.stack([kl_sum, label_sum]), value
-
-
-def _any_block(
-    student_BV: Tensor,
-    teacher_BV: Tensor,
-    spare_BV: Tensor,
-    labels_B: Tensor,
-    grad_BV: Tensor,
-    fused: FusedLoss,
-    scales: tuple[float, float],
-) -> tuple[Tensor, Tensor]:
-    """Any mixture of divergences and cross-entropy, differentiated by autograd on the block."""
-    with torch.enable_grad():
-        leaf_BV = student_BV.detach().requires_grad_()
-        parts = [term(leaf_BV, teacher_BV, fused.temperature).sum() for term in fused.terms]
-        label_sum = cross_entropy(leaf_BV, labels_B).sum()
-        weights = [scales[0] * term.weight for term in fused.terms]
-        value = label_sum * scales[1]
-        for part, weight in zip(parts, weights, strict=True):
-            value = value + part * weight
-        (computed_BV,) = torch.autograd.grad(value, leaf_BV)
-    grad_BV.copy_(computed_BV)
-    return torch.stack([*parts, label_sum]).detach(), value.detach()
-
-
-def _project_back(
-    grad_CV: Tensor,
-    hidden_CD: Tensor,
-    head_VD: Tensor,
-    grad_CD: Tensor,
-    grad_VD: Tensor,
-    fused: FusedLoss,
-) -> None:
-    """Turn the logits' gradient into the hidden states' (written) and the head's (added)."""
-    grad_CD.copy_(grad_CV @ head_VD)
-    used_VD = grad_VD[: len(head_VD)]
-    if grad_CV.dtype == grad_VD.dtype:
-        used_VD.addmm_(grad_CV.T, hidden_CD)
-    else:
-        narrow_VD = fused.workspace.take(
-            "head", head_VD.shape[0], head_VD.shape[1], grad_CV.dtype, grad_CV
-        )
-        used_VD.add_(torch.mm(grad_CV.T, hidden_CD, out=narrow_VD))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Sums over positions of what a student's predictions are worth beside the teacher's."""
-
-    positions: int
-    labelled: int
-    forward_kl: float
-    cross_entropy: float
-    teacher_cross_entropy: float
-    agreements: int
-
-    def __add__(self, other: Comparison) -> Comparison:
-        mine, others = astuple(self), astuple(other)
-        return Comparison(**dict(zip(_FIELDS, map(add, mine, others), strict=True)))
-
-
-_FIELDS = tuple(item.name for item in fields(Comparison))
-
-
-@torch.no_grad()
-def compare(
-    student_ND: Tensor,
-    head_VD: Tensor,
-    teacher_NE: Tensor,
-    teacher_head_VE: Tensor,
-    labels_N: Tensor,
-    fused: FusedLoss,
-) -> Comparison:
-    """Measure without gradients, chunk by chunk: KL, cross-entropy of both, equal first choices."""
-    vocabulary = fused.vocabulary or min(len(head_VD), len(teacher_head_VE))
-    head_VD = head_VD[:vocabulary].to(fused.dtype)
-    teacher_head_VE = teacher_head_VE[:vocabulary].to(fused.dtype)
-    work = torch.promote_types(student_ND.dtype, torch.float32)
-    totals = torch.zeros(4, dtype=torch.float64, device=student_ND.device)
-    for start in range(0, len(student_ND), fused.chunk):
-        chunk = slice(start, start + fused.chunk)
-        student_CV = fused.logits(student_ND[chunk], head_VD, "student")
-        teacher_CV = fused.logits(teacher_NE[chunk], teacher_head_VE, "teacher")
-        for block in _blocks(student_CV, teacher_CV, labels_N[chunk], work, fused):
-            totals += _compare_block(*block[:4])
-    kl, labels, teacher_labels, agreements = totals.tolist()
-    return Comparison(
-        positions=len(student_ND),
-        labelled=int((labels_N != IGNORED).sum()),
-        forward_kl=kl,
-        cross_entropy=labels,
-        teacher_cross_entropy=teacher_labels,
-        agreements=round(agreements),
-    )
-
-
-def _compare_block(
-    student_BV: Tensor, teacher_BV: Tensor, spare_BV: Tensor, labels_B: Tensor
-) -> Tensor:
-    """Sums of KL, both cross-entropies and agreements over a block that may be overwritten."""
-    labelled_B = labels_B != IGNORED
-    safe_B1 = labels_B.clamp(min=0).unsqueeze(-1)
-    student_at_B = student_BV.gather(-1, safe_B1).squeeze(-1)
-    teacher_at_B = teacher_BV.gather(-1, safe_B1).squeeze(-1)
-    agreements = (student_BV.argmax(-1) == teacher_BV.argmax(-1)).sum()
-    log_sum_p_B = _softmax_(teacher_BV, spare_BV)
-    dot_B = teacher_BV.sub_(student_BV).mul_(spare_BV).sum(-1)
-    log_sum_q_B = _softmax_(student_BV, student_BV)
-    kl_B = dot_B - log_sum_p_B + log_sum_q_B
-    student_B = torch.where(labelled_B, log_sum_q_B - student_at_B, 0)
-    teacher_B = torch.where(labelled_B, log_sum_p_B - teacher_at_B, 0)
-    return torch.stack([kl_B.sum(), student_B.sum(), teacher_B.sum(), agreements]).double()
+LEAST_TAIL = 1e-6
+"""The least mass that a student is taken to give to all other tokens together."""

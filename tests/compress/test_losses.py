@@ -1,9 +1,8 @@
-"""The losses against each other, against known values, and fused against dense."""
+"""The losses against each other, against known values."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -15,9 +14,6 @@ from compress.losses import (
     DIVERGENCES,
     HIDDEN_LOSSES,
     IGNORED,
-    FusedLoss,
-    Term,
-    compare,
     cross_entropy,
     forward_kl,
     jensen_shannon,
@@ -163,159 +159,3 @@ def test_hidden_losses_know_their_scales() -> None:
     assert HIDDEN_LOSSES["cosine"](3 * teacher, teacher).abs().max() < 1e-6
     torch.testing.assert_close(HIDDEN_LOSSES["normalised_mse"](0 * teacher, teacher), torch.ones(N))
     torch.testing.assert_close(HIDDEN_LOSSES["mse"](teacher + 2, teacher), torch.full((N,), 4.0))
-
-
-# --- fused -----------------------------------------------------------------------------------
-
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "forward": {"terms": (Term("forward_kl", 0.7),)},
-    "forward and labels": {"terms": (Term("forward_kl", 0.7),), "cross_entropy": 0.3},
-    "warm": {"terms": (Term("forward_kl", 0.7),), "temperature": 2.0},
-    "warm and labels": {
-        "terms": (Term("forward_kl", 0.7),),
-        "cross_entropy": 0.3,
-        "temperature": 2.0,
-    },
-    "labels only": {"terms": (Term("forward_kl", 0.0),), "cross_entropy": 1.0},
-    "mixture": {
-        "terms": (
-            Term("forward_kl", 0.5),
-            Term("reverse_kl", 0.4),
-            Term("jensen_shannon", 0.3, {"beta": 0.3}),
-            Term("skewed_kl", 0.2, {"skew": 0.2}),
-        ),
-        "cross_entropy": 0.1,
-        "temperature": 1.5,
-    },
-}
-
-
-def problem(dtype: torch.dtype, padding: int = 0) -> dict[str, Tensor]:
-    labels = torch.randint(0, V, (N,), generator=torch.Generator().manual_seed(4))
-    labels[[3, 20]] = IGNORED
-    return {
-        "student_ND": logits(0, N, D).to(dtype).requires_grad_(),
-        "head_VD": (logits(1, V + padding, D) / 4).to(dtype).requires_grad_(),
-        "teacher_NE": logits(2, N, E).to(dtype),
-        "teacher_head_VE": (logits(3, V, E) / 4).to(dtype),
-        "labels_N": labels,
-    }
-
-
-def dense(given: dict[str, Tensor], objective: dict[str, Any]) -> Tensor:
-    """The oracle: all logits at once, the dense losses, autograd."""
-    student = (given["student_ND"] @ given["head_VD"].T)[:, :V]
-    teacher = given["teacher_NE"] @ given["teacher_head_VE"].T
-    value = cross_entropy(student, given["labels_N"]).sum() / (N - 2)
-    value = value * objective.get("cross_entropy", 0.0)
-    for term in objective["terms"]:
-        part = term(student, teacher, objective.get("temperature", 1.0))
-        value = value + term.weight * part.mean()
-    return value
-
-
-@pytest.mark.parametrize("chunk", [1, 10, 512])
-@pytest.mark.parametrize("name", OBJECTIVES)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_fused_equals_dense(name: str, chunk: int, dtype: torch.dtype, bound: float) -> None:
-    objective, given = OBJECTIVES[name], problem(dtype)
-    expected = dense(given, objective)
-    wanted = torch.autograd.grad(expected, (given["student_ND"], given["head_VD"]))
-    value, _ = FusedLoss(**objective, chunk=chunk, dtype=dtype)(**given)
-    value.backward()
-    assert value.item() == pytest.approx(expected.item(), abs=bound * 10, rel=bound)
-    for found, want in zip((given["student_ND"].grad, given["head_VD"].grad), wanted, strict=True):
-        assert (found - want).abs().max() <= bound * max(1.0, want.abs().max().item())
-
-
-def test_the_caller_s_factor_reaches_the_gradient() -> None:
-    given, again = problem(torch.float64), problem(torch.float64)
-    fused = FusedLoss(**OBJECTIVES["forward"], dtype=torch.float64)
-    fused(**given)[0].backward()
-    (fused(**again)[0] * 2.5).backward()
-    torch.testing.assert_close(again["head_VD"].grad, given["head_VD"].grad * 2.5)
-
-
-def test_padding_columns_of_the_student_s_head_get_no_gradient() -> None:
-    given = problem(torch.float64, padding=5)
-    value, _ = FusedLoss(**OBJECTIVES["forward"], dtype=torch.float64)(**given)
-    value.backward()
-    assert value.item() == pytest.approx(dense(given, OBJECTIVES["forward"]).item())
-    assert (given["head_VD"].grad[V:] == 0).all()
-    assert (given["head_VD"].grad[:V] != 0).any()
-
-
-def test_accumulated_micro_batches_are_the_whole_step() -> None:
-    """Unequal parts, divided by the counts of the step: the sum is the step's own loss."""
-    objective = OBJECTIVES["forward and labels"]
-    whole, parts = problem(torch.float64), problem(torch.float64)
-    fused = FusedLoss(**objective, dtype=torch.float64)
-    fused(**whole)[0].backward()
-    total = 0.0
-    for rows in (slice(0, 5), slice(5, N)):
-        cut = {k: t if "head" in k else t[rows] for k, t in parts.items()}
-        value, _ = fused(**cut, positions=N, labelled=N - 2)
-        value.backward()
-        total += value.item()
-    assert total == pytest.approx(dense(whole, objective).item())
-    torch.testing.assert_close(parts["student_ND"].grad, whole["student_ND"].grad)
-    torch.testing.assert_close(parts["head_VD"].grad, whole["head_VD"].grad)
-
-
-def test_no_positions_at_all_is_zero() -> None:
-    given = {k: t if "head" in k else t[:0] for k, t in problem(torch.float32).items()}
-    value, _ = FusedLoss(**OBJECTIVES["forward and labels"])(**given)
-    value.backward()
-    assert value.item() == 0
-
-
-def test_bfloat16_products_stay_near_the_exact_loss() -> None:
-    given = problem(torch.float32)
-    expected = dense(given, OBJECTIVES["forward"])
-    (wanted,) = torch.autograd.grad(expected, given["head_VD"])
-    value, _ = FusedLoss(**OBJECTIVES["forward"], dtype=torch.bfloat16)(**given)
-    value.backward()
-    assert value.dtype == torch.float32
-    assert given["head_VD"].grad.dtype == torch.float32
-    assert value.item() == pytest.approx(expected.item(), rel=0.02)
-    cosine = torch.cosine_similarity(given["head_VD"].grad.flatten(), wanted.flatten(), dim=0)
-    assert cosine > 0.999
-
-
-def test_nothing_of_the_size_of_all_logits_is_kept_for_backward() -> None:
-    kept: list[int] = []
-
-    def record(tensor: Tensor) -> Tensor:
-        kept.append(tensor.numel())
-        return tensor
-
-    given = problem(torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
-        FusedLoss(**OBJECTIVES["forward"], chunk=8)(**given)
-    assert kept
-    assert max(kept) <= V * D < N * V
-
-
-def test_the_sums_for_the_log_are_the_dense_sums() -> None:
-    given = problem(torch.float64)
-    _, sums = FusedLoss(**OBJECTIVES["mixture"], chunk=7, dtype=torch.float64)(**given)
-    student = given["student_ND"] @ given["head_VD"].T
-    teacher = given["teacher_NE"] @ given["teacher_head_VE"].T
-    for term in OBJECTIVES["mixture"]["terms"]:
-        torch.testing.assert_close(sums[term.name], term(student, teacher, 1.5).sum())
-    torch.testing.assert_close(
-        sums["cross_entropy"], cross_entropy(student, given["labels_N"]).sum()
-    )
-
-
-def test_compare_is_the_dense_measure() -> None:
-    given = problem(torch.float64)
-    found = compare(**given, fused=FusedLoss(terms=(), chunk=7, dtype=torch.float64))
-    student = given["student_ND"] @ given["head_VD"].T
-    teacher = given["teacher_NE"] @ given["teacher_head_VE"].T
-    assert (found.positions, found.labelled) == (N, N - 2)
-    assert found.forward_kl == pytest.approx(forward_kl(student, teacher).sum().item())
-    labels = given["labels_N"]
-    assert found.cross_entropy == pytest.approx(cross_entropy(student, labels).sum().item())
-    assert found.teacher_cross_entropy == pytest.approx(cross_entropy(teacher, labels).sum().item())
-    assert found.agreements == (student.argmax(-1) == teacher.argmax(-1)).sum()
