@@ -19,7 +19,7 @@ from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
 from reports.words import count, metric_label, score, significant
 
 SERIES = ["var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)"]
-_FONT = "var(--sans)"
+_FONT = "system-ui, sans-serif"  # Vega measures texts on a canvas, which knows no variables
 _CONFIG: dict[str, Any] = {
     "background": "transparent",
     "font": _FONT,
@@ -56,7 +56,9 @@ class Chart:
     name: str
     title: str
     text: str
-    """What the chart shows, in words: its caption and its text for a screen reader."""
+    """What the chart shows, in words: its caption."""
+    numbers: str
+    """Its numbers, for a screen reader; empty where the caption says them all."""
     spec: Data
 
 
@@ -75,10 +77,12 @@ def make_charts(run: Run) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _finish(name: str, title: str, text: str, chart: Any, height: int = 260) -> Chart:
+def _finish(
+    name: str, title: str, text: str, chart: Any, *, height: int = 260, numbers: str = ""
+) -> Chart:
     spec = chart.properties(width="container", height=height).configure(**_CONFIG).to_dict()
     spec["autosize"] = {"type": "fit-x", "contains": "padding"}
-    return Chart(name=name, title=title, text=text, spec=spec)
+    return Chart(name=name, title=title, text=text, numbers=numbers, spec=spec)
 
 
 def _values(rows: Sequence[Data]) -> Any:
@@ -131,8 +135,18 @@ def quality_by_size(run: Run) -> Chart | None:
         )
     if len(rows) < 2:
         return None
-    x = alt.X("millions:Q", title="parameters (millions)", scale=alt.Scale(zero=False, padding=40))
-    y = alt.Y("perplexity:Q", title="perplexity (log)", scale=alt.Scale(type="log", padding=24))
+    x = alt.X(
+        "millions:Q",
+        title="parameters (millions)",
+        scale=alt.Scale(zero=False, nice=False, padding=60),
+        axis=alt.Axis(tickCount=6),
+    )
+    y = alt.Y(
+        "perplexity:Q",
+        title="perplexity (log)",
+        scale=alt.Scale(type="log", nice=False, padding=30),
+        axis=alt.Axis(tickCount=5),
+    )
     base = alt.Chart(_values(rows))
     path = base.mark_line(strokeDash=[4, 4], color="var(--soft)", strokeWidth=1.2).encode(
         x, y, order="order:Q"
@@ -142,13 +156,14 @@ def quality_by_size(run: Run) -> Chart | None:
         x, y, tooltip=["model:N", "millions:Q", "perplexity:Q"]
     )
     names = base.mark_text(align="center", dy=-16).encode(x, y, text="label:N")
-    said = "; ".join(f"{r['model']}: {count(r['millions'] * 1e6)}, {r['label']}" for r in rows)
+    said = "; ".join(f"{count(r['millions'] * 1e6)} parameters: {r['label']}" for r in rows)
     return _finish(
         "quality-by-size",
         "Quality against size",
         f"{metric_label(*key).capitalize()} ({key[0]}; lower is better) against parameters, with "
-        f"standard errors. {said}.",
+        "standard errors.",
         path + bars + points + names,
+        numbers=said,
     )
 
 
@@ -186,7 +201,7 @@ def tasks_by_model(run: Run) -> Chart | None:
     base = alt.Chart(_values(rows))
     colour = alt.Color("model:N", scale=scale, title=None)
     x = alt.X(
-        "value:Q", title="share of right answers", axis=alt.Axis(format="%"),
+        "value:Q", title="share of right answers", axis=alt.Axis(format="%", tickCount=5),
         scale=alt.Scale(domain=[0, 1]),
     )  # fmt: skip
     bars = base.mark_rule(strokeWidth=2).encode(
@@ -206,8 +221,9 @@ def tasks_by_model(run: Run) -> Chart | None:
         "tasks",
         "Tasks",
         "Share of right answers of each model on each task, with standard errors; the grey tick "
-        f"is what guessing gives. {said}.",
+        "is what guessing gives.",
         layers_,
+        numbers=said,
         height=max(140, 24 * len(tasks) * max(len(names), 2) // 2 + 40),
     )
 
@@ -263,7 +279,12 @@ def losses(run: Run) -> Chart | None:
         alt.Chart(_values(rows))
         .mark_line(interpolate="monotone")
         .encode(
-            alt.X("tokens:Q", title="tokens seen (thousands)"),
+            alt.X(
+                "tokens:Q",
+                title="tokens seen (thousands)",
+                axis=alt.Axis(tickCount=6),
+                scale=alt.Scale(nice=False),
+            ),
             alt.Y("value:Q", title="nats per token", scale=alt.Scale(zero=False)),
             alt.Color("term:N", scale=scale, title=None),
             tooltip=["term:N", "tokens:Q", "value:Q"],
@@ -293,9 +314,14 @@ def heldout(run: Run) -> Chart | None:
         return None
     chart = (
         alt.Chart(_values(rows))
-        .mark_line(point=alt.OverlayMarkDef(size=50, filled=True), color=SERIES[1])
+        .mark_line(point=alt.OverlayMarkDef(size=50, filled=True, color=SERIES[1]), color=SERIES[1])
         .encode(
-            alt.X("tokens:Q", title="tokens seen (thousands)"),
+            alt.X(
+                "tokens:Q",
+                title="tokens seen (thousands)",
+                axis=alt.Axis(tickCount=6),
+                scale=alt.Scale(nice=False),
+            ),
             alt.Y("value:Q", title="nats per token", scale=alt.Scale(zero=False)),
             tooltip=["tokens:Q", "value:Q"],
         )

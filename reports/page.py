@@ -65,7 +65,7 @@ def report_data(run: Run, judgement: Judgement, view: View) -> dict[str, Any]:
         "schema": SCHEMA,
         "recipe": run.name,
         "state": run.state,
-        "verdict": view.verdict,
+        "verdict": " ".join([view.verdict, *view.details]),
         "stages": stages,
         "recovered": [vars(entry) for entry in judgement.recoveries],
         "problems": view.problems,

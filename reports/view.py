@@ -53,11 +53,14 @@ class View:
     description: str
     state: str
     verdict: str
+    details: list[str] = field(default_factory=list)
+    """Sentences that belong to the verdict but aren't its core."""
     facts: list[tuple[str, str, str]] = field(default_factory=list)
     """(value, what it is, of what)"""
     cost: list[tuple[str, str]] = field(default_factory=list)
     stages: Table | None = None
     tasks: Table | None = None
+    skipped: list[tuple[str, str]] = field(default_factory=list)
     all_metrics: Table | None = None
     charts: list[Chart] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
@@ -110,10 +113,12 @@ def make_view(run: Run, judgement: Judgement) -> View:
         description=str(run.recipe.get("description") or ""),
         state=run.state,
         verdict=verdict(run, judgement),
+        details=verdict_details(run, judgement),
         facts=headline_facts(run, judgement),
         cost=cost(run),
         stages=stage_table(run),
         tasks=task_table(run, judgement),
+        skipped=skipped(run),
         all_metrics=metric_table(run),
         charts=make_charts(run),
         kept=kept(run),
@@ -154,55 +159,65 @@ def verdict(run: Run, judgement: Judgement) -> str:
             f"{student.name} has {words.count(card.get('parameters'))} parameters. The teacher has "
             "not been measured, so there is nothing to compare it with."
         )
-    parts = [_size_and_speed(student.name, card, teacher)]
-    parts += _quality(run, judgement, student)
-    return " ".join(part for part in parts if part)
-
-
-def _size_and_speed(name: str, card: Data, teacher: Data) -> str:
-    share = words.ratio(card.get("parameters"), teacher.get("parameters"))
-    sentence = (
-        f"{name} has {words.percent(share)} of the teacher's parameters "
-        f"({words.count(card.get('parameters'))} of {words.count(teacher.get('parameters'))})"
-    )
-    speeds = [
-        (word, words.ratio(card["speed"].get(key), teacher["speed"].get(key)))
-        for word, key in (
-            ("writes", "decode_tokens_per_second"),
-            ("reads", "prefill_tokens_per_second"),
-        )
-    ]
-    told = [f"{word} {words.times(speed)} as fast" for word, speed in speeds if speed is not None]
-    return f"{sentence}, {' and '.join(told)}." if told else f"{sentence}."
-
-
-def _quality(run: Run, judgement: Judgement, student: Stage) -> list[str]:
-    compared = judgement.comparisons.get(student.name, [])
-    teacher, card = run.teacher, student.scorecard
-    parts = []
-    key = main_perplexity([teacher, card]) if teacher and card else None
-    for entry in compared:
-        if (entry.task, entry.metric) == key and entry.difference is not None:
-            parts.append(
-                f"Its {words.metric_label(entry.task, entry.metric)} on {entry.task} is "
-                f"{words.score(entry.metric, entry.value)} against "
-                f"{words.score(entry.metric, entry.reference)}: "
-                f"{words.difference(entry.metric, entry.difference, entry.stderr)}, "
-                f"{'within noise' if entry.verdict == 'within noise' else entry.verdict}."
-            )
-    judged = [entry for entry in compared if words.is_share(entry.metric) and entry.p is not None]
-    if judged:
-        counted = {word: sum(entry.verdict == word for entry in judged) for word in VERDICT_MARKS}
-        counted["within noise"] += counted.pop("the same")
-        told = [f"{number} {word}" for word, number in counted.items() if number]
-        parts.append(f"Of {len(judged)} tasks with right answers: {', '.join(told)}.")
+    parts = _size_and_speed(card, teacher) + _perplexity(judgement, student, teacher)
+    sentence = f"After {student.name}, {', '.join(parts[:-1])}, and {parts[-1]}"
+    if len(parts) == 1:
+        sentence = f"After {student.name}, {parts[0]}"
     back = _main_recovery(run, judgement)
     if back is not None:
-        parts.append(
-            f"Teaching won back {words.percent(back.share)} "
-            f"({words.percent(back.low)} to {words.percent(back.high)}) of what the cut had lost."
+        sentence += (
+            f"; of what the cut had lost, {words.percent(back.share)} came back "
+            f"({words.percent(back.low)} to {words.percent(back.high)})"
         )
+    return f"{sentence}."
+
+
+def _size_and_speed(card: Data, teacher: Data) -> list[str]:
+    share = words.ratio(card.get("parameters"), teacher.get("parameters"))
+    numbers = f"{words.count(card.get('parameters'))} of {words.count(teacher.get('parameters'))}"
+    parts = [f"{words.percent(share)} of the teacher's parameters are left ({numbers})"]
+    faster = _faster(card, teacher, "decode_tokens_per_second")
+    if faster is not None:
+        parts.append(f"the model writes {words.times(faster)} as fast")
     return parts
+
+
+def _faster(card: Data, teacher: Data, speed: str) -> float | None:
+    return words.ratio(card["speed"].get(speed), teacher["speed"].get(speed))
+
+
+def _perplexity(judgement: Judgement, student: Stage, teacher: Data) -> list[str]:
+    key = main_perplexity([teacher, student.scorecard or {"results": {}}])
+    for entry in judgement.comparisons.get(student.name, []):
+        if (entry.task, entry.metric) == key and entry.difference is not None:
+            gap = words.difference(entry.metric, entry.difference, entry.stderr)
+            return [
+                f"its perplexity on {entry.task} is {words.score(entry.metric, entry.value)} "
+                f"instead of {words.score(entry.metric, entry.reference)} "
+                f"({gap}, {entry.verdict})"
+            ]
+    return []
+
+
+def verdict_details(run: Run, judgement: Judgement) -> list[str]:
+    """How the tasks with right answers came out, and where the scorecards can't be compared."""
+    student = _last_student(run)
+    compared = judgement.comparisons.get(student.name, []) if student else []
+    shares = [entry for entry in compared if words.is_share(entry.metric)]
+    judged = [entry for entry in shares if entry.p is not None]
+    found = []
+    if judged:
+        verdicts = ["within noise" if e.verdict == "the same" else e.verdict for e in judged]
+        told = [
+            f"{verdicts.count(word)} {word}"
+            for word in ("better", "within noise", "worse")
+            if word in verdicts
+        ]
+        tasks = "one task" if len(judged) == 1 else f"{len(judged)} tasks"
+        found.append(f"Against the teacher on {tasks} with right answers: {', '.join(told)}.")
+    refused = [entry for entry in compared if entry.p is None and entry.reason]
+    found += [f"{entry.task} is not compared: {entry.reason}." for entry in refused]
+    return list(dict.fromkeys(found))
 
 
 def headline_facts(run: Run, judgement: Judgement) -> list[tuple[str, str, str]]:
@@ -213,10 +228,7 @@ def headline_facts(run: Run, judgement: Judgement) -> list[tuple[str, str, str]]
     card = student.scorecard
     share = words.ratio(card.get("parameters"), teacher.get("parameters"))
     facts = [(words.percent(share), "of the parameters", words.count(card.get("parameters")))]
-    faster = words.ratio(
-        card["speed"].get("decode_tokens_per_second"),
-        teacher["speed"].get("decode_tokens_per_second"),
-    )
+    faster = _faster(card, teacher, "decode_tokens_per_second")
     if faster is not None:
         written = as_number(card["speed"]["decode_tokens_per_second"]) or 0.0
         facts.append((f"{faster:.2f}×", "as fast at writing", f"{written:.1f} tokens/s"))
@@ -241,8 +253,8 @@ def cost(run: Run) -> list[tuple[str, str]]:
         ("stages, together", words.duration(sum(seconds)) if seconds else ""),
         ("most memory in a stage", words.size(max(memory)) if memory else ""),
         ("tokens taught on", words.count(sum(t for t in tokens if t)) if any(tokens) else ""),
-        ("started", str(run.journal.get("started") or "")),
-        ("finished", str(run.journal.get("finished") or "")),
+        ("started", words.moment(run.journal.get("started") or "")),
+        ("finished", words.moment(run.journal.get("finished") or "")),
     ]
     return [(name, value) for name, value in entries if value]
 
@@ -257,49 +269,39 @@ def stage_table(run: Run) -> Table | None:
         card = stage.scorecard or {}
         speed = as_dict(card.get("speed"))
         share = words.ratio(card.get("parameters"), teacher.get("parameters"))
-        numbers = {
-            "parameters": as_number(card.get("parameters")),
-            "bytes": as_number(card.get("bytes")),
-            "read": as_number(speed.get("prefill_tokens_per_second")),
-            "write": as_number(speed.get("decode_tokens_per_second")),
-            "first": as_number(speed.get("time_to_first_token_seconds")),
-            "memory": as_number(card.get("peak_memory_bytes")),
-        }
+        first = as_number(speed.get("time_to_first_token_seconds"))
+        after = f"first token after {words.duration(first)}" if first is not None else ""
+        used = as_number(card.get("peak_memory_bytes"))
+        before = as_number(as_dict(card.get("memory")).get("before_loading_bytes"))
+        grown = f"{words.size(used - before)} of it the model" if used and before else ""
         rows.append(
             [
                 Cell(text=stage.name, note=stage.kind, sort=stage.name),
                 Cell(text=stage.state, note=stage.reason or "", sort=stage.state),
-                _cell(numbers["parameters"], words.count, words.percent(share) if share else ""),
-                _cell(numbers["bytes"], words.size),
-                _cell(numbers["read"], _rate),
-                _cell(numbers["write"], _rate),
-                _cell(numbers["first"], words.duration),
-                _cell(numbers["memory"], words.size),
-                _cell(stage.seconds, words.duration),
-                _cell(stage.peak_memory_bytes, words.size),
+                _cell(as_number(card.get("parameters")), words.count, words.percent(share)),
+                _cell(as_number(card.get("bytes")), words.size),
+                _cell(as_number(speed.get("prefill_tokens_per_second")), words.significant, after),
+                _cell(as_number(speed.get("decode_tokens_per_second")), words.significant),
+                _cell(used, words.size, grown),
+                _cell(stage.seconds, words.duration, f"in {words.size(stage.peak_memory_bytes)}"),
             ]
         )
     return Table(
         name="stages",
-        caption="Stages. Speeds: tokens per second of one sequence on this machine.",
+        caption="What each stage made, and what it took. Speeds are in tokens per second, for one "
+        "sequence on this machine; memory is what a process with this model alone needs.",
         columns=[
             "stage",
             "state",
             "parameters",
             "on disk",
-            "reads, tokens/s",
-            "writes, tokens/s",
-            "first token after",
-            "memory in use",
-            "stage took",
-            "stage's memory",
+            "reads",
+            "writes",
+            "memory",
+            "took",
         ],
         rows=rows,
     )
-
-
-def _rate(value: float) -> str:
-    return words.significant(value)
 
 
 def _cell(value: float | None, show: Any, note: str = "") -> Cell:
@@ -317,13 +319,11 @@ def task_table(run: Run, judgement: Judgement) -> Table | None:
     for card in cards:
         for task, results in card["results"].items():
             keys |= dict.fromkeys((task, metric) for metric in headline_metrics(task, results))
-        keys |= dict.fromkeys((task, "") for task in card["skipped"])
-    keys = {key: None for key in keys if key[1] or not any(k[0] == key[0] and k[1] for k in keys)}
     rows = [
         [
             Cell(text=task, note=words.metric_label(task, metric), sort=task),
             *(_task_cell(stage, task, metric, judgement) for stage in run.measured),
-            _floor_cell(cards, task, metric),
+            *_floor_cells(cards, task, metric),
         ]
         for task, metric in keys
     ]
@@ -331,16 +331,15 @@ def task_table(run: Run, judgement: Judgement) -> Table | None:
         name="tasks",
         caption="Tasks. Under each score: its difference to the teacher, from the same documents, "
         "± standard error. “Within noise”: p ≥ 0.05 after Holm's correction for all rows.",
-        columns=["task", *(stage.name for stage in run.measured), "guessing"],
+        columns=["task", *(stage.name for stage in run.measured), "guessing", "documents"],
         rows=rows,
     )
 
 
 def _task_cell(stage: Stage, task: str, metric: str, judgement: Judgement) -> Cell:
     card = stage.scorecard or {}
-    if task in card["skipped"] or not metric:
-        reason = str(card["skipped"].get(task, "not measured"))
-        return Cell(text="skipped", note=reason, sort=float("-inf"))
+    if task in card["skipped"]:
+        return Cell(text="skipped", title=str(card["skipped"][task]), sort=float("-inf"))
     found = card["results"].get(task, {}).get(metric, {})
     value, error = as_number(found.get("value")), as_number(found.get("stderr"))
     text = words.score(metric, value, error)
@@ -373,16 +372,29 @@ def _p(value: float | None) -> str:
     return "< 0.0001" if value < 0.0001 else f"= {words.significant(value, 2)}"
 
 
-def _floor_cell(cards: list[Data], task: str, metric: str) -> Cell:
+def _floor_cells(cards: list[Data], task: str, metric: str) -> tuple[Cell, Cell]:
+    """What guessing scores, and how many documents (or windows) of how many were asked."""
     facts: Data = next((card["tasks"][task] for card in cards if task in card["tasks"]), {})
     chance = as_number(facts.get("chance")) if metric.startswith("acc") else None
     constant = as_number(facts.get("constant")) if metric.startswith("acc") else None
-    documents = as_number(facts.get("samples"))
-    note = f"{documents:,.0f} of {facts.get('documents')} documents" if documents else ""
+    guess = _cell(chance, lambda value: words.percent(value, 1))
     if constant is not None:
-        note = f"one constant answer {words.percent(constant, 1)}; {note}"
-    text = words.percent(chance, 1) if chance is not None else words.MISSING
-    return Cell(text=text, note=note, sort=float("-inf") if chance is None else chance)
+        constant_answer = f"always the same: {words.percent(constant, 1)}"
+        guess = Cell(text=guess.text, note=constant_answer, sort=guess.sort)
+    if metric.startswith("token_perplexity"):
+        windows = as_number(facts.get("perplexity_windows"))
+        return guess, _cell(windows, lambda value: f"{value:,.0f} windows")
+    asked, there = as_number(facts.get("samples")), as_number(facts.get("documents"))
+    of = f"of {there:,.0f}" if there is not None else ""
+    return guess, _cell(asked, lambda value: f"{value:,.0f}", of)
+
+
+def skipped(run: Run) -> list[tuple[str, str]]:
+    """Tasks that were asked for and not measured, each with its reason."""
+    found: dict[str, str] = {}
+    for stage in run.measured:
+        found |= {str(k): str(v) for k, v in (stage.scorecard or {})["skipped"].items()}
+    return list(found.items())
 
 
 def metric_table(run: Run) -> Table | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 from typing import Any
 
 MISSING = "–"
@@ -42,6 +43,8 @@ def duration(seconds: float | None) -> str:
     """200.3 -> "3 min 20 s"."""
     if seconds is None:
         return MISSING
+    if seconds < 1:
+        return f"{significant(1000 * seconds, 2)} ms"
     if seconds < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -105,3 +108,11 @@ def metric_label(task: str, metric: str) -> str:
         "perplexity": "perplexity of the word",
     }
     return names.get(metric, metric.replace("_", " "))
+
+
+def moment(text: Any) -> str:
+    """ISO 8601 as "2026-11-23 12:00 UTC"; what is no time stays as it is."""
+    try:
+        return datetime.fromisoformat(str(text)).astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return str(text)
