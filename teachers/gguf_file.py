@@ -8,7 +8,6 @@ model in memory twice; here it is one shard.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
-from shearling import Progress, ShearlingError, silent, write_json
+from shearling import Progress, ShearlingError, silent
 from students.shape import Shape
 from teachers.gguf_header import Gguf, read_gguf, refusal
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer, special_ids
-from teachers.layout import tensor_problems
-
-SHARD_BYTES = 2 << 30
+from teachers.layout import halves_apart, tensor_problems
+from teachers.weights import save_shards
 
 # --- configuration ------------------------------------------------------------------------------
 
@@ -191,16 +188,6 @@ def _hf_name(name: str) -> str | None:
     return _OUTER_NAMES.get(name) or _layer_name(name)
 
 
-def unpermute(rows: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """From GGUF's rotary layout to Hugging Face's, for the rows of a query or key matrix.
-
-    GGUF keeps the two numbers of a RoPE pair beside each other, Hugging Face half a head apart.
-    """
-    half = rows.shape[0] // heads // 2
-    pairs = rows.reshape(heads, half, 2, *rows.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
 def llama_tensors(gguf: Gguf, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and 32-bit tensors, one in memory at a time, in the file's order."""
     for name in gguf.tensors:
@@ -215,49 +202,12 @@ def llama_tensors(gguf: Gguf, config: LlamaConfig) -> Iterator[tuple[str, Tensor
                 "gguf package can't undo.",
                 hint="Use another quantisation of the model, for example Q8_0 or F16.",
             ) from error
+        tensor = torch.from_numpy(values)
         if ".self_attn.q_proj." in target:
-            values = unpermute(values, config.num_attention_heads)
+            tensor = halves_apart(tensor, config.num_attention_heads)
         elif ".self_attn.k_proj." in target:
-            values = unpermute(values, config.num_key_value_heads or config.num_attention_heads)
-        yield target, torch.from_numpy(np.ascontiguousarray(values))
-
-
-def _shards(gguf: Gguf) -> list[int]:
-    """How many tensors go into each shard, so that one is about SHARD_BYTES."""
-    counts, size = [0], 0
-    for name, info in gguf.tensors.items():
-        if _hf_name(name) is None:
-            continue
-        bytes_ = 4 * math.prod(info.shape)
-        if counts[-1] and size + bytes_ > SHARD_BYTES:
-            counts.append(0)
-            size = 0
-        counts[-1] += 1
-        size += bytes_
-    return counts
-
-
-def _save_weights(gguf: Gguf, config: LlamaConfig, out: Path, progress: Progress) -> None:
-    tensors, counts = llama_tensors(gguf, config), _shards(gguf)
-    weight_map, total, done = {}, 0, 0
-    for number, count in enumerate(counts, 1):
-        whole = len(counts) == 1
-        file = (
-            "model.safetensors" if whole else f"model-{number:05d}-of-{len(counts):05d}.safetensors"
-        )
-        shard: dict[str, Tensor] = {}
-        for _ in range(count):
-            name, tensor = next(tensors)
-            shard[name] = tensor
-            weight_map[name] = file
-            total += tensor.nbytes
-            done += 1
-            progress("dequantise", done, sum(counts))
-        save_file(shard, out / file, metadata={"format": "pt"})
-        os.chmod(out / file, 0o644)
-    if len(counts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(out / "model.safetensors.index.json", index)
+            tensor = halves_apart(tensor, config.num_key_value_heads or config.num_attention_heads)
+        yield target, tensor
 
 
 # --- all together -------------------------------------------------------------------------------
@@ -280,7 +230,8 @@ def convert(path: Path, out: Path, *, progress: Progress = silent) -> None:
     config.save_pretrained(out)
     _generation_config(gguf, config).save_pretrained(out)
     save_tokenizer(tokenizer, out)
-    _save_weights(gguf, config, out, progress)
+    sizes = [4 * math.prod(t.shape) for n, t in gguf.tensors.items() if _hf_name(n) is not None]
+    save_shards(llama_tensors(gguf, config), sizes, out, what="dequantise", progress=progress)
 
 
 def _check_tensors(gguf: Gguf, config: LlamaConfig) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from students.shape import Shape
 
 _SHOWN = 8  # names in one error message
@@ -68,3 +70,14 @@ def tensor_problems(shape: Shape, found: Mapping[str, tuple[int, ...]], told_by:
         if name in found and found[name] != wanted
     ][:_SHOWN]
     return problems
+
+
+def halves_apart(rows: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key matrix (or bias) from Meta's rotary layout to Hugging Face's.
+
+    Meta's files and GGUF keep the two numbers of a RoPE pair beside each other, Hugging Face
+    half a head apart. [heads * head_dim, ...] -> the same shape.
+    """
+    half = rows.shape[0] // heads // 2
+    pairs = rows.reshape(heads, half, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)

@@ -7,19 +7,23 @@ knows what a Llama is.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from shearling import ShearlingError, read_json
+from shearling import Progress, ShearlingError, read_json, silent, write_json
 
+SHARD_BYTES = 2 << 30
 _MAX_HEADER_BYTES = 100_000_000
 """The bound of the safetensors library itself."""
 
@@ -131,6 +135,26 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def load_state(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file that ``torch.save`` wrote, memory-mapped where its format allows.
+
+    weights_only keeps pickle from running code.
+    """
+    try:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 can't be mapped
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ShearlingError(
+            f"{file} can't be read as plain weights: {str(error).splitlines()[0]}",
+            hint=f"{_AGAIN} A safetensors version is safer and faster.",
+        ) from error
+    if not isinstance(state, dict):
+        raise ShearlingError(f"{file} holds no dictionary of tensors.", hint=_AGAIN)
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
 class WeightFiles:
     """Tensors by name over one or more files. Use one instance in one thread."""
 
@@ -162,21 +186,8 @@ class WeightFiles:
         return tensor
 
     def _bin(self, file: Path) -> dict[str, Tensor]:
-        """A .bin shard, memory-mapped; weights_only keeps pickle from running code."""
         if file not in self._bins:
-            try:
-                try:
-                    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                except RuntimeError:  # the format before torch 1.6 can't be mapped
-                    state = torch.load(file, map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-                raise ShearlingError(
-                    f"{file} can't be read as plain weights: {str(error).splitlines()[0]}",
-                    hint=f"{_AGAIN} A safetensors version is safer and faster.",
-                ) from error
-            if not isinstance(state, dict):
-                raise ShearlingError(f"{file} holds no dictionary of tensors.", hint=_AGAIN)
-            self._bins[file] = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+            self._bins[file] = load_state(file)
         return self._bins[file]
 
     def _bin_infos(self, file: Path) -> dict[str, TensorInfo]:
@@ -194,3 +205,44 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = tensor.aminmax()
     return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def _split(sizes: list[int]) -> list[int]:
+    """How many tensors go into each shard, so that one is about SHARD_BYTES."""
+    counts, filled = [0], 0
+    for size in sizes:
+        if counts[-1] and filled + size > SHARD_BYTES:
+            counts.append(0)
+            filled = 0
+        counts[-1] += 1
+        filled += size
+    return counts
+
+
+def save_shards(
+    tensors: Iterator[tuple[str, Tensor]],
+    sizes: list[int],
+    out: Path,
+    *,
+    what: str,
+    progress: Progress = silent,
+) -> None:
+    """Write tensors as safetensors with an index, one shard in memory at a time.
+
+    ``sizes`` are the bytes of the tensors to come, in their order.
+    """
+    counts, weight_map, done = _split(sizes), {}, 0
+    for number, count in enumerate(counts, 1):
+        name = f"model-{number:05d}-of-{len(counts):05d}" if len(counts) > 1 else "model"
+        file = out / f"{name}.safetensors"
+        shard: dict[str, Tensor] = {}
+        for tensor_name, tensor in islice(tensors, count):
+            shard[tensor_name] = tensor.contiguous()
+            weight_map[tensor_name] = file.name
+            done += 1
+            progress(what, done, len(sizes))
+        save_file(shard, file, metadata={"format": "pt"})
+        os.chmod(file, 0o644)  # the library writes files that only their owner reads
+    if len(counts) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        write_json(out / "model.safetensors.index.json", index)

@@ -20,9 +20,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from shearling import ShearlingError
 from teachers.checkpoint import import_teacher, open_checkpoint
 from teachers.fetch import PackagedFile, fetch
-from teachers.gguf_file import convert, llama3_rope_factors, unpermute
+from teachers.gguf_file import convert, llama3_rope_factors
 from teachers.gguf_header import Gguf, read_gguf
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer
+from teachers.layout import halves_apart
 from teachers.settings import TeacherSettings
 
 Q = gguf.GGMLQuantizationType
@@ -218,7 +219,7 @@ def test_large_tensors_are_dequantised_in_parts_and_saved_in_shards(
 ) -> None:
     convert(plain, tmp_path / "whole")
     monkeypatch.setattr("teachers.gguf_header._CHUNK_ELEMENTS", 64 * 5)
-    monkeypatch.setattr("teachers.gguf_file.SHARD_BYTES", 100_000)
+    monkeypatch.setattr("teachers.weights.SHARD_BYTES", 100_000)
     convert(plain, tmp_path / "parts")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 2
     whole, parts = open_checkpoint(tmp_path / "whole"), open_checkpoint(tmp_path / "parts")
@@ -226,9 +227,10 @@ def test_large_tensors_are_dequantised_in_parts_and_saved_in_shards(
     assert torch.equal(logits(whole.model(torch.float32)), logits(parts.model(torch.float32)))
 
 
-def test_unpermute_undoes_the_permutation() -> None:
-    rows = np.arange(48, dtype=np.float32).reshape(24, 2)
-    assert np.array_equal(unpermute(permute(rows, 3), 3), rows)
+def test_halves_apart_undoes_the_permutation() -> None:
+    rows = torch.arange(48.0).reshape(24, 2)
+    permuted = torch.from_numpy(permute(rows.numpy(), 3))
+    assert torch.equal(halves_apart(permuted, 3), rows)
 
 
 @pytest.mark.parametrize(("factor", "head_dim"), [(8.0, 128), (32.0, 128), (32.0, 64)])
@@ -290,7 +292,7 @@ def test_llama3s_tokenizer_survives_gguf(
 def test_sentencepiece_tokenizers_survive_gguf(
     shared_data: Path, tmp_path: Path, nasty: list[str], where: str, first_merge: int
 ) -> None:
-    """SentencePiece BPE scores are minus the rank of the merge; single characters come last."""
+    """With the scores that these tokenizer.json were ranked by: minus the number of the token."""
     folder = shared_data / where
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     tokens = [token for token, _ in sorted(model["vocab"].items(), key=lambda item: item[1])]

@@ -1,0 +1,289 @@
+"""The teacher's answers on the transfer set, kept on disk: asked once, used by every student.
+
+A position keeps K tokens in four bytes each (the token's number, and in the bits that are left
+the logarithm of its probability) and four bytes for the distribution's exact entropy: 60 bytes
+with the default of 14 tokens. Two ways to choose the tokens:
+
+- ``sample``: an unbiased random sample. Plain top-k teaches the student a wrong, too sharp
+  distribution; a dozen sampled tokens teach the right one on average (Anshumann et al. 2025,
+  Sparse Logit Sampling, https://arxiv.org/abs/2503.16870). The sample here is VarOpt's
+  (Cohen et al. 2009, https://arxiv.org/abs/0803.0473): tokens above a threshold are always in,
+  with their own probability, the others by systematic sampling with the threshold as weight. So
+  all K are different, the weights sum to 1, and no unbiased choice of K varies less.
+- ``top_k``: the K likeliest tokens; what is left of 1 is the tail's mass.
+
+The folder's name is a hash of all that the answers depend on. Windows are captured when they are
+first needed, each with a checksum that is written after it, so a capture that was killed goes on,
+and the order of capture and the number of processes change nothing.
+
+Legend: B windows, T positions, N positions, V vocabulary, K kept tokens.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shearling import (
+    Progress,
+    ShearlingError,
+    disk_errors,
+    read_json,
+    sha256_of_json,
+    silent,
+    write_json,
+)
+
+SCHEMA = 1
+_LEAST_LOG = 30.0
+"""Probabilities below exp(-30) are kept as exp(-30)."""
+_SHARD_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetFormat:
+    """How a position's answer is kept."""
+
+    kind: Literal["sample", "top_k"]
+    slots: int
+    vocabulary: int
+
+    @property
+    def index_bits(self) -> int:
+        return max(1, (self.vocabulary - 1).bit_length())
+
+    @property
+    def levels(self) -> int:
+        """How many different probabilities a slot can tell apart."""
+        return 1 << (32 - self.index_bits)
+
+    @property
+    def record(self) -> np.dtype[Any]:
+        return np.dtype([("slots", "<u4", (self.slots,)), ("entropy", "<f4")])
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.record.itemsize
+
+
+def top_tokens(probability_NV: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+    """The likeliest tokens and their probabilities, both [N, K]."""
+    weights_NK, ids_NK = probability_NV.topk(slots)
+    return ids_NK, weights_NK
+
+
+def sample_tokens(probability_NV: Tensor, slots: int, offset_N: Tensor) -> tuple[Tensor, Tensor]:
+    """VarOpt: K tokens and weights, [N, K], with E[Σ weight · onehot(token)] = probability.
+
+    ``offset_N`` in (0, 1] is the only randomness: where systematic sampling begins. The threshold
+    t solves Σ min(1, p / t) = K.
+    """
+    top_NK, top_ids_NK = probability_NV.topk(slots)
+    tail_NV = probability_NV.scatter(-1, top_ids_NK, 0)
+    # rest[j] is the mass beyond the j likeliest, summed from the small end for precision.
+    rest_NK = tail_NV.sum(-1, keepdim=True) + top_NK.flip(-1).cumsum(-1).flip(-1)
+    slot_K = torch.arange(slots, device=probability_NV.device)
+    threshold_NK = rest_NK / (slots - slot_K)
+    small_NK = top_NK <= threshold_NK
+    small_NK[:, -1] = True
+    sure_N1 = small_NK.int().argmax(-1, keepdim=True)
+    threshold_N1 = threshold_NK.gather(-1, sure_N1)
+    is_sure_NK = slot_K < sure_N1
+    tail_NV.scatter_(-1, top_ids_NK, torch.where(is_sure_NK, 0, top_NK))
+    reached_NV = tail_NV.cumsum(-1)
+    drawn_N1 = slots - sure_N1
+    reached_NV.mul_(drawn_N1 / reached_NV[:, -1:].clamp(min=1e-30))
+    points_NK = (slot_K - sure_N1).clamp(min=0) + offset_N.unsqueeze(-1)
+    points_NK = torch.minimum(points_NK, reached_NV[:, -1:]).to(reached_NV.dtype)
+    drawn_ids_NK = torch.searchsorted(reached_NV, points_NK).clamp(max=probability_NV.shape[1] - 1)
+    ids_NK = torch.where(is_sure_NK, top_ids_NK, drawn_ids_NK)
+    return ids_NK, torch.where(is_sure_NK, top_NK, threshold_N1)
+
+
+def pack(ids_NK: Tensor, weights_NK: Tensor, shape: TargetFormat) -> NDArray[np.uint32]:
+    """Token numbers and probabilities in 32 bits each."""
+    depth = -weights_NK.clamp(min=1e-30).log() / _LEAST_LOG * (shape.levels - 1)
+    codes = depth.round().clamp(0, shape.levels - 1).long()
+    packed: NDArray[Any] = (codes << shape.index_bits | ids_NK).cpu().numpy()
+    return packed.astype(np.uint32)
+
+
+def unpack(packed: NDArray[np.uint32], shape: TargetFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """Token numbers, probabilities, and the tail's mass: [..., K], [..., K], [...]."""
+    words = torch.from_numpy(packed.astype(np.int64))
+    ids = words & ((1 << shape.index_bits) - 1)
+    codes = (words >> shape.index_bits).float()
+    weights = (codes * (-_LEAST_LOG / (shape.levels - 1))).exp()
+    total = weights.sum(-1)
+    if shape.kind == "sample":
+        return ids, weights / total.unsqueeze(-1), torch.zeros_like(total)
+    return ids, weights, (1 - total).clamp(min=0)
+
+
+class TargetCache:
+    """Answers of one teacher on one transfer set, window by window.
+
+    ``identity`` is all that the answers depend on, in plain JSON; it is kept in ``targets.json``
+    and its hash names the folder, so two teachers never share one.
+
+    Raises:
+        ShearlingError: the folder belongs to something else, or a window's checksum is wrong.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        identity: dict[str, Any],
+        shape: TargetFormat,
+        *,
+        windows: int,
+        window: int,
+    ) -> None:
+        self.format, self.window = shape, window
+        facts = {"schema": SCHEMA, "windows": windows, "window": window, **asdict(shape)}
+        self.identity = {**facts, "identity": identity}
+        self.folder = root / sha256_of_json(self.identity)[:24]
+        self._shard_windows = max(1, _SHARD_BYTES // (window * shape.bytes_per_token))
+        self._shards: dict[int, np.memmap[Any, np.dtype[Any]]] = {}
+        self._known()
+        self._checksums = _array(self.folder / "checksums.bin", np.dtype("<u8"), (windows,))
+
+    def _known(self) -> None:
+        path = self.folder / "targets.json"
+        if not path.exists():
+            write_json(path, self.identity)
+        found = read_json(path)
+        differing = [key for key in self.identity if found.get(key) != self.identity[key]]
+        if differing:
+            raise ShearlingError(
+                f"The targets in {self.folder} are not what their name says: "
+                f"{', '.join(differing)} differ.",
+                hint=f"Delete {self.folder}; the teacher is asked again.",
+            )
+
+    def missing(self, windows: Iterable[int]) -> list[int]:
+        """Those of ``windows`` that were not captured yet, sorted, each once."""
+        return [number for number in sorted(set(windows)) if not self._checksums[number]]
+
+    def write(self, number: int, slots_TK: NDArray[np.uint32], entropy_T: NDArray[Any]) -> None:
+        """Keep one window's answers; its checksum is what makes them count."""
+        shard, place = divmod(number, self._shard_windows)
+        with disk_errors(self.folder):
+            records = self._shard(shard)[place]
+            records["slots"], records["entropy"] = slots_TK, entropy_T
+            self._checksums[number] = _checksum(records)
+
+    def read(self, windows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token numbers [B, T, K], weights [B, T, K], tail's mass and entropy [B, T]."""
+        records = np.stack([self._window(number) for number in windows])
+        ids, weights, tail = unpack(records["slots"], self.format)
+        return ids, weights, tail, torch.from_numpy(records["entropy"].copy())
+
+    def flush(self) -> None:
+        """Bring everything to the disk, the checksums last."""
+        with disk_errors(self.folder):
+            for shard in self._shards.values():
+                shard.flush()
+            self._checksums.flush()
+
+    def _window(self, number: int) -> NDArray[Any]:
+        shard, place = divmod(number, self._shard_windows)
+        records: NDArray[Any] = self._shard(shard)[place]
+        if self._checksums[number] != _checksum(records):
+            raise ShearlingError(
+                f"The targets of window {number} in {self.folder} are damaged or missing: "
+                "their checksum is wrong.",
+                hint=f"Delete {self.folder}; the teacher is asked again.",
+            )
+        return records
+
+    def _shard(self, number: int) -> np.memmap[Any, np.dtype[Any]]:
+        if number not in self._shards:
+            path = self.folder / f"shard-{number:05d}.bin"
+            shape = (self._shard_windows, self.window)
+            self._shards[number] = _array(path, self.format.record, shape)
+        return self._shards[number]
+
+
+def _array(
+    path: Path, kind: np.dtype[Any], shape: tuple[int, ...]
+) -> np.memmap[Any, np.dtype[Any]]:
+    """A memory-mapped array; the file is made, sparse and zero, where it is absent."""
+    size = int(np.prod(shape)) * kind.itemsize
+    with disk_errors(path):
+        with path.open("ab") as file:
+            if file.tell() < size:
+                file.truncate(size)
+        return np.memmap(path, kind, "r+", shape=shape)
+
+
+def _checksum(records: NDArray[Any]) -> int:
+    """CRC-32 with a bit above it, so that it is never 0, which means absent."""
+    return zlib.crc32(np.ascontiguousarray(records).view(np.uint8)) | 1 << 32
+
+
+Answer = Callable[[list[int]], Iterable[tuple[int, Tensor]]]
+"""Gives (window number, logits [T, V] in any float dtype) for each window asked for."""
+
+
+def capture(
+    cache: TargetCache,
+    windows: Iterable[int],
+    answer: Answer,
+    *,
+    seed: int,
+    progress: Progress = silent,
+    rank: int = 0,
+    processes: int = 1,
+) -> dict[str, Any]:
+    """Ask for the windows that are missing; give how many, and the measured error of some.
+
+    ``rank`` of ``processes`` takes every processes-th of them. The randomness of a sample comes
+    from ``seed`` and the window's number alone.
+    """
+    missing = cache.missing(windows)[rank::processes]
+    errors: list[Tensor] = []
+    for done, (number, logits_TV) in enumerate(answer(missing), start=1):
+        log_p_TV = torch.log_softmax(logits_TV[:, : cache.format.vocabulary].float(), -1)
+        p_TV = log_p_TV.exp()
+        if cache.format.kind == "sample":
+            offset_T = 1 - np.random.default_rng([seed, number, 5]).random(len(p_TV))
+            offset = torch.from_numpy(offset_T).to(p_TV)
+            ids_TK, weights_TK = sample_tokens(p_TV, cache.format.slots, offset)
+        else:
+            ids_TK, weights_TK = top_tokens(p_TV, cache.format.slots)
+        entropy_T = -torch.xlogy(p_TV, p_TV).sum(-1)
+        packed_TK = pack(ids_TK, weights_TK, cache.format)
+        cache.write(number, packed_TK, entropy_T.cpu().numpy())
+        if len(errors) < _MEASURED_WINDOWS:
+            errors.append(measured_error(log_p_TV.cpu(), *unpack(packed_TK, cache.format)))
+        progress("targets", done, len(missing))
+    cache.flush()
+    if not errors:
+        return {"captured_windows": 0}
+    mean = torch.cat(errors).mean(0).tolist()
+    return {"captured_windows": len(missing), "kl_to_live": mean[0], "tail_mass": mean[1]}
+
+
+_MEASURED_WINDOWS = 8
+
+
+def measured_error(log_p_TV: Tensor, ids_TK: Tensor, weights_TK: Tensor, tail_T: Tensor) -> Tensor:
+    """KL of what is kept to what the teacher said, and the tail's mass: [T, 2].
+
+    With a tail the KL is that of the K + 1 outcomes: 0 but for rounding. A sample is unbiased, not
+    near: its KL tells how much a single position's answer varies.
+    """
+    log_p_TK = log_p_TV.gather(-1, ids_TK)
+    kl_T = (torch.xlogy(weights_TK, weights_TK) - weights_TK * log_p_TK).sum(-1)
+    others_T = (1 - log_p_TK.exp().sum(-1)).clamp(min=1e-7)
+    in_tail_T = torch.xlogy(tail_T, tail_T) - tail_T * others_T.log()
+    return torch.stack([kl_T + torch.where(tail_T > 0, in_tail_T, 0), tail_T], dim=-1)
