@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from shearling import (
     Progress,
@@ -30,22 +29,12 @@ from shearling import (
     write_json,
 )
 from students.shape import Shape
-from teachers import gguf_file, meta_format
+from teachers import gguf_file, meta_format, mllama
 from teachers.fetch import default_cache, fetch, is_packaged
 from teachers.layout import expected_tensors, listed, tensor_problems
 from teachers.settings import TeacherSettings
+from teachers.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_fingerprint
 from teachers.weights import FLOAT_DTYPES, WeightFiles, is_finite, weight_files
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-"""The files that make a tokenizer; copied byte for byte they give a student the same ids."""
 
 _AGAIN = "Download or copy the model again."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -326,49 +315,14 @@ def _remembered_sha256(file: Path) -> str:
     return known
 
 
-# --- tokenizers ---------------------------------------------------------------------------------
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder, or a ShearlingError that says what is missing."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ShearlingError(
-            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
-            hint="Copy the tokenizer's files into the folder of the model.",
-        )
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise ShearlingError(
-            f"The tokenizer in {folder} can't be read: {error}", hint=_AGAIN
-        ) from error
-    return tokenizer
-
-
-def tokenizer_fingerprint(folder: Path) -> str:
-    """SHA-256 over the tokenizer's files in a folder."""
-    digest = hashlib.sha256()
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            digest.update(f"{name}\0{sha256_of_file(folder / name)}\n".encode())
-    return digest.hexdigest()
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files as they are: same ids, chat template and special tokens."""
-    with disk_errors(target):
-        target.mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, target / name)
-
-
 # --- import -------------------------------------------------------------------------------------
 
 
-CONVERTERS = {"gguf": gguf_file.convert, "meta": meta_format.convert}
+CONVERTERS = {
+    "gguf": gguf_file.convert,
+    "meta": meta_format.convert,
+    "mllama": mllama.convert,
+}
 
 
 def import_teacher(
@@ -377,7 +331,7 @@ def import_teacher(
     """Make ``out/model`` the Hugging Face folder of the teacher that a recipe names.
 
     A folder or a hub snapshot is linked; a GGUF is dequantised to 32-bit floats, Meta's own
-    format converted as it is. Returns facts
+    format and the text tower of a vision model are converted in their dtype. Returns facts
     for the report: source, format, fingerprint, shape, parameters, bytes, tokenizer.
     """
     model = Path(out) / "model"
@@ -432,9 +386,12 @@ def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple
             )
         return path, "gguf"
     if local.is_dir():
-        return local, "meta" if meta_format.is_meta_folder(local) else "folder"
+        if meta_format.is_meta_folder(local):
+            return local, "meta"
+        return local, "mllama" if mllama.is_mllama_folder(local) else "folder"
     if _HUB_ID.fullmatch(name):
-        return _hub_snapshot(name, settings.revision), "hub"
+        snapshot = _hub_snapshot(name, settings.revision)
+        return snapshot, "mllama" if mllama.is_mllama_folder(snapshot) else "hub"
     raise ShearlingError(
         f"The teacher {name} is neither a folder, nor a .gguf file, nor a hub id.",
         hint="Check `teacher: model:` in the recipe; a hub id has the form owner/name.",

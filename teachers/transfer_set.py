@@ -40,11 +40,11 @@ from shearling import (
     silent,
     write_json,
 )
-from teachers.checkpoint import load_tokenizer, tokenizer_fingerprint
 from teachers.fetch import fetch
 from teachers.heldout import is_reserved
 from teachers.readers import Document, dataset_documents, documents, format_of, source_files
 from teachers.settings import SourceSettings, TransferSetSettings
+from teachers.tokenizer import load_tokenizer, tokenizer_fingerprint
 
 SCHEMA = 1
 _BATCH_CHARACTERS = 1 << 21  # text tokenised at once; the tokenizer shares it among all cores

@@ -17,12 +17,11 @@ from transformers import LlamaForCausalLM
 from shearling import ShearlingError
 from teachers.checkpoint import (
     Checkpoint,
-    copy_tokenizer,
     import_teacher,
-    load_tokenizer,
     open_checkpoint,
 )
 from teachers.settings import TeacherSettings
+from teachers.tokenizer import copy_tokenizer, load_tokenizer
 from teachers.weights import is_finite
 
 

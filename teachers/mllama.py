@@ -1,0 +1,125 @@
+"""The text tower of Llama 3.2's vision models (Mllama) as an ordinary Llama.
+
+Between the layers of a text model Mllama puts layers that attend to an image. The text layers
+were kept frozen when it was trained, so they are those of Llama 3.1 8B and 70B; without an image
+the other layers are passed over. They are left out, and so are the vision model and the eight
+rows of the embedding that stand for the image.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import LlamaConfig, MllamaConfig
+
+from shearling import Progress, ShearlingError, read_json, silent
+from students.shape import Shape
+from teachers.layout import tensor_problems
+from teachers.tokenizer import copy_tokenizer
+from teachers.weights import WeightFiles, save_shards, weight_files
+
+_LAYER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?layers\.(\d+)\.(.+)")
+_OUTER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?((?:embed_tokens|norm)\.weight)")
+_HEAD = re.compile(r"(?:(?:model\.)?language_model\.)?lm_head\.weight")
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def is_mllama_folder(folder: Path) -> bool:
+    """Whether a Hugging Face folder holds one of Llama's vision models."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and config.get("model_type") == "mllama"
+
+
+def text_config(folder: Path) -> tuple[LlamaConfig, list[int]]:
+    """The text tower's configuration, and which of Mllama's layers it consists of."""
+    try:
+        text: Any = MllamaConfig.from_pretrained(folder, local_files_only=True).text_config
+        across = set(text.cross_attention_layers)
+        layers = [number for number in range(text.num_hidden_layers) if number not in across]
+        config = LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            num_hidden_layers=len(layers),
+            **{name: getattr(text, name) for name in _KEPT},
+        )
+    except Exception as error:  # transformers' strict dataclasses raise types of their own
+        raise ShearlingError(
+            f"{folder / 'config.json'} is not a usable Mllama configuration: {error}",
+            hint="Download or copy the model again.",
+        ) from error
+    return config, layers
+
+
+_KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "hidden_act",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "rope_parameters",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+)
+
+
+def _name(name: str, numbers: dict[int, int]) -> str | None:
+    """Mllama's name of a tensor to Llama's; None if the text tower lacks it."""
+    if match := _OUTER.fullmatch(name):
+        return f"model.{match.group(1)}"
+    if _HEAD.fullmatch(name):
+        return "lm_head.weight"
+    match = _LAYER.fullmatch(name)
+    if match is None or int(match.group(1)) not in numbers:
+        return None
+    return f"model.layers.{numbers[int(match.group(1))]}.{match.group(2)}"
+
+
+def convert(folder: Path, out: Path, *, progress: Progress = silent) -> None:
+    """Write the text tower as a Hugging Face folder in the dtype it has."""
+    config, layers = text_config(folder)
+    numbers = {old: new for new, old in enumerate(layers)}
+    weights = WeightFiles(weight_files(folder))
+    names = {name: target for name in weights.names() if (target := _name(name, numbers))}
+    if config.tie_word_embeddings:
+        names = {name: target for name, target in names.items() if target != "lm_head.weight"}
+    shapes = {}
+    for name, target in names.items():
+        rows, *rest = weights.infos[name].shape
+        shapes[target] = (_rows(target, rows, config), *rest)
+    problems = tensor_problems(Shape.from_config(config), shapes, "config.json says")
+    if problems:
+        raise ShearlingError(
+            f"The text weights in {folder} don't fit its config.json:\n"
+            + "\n".join(f"  - {problem}" for problem in problems),
+            hint="Download or copy the model again.",
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(out)
+    copy_tokenizer(folder, out)
+    sizes = [_BYTES.get(weights.infos[n].dtype, 4) * math.prod(shapes[t]) for n, t in names.items()]
+    tensors = _tensors(weights, names, config)
+    save_shards(tensors, sizes, out, what="text tower", progress=progress)
+
+
+def _rows(target: str, rows: int, config: LlamaConfig) -> int:
+    return min(rows, config.vocab_size) if target == "model.embed_tokens.weight" else rows
+
+
+def _tensors(
+    weights: WeightFiles, names: dict[str, str], config: LlamaConfig
+) -> Iterator[tuple[str, Tensor]]:
+    for name, target in names.items():
+        tensor = weights.tensor(name)
+        yield target, tensor[: _rows(target, tensor.shape[0], config)].clone()

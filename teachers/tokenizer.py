@@ -1,0 +1,59 @@
+"""The tokenizer in a Hugging Face folder: read, told apart, carried along unchanged."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from shearling import ShearlingError, disk_errors, sha256_of_file
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""The files that make a tokenizer; copied byte for byte they give a student the same ids."""
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder, or a ShearlingError that says what is missing."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ShearlingError(
+            f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
+            hint="Copy the tokenizer's files into the folder of the model.",
+        )
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ShearlingError(
+            f"The tokenizer in {folder} can't be read: {error}",
+            hint="Download or copy the model again.",
+        ) from error
+    return tokenizer
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """SHA-256 over the tokenizer's files in a folder."""
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            digest.update(f"{name}\0{sha256_of_file(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files as they are: same ids, chat template and special tokens."""
+    with disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, target / name)

@@ -1,0 +1,106 @@
+"""The text tower of a vision model, against transformers' own Mllama on text alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+from shearling import ShearlingError
+from teachers.checkpoint import import_teacher, open_checkpoint
+from teachers.settings import TeacherSettings
+from teachers.tokenizer import copy_tokenizer, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def vision_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A replica with six layers, two of which look at the image."""
+    torch.manual_seed(0)
+    config = MllamaConfig(
+        text_config={
+            "vocab_size": len(load_tokenizer(tiny_llama)),
+            "hidden_size": 32,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "cross_attention_layers": [1, 4],
+            "initializer_range": 0.3,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            "max_position_embeddings": 512,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "pad_token_id": 0,
+        },
+        vision_config={
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_global_layers": 1,
+            "attention_heads": 2,
+            "intermediate_size": 32,
+            "vision_output_dim": 32,
+            "image_size": 28,
+            "patch_size": 14,
+            "max_num_tiles": 1,
+            "intermediate_layers_indices": [0],
+            "supported_aspect_ratios": [[1, 1]],
+        },
+    )
+    folder = tmp_path_factory.mktemp("mllama") / "model"
+    MllamaForConditionalGeneration(config).eval().save_pretrained(folder)
+    copy_tokenizer(tiny_llama, folder)
+    return folder
+
+
+def test_the_text_tower_has_the_logits_of_the_vision_model(
+    vision_model: Path, tmp_path: Path
+) -> None:
+    facts = import_teacher(
+        TeacherSettings(model=str(vision_model)), tmp_path / "out", cache=tmp_path
+    )
+    assert facts["format"] == "mllama"
+    assert facts["shape"]["num_hidden_layers"] == 4
+    whole = MllamaForConditionalGeneration.from_pretrained(vision_model, dtype=torch.float32)
+    ids = torch.arange(100)[None] % facts["shape"]["vocab_size"]
+    with torch.no_grad():
+        theirs = whole.eval()(input_ids=ids).logits
+        ours = open_checkpoint(tmp_path / "out/model").model(torch.float32)(ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_older_and_newer_names_are_known(vision_model: Path, tmp_path: Path, prefix: str) -> None:
+    folder = tmp_path / "renamed"
+    folder.mkdir()
+    copy_tokenizer(vision_model, folder)
+    (folder / "config.json").write_text((vision_model / "config.json").read_text())
+    renamed = {}
+    for name, tensor in load_file(vision_model / "model.safetensors").items():
+        plain = name.removeprefix("model.").removeprefix("language_model.").removeprefix("model.")
+        text = plain.startswith(("layers.", "embed_tokens.", "norm."))
+        renamed[prefix + plain if text else name] = tensor
+    save_file(renamed, folder / "model.safetensors")
+    facts = import_teacher(TeacherSettings(model=str(folder)), tmp_path / "out", cache=tmp_path)
+    assert facts["shape"]["num_hidden_layers"] == 4
+
+
+def test_a_vision_model_without_its_text_is_refused(vision_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    config = json.loads((vision_model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(vision_model / "model.safetensors")
+    save_file({n: t for n, t in tensors.items() if "q_proj" not in n}, folder / "model.safetensors")
+    with pytest.raises(ShearlingError, match="tensors are missing"):
+        import_teacher(TeacherSettings(model=str(folder)), tmp_path / "out", cache=tmp_path)
