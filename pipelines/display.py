@@ -65,6 +65,9 @@ class Display:
         if what != self._what:
             self.step_ended()
             self._what, self._started, self._printed = what, clock, clock
+            if total <= 1 and done < total and not self._live:
+                # Work that can't be counted (a download) is announced, for it may take long.
+                self.line(f"  {name}: {what}")
         if self._live:
             self._show_live(name, what, done, total, numbers)
         elif clock - self._printed >= PLAIN_SECONDS:

@@ -43,12 +43,9 @@ from shearling import (
 
 SCHEMA = 1
 ERROR_LOG = "error.log"
+TELL_LEFTOVERS = 50_000_000  # bytes
 LINKED = ("model", "selection.json", "metrics.jsonl", "transfer_set.json")
 """What of an artefact ``stages/NAME`` links to; scorecard.json and stage.json are copied."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM. The run ends cleanly and the same command goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +126,7 @@ class _Run:
         )
         try:
             with self.display:
+                self._tell_leftovers()
                 for step, decision in self.planned:
                     self._do(step, decision)
             self.journal.end("done")
@@ -145,6 +143,16 @@ class _Run:
             what = f"Unexpected error: {type(error).__name__}: {error}"
             self.journal.end("failed", {"what": what, "hint": f"See {self.run / ERROR_LOG}."})
             raise
+
+    def _tell_leftovers(self) -> None:
+        """Interrupted work under other settings is kept, for its settings may come back."""
+        for path, size in self.store.leftovers({step.key for step in self.steps.values()}):
+            if size > TELL_LEFTOVERS:
+                self.display.line(
+                    f"{path} holds {format_bytes(size)} of interrupted work under other settings; "
+                    "delete it if they won't come back.",
+                    style="yellow",
+                )
 
     # --- one step ---
 
@@ -188,8 +196,8 @@ class _Run:
             "code_version": step.code_version,
             "summary": summary,
         }
-        self.store.publish(step.kind, step.key, record)
         self.display.step_ended()
+        self.store.publish(step.kind, step.key, record)
         took = f"{format_seconds(seconds)}, peak memory {format_bytes(memory.bytes)}"
         self.display.line(f"  {step.name}: done in {took}", style="green")
 
@@ -309,6 +317,8 @@ class _Run:
         """
         try:
             self._report()
+        except ShearlingError as error:
+            self.display.line(f"  report: not written yet: {error.what}", style="yellow")
         except Exception as error:
             log = log_traceback(self.run)
             self.display.line(f"  report: not written yet ({error}); see {log}", style="yellow")

@@ -114,6 +114,12 @@ class Store:
             return "has other content than when it was made"
         return None
 
+    def leftovers(self, keys: set[str]) -> list[tuple[Path, int]]:
+        """Folders (and their bytes) that stages of other keys than ``keys`` left unfinished."""
+        mine = tuple(f"-{key[:16]}.partial" for key in keys)
+        folders = sorted(p for p in self.root.glob(".*.partial") if not p.name.endswith(mine))
+        return [(p, sum(f.stat().st_size for f in _files_below(p))) for p in folders]
+
     def list_files(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Every file below ``folder`` but its stage.json: size, mtime_ns and sha256 by path."""
         listed = {}

@@ -65,6 +65,12 @@ def test_an_interrupted_stage_starts_clean_unless_it_is_resumable(store: Store) 
     assert not any(store.open_work("prune", KEY, resumable=False).iterdir())
 
 
+def test_leftovers_of_other_settings_are_found(store: Store) -> None:
+    (store.open_work("prune", KEY, resumable=True) / "half").write_text("half")
+    assert store.leftovers({KEY}) == []
+    assert store.leftovers({"b" * 64}) == [(store.partial("prune", KEY), 4)]
+
+
 def test_damage_is_noticed(store: Store) -> None:
     big = os.urandom(SMALL_BYTES + 10)
     folder = publish(store, small=b"0123456789", big=big)
