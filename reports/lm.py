@@ -214,7 +214,8 @@ def score_positions(
         logits_CV = (hidden_ND[chunk] @ vocabulary_VD.T).float()
         mine = (where_P >= start) & (where_P < start + len(chunk))
         rows = where_P[mine] - start
-        normaliser_C = logits_CV.logsumexp(dim=-1)
-        logprob_P[mine] = (logits_CV[rows, tokens_P[mine]] - normaliser_C[rows]).double()
+        # As HFLM does, to agree with it: torch's fp32 log_softmax is about 1e-5 too high a token.
+        logprob_CV = logits_CV.log_softmax(dim=-1)
+        logprob_P[mine] = logprob_CV[rows, tokens_P[mine]].double()
         greedy_P[mine] = logits_CV.argmax(dim=-1)[rows] == tokens_P[mine]
     return logprob_P, greedy_P
