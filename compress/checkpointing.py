@@ -28,7 +28,7 @@ _STEP = "step-{:08d}"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
+class TrainingState:
     """What a run needs to go on: groups of named tensors, and facts that JSON can hold."""
 
     step: int
@@ -36,7 +36,7 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+def save_checkpoint(folder: Path, checkpoint: TrainingState) -> None:
     """Write ``folder/step-N``, then remove what it replaces: earlier steps and surpassed bests."""
     with folder_aside(folder / _STEP.format(checkpoint.step)) as aside:
         for name, tensors in checkpoint.tensors.items():
@@ -53,7 +53,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             path.unlink()
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
+def load_checkpoint(folder: Path) -> TrainingState | None:
     """The newest checkpoint in ``folder``, or None where there is none.
 
     Raises:
@@ -71,7 +71,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         tensors = {path.stem: load_file(path) for path in sorted(newest.glob("*.safetensors"))}
     except (SafetensorError, OSError) as error:
         raise ShearlingError(f"The checkpoint {newest} is damaged: {error}", hint=again) from error
-    return Checkpoint(step=int(state["step"]), state=state, tensors=tensors)
+    return TrainingState(step=int(state["step"]), state=state, tensors=tensors)
 
 
 def save_best(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:

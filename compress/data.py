@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.losses import IGNORED
@@ -31,9 +33,16 @@ class Batch:
     labels_N: Tensor
     positions: int
     labelled: int
+    windows: tuple[int, ...] = ()
+
+    def counting_everywhere(self) -> Batch:
+        """The same text with every position counted, for a cache that serves any mask."""
+        return replace(self, mask_BT=torch.ones_like(self.mask_BT))
 
 
-def make_batch(input_BT: Tensor, positions_BT: Tensor, device: torch.device) -> Batch:
+def make_batch(
+    input_BT: Tensor, positions_BT: Tensor, device: torch.device, windows: Sequence[int] = ()
+) -> Batch:
     """Derive masks and labels from tokens and positions that restart with each document."""
     follows_BT = positions_BT[:, 1:] == positions_BT[:, :-1] + 1
     at_end_B1 = torch.ones(len(input_BT), 1, dtype=torch.bool)
@@ -47,6 +56,7 @@ def make_batch(input_BT: Tensor, positions_BT: Tensor, device: torch.device) -> 
         labels_N=labels_N.to(device),
         positions=int(mask_BT.sum()),
         labelled=int((labels_N != IGNORED).sum()),
+        windows=tuple(windows),
     )
 
 
@@ -66,6 +76,7 @@ class StepData:
                 hint="Add text to transfer_set.sources, or make transfer_set.window smaller.",
             )
         self.text, self.seed, self.device = text, seed, device
+        self._orders: dict[int, NDArray[np.int64]] = {}
         self.step_windows = max(1, round(settings.batch_tokens / text.window))
         self.step_tokens = self.step_windows * text.window
         self.steps = max(1, round(settings.tokens / self.step_tokens))
@@ -77,16 +88,29 @@ class StepData:
         count = len(self.text.tokens)
         first = step * self.step_windows
         places = [divmod(place, count) for place in range(first, first + self.step_windows)]
-        orders = {epoch: self.text.order(self.seed, epoch) for epoch, _ in places}
-        return [int(orders[epoch][place]) for epoch, place in places]
+        return [int(self._order(epoch)[place]) for epoch, place in places]
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The epoch's order; the latest two are kept, for a step may lie across two epochs."""
+        if epoch not in self._orders:
+            self._orders = {e: self._orders[e] for e in self._orders if e == epoch - 1}
+            self._orders[epoch] = self.text.order(self.seed, epoch)
+        return self._orders[epoch]
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of ``step``."""
-        windows = self.windows(step)
-        return [
-            self._batch(windows[start : start + self.micro_windows])
-            for start in range(0, len(windows), self.micro_windows)
-        ]
+        return list(self.in_batches(self.windows(step)))
+
+    def all_windows(self) -> set[int]:
+        """Every window that any step sees."""
+        return {window for step in range(self.steps) for window in self.windows(step)}
+
+    def in_batches(self, windows: Sequence[int]) -> Iterator[Batch]:
+        """These windows, as many in a batch as one forward pass takes."""
+        for start in range(0, len(windows), self.micro_windows):
+            chosen = list(windows[start : start + self.micro_windows])
+            batch = self.text.batch(chosen)
+            yield make_batch(batch["input_ids"], batch["position_ids"], self.device, chosen)
 
     def heldout(self) -> Iterator[Batch]:
         """The held-out windows, always the same and in the same order."""
@@ -95,7 +119,3 @@ class StepData:
             numbers = list(range(start, min(start + self.micro_windows, count)))
             batch = self.text.heldout_batch(numbers)
             yield make_batch(batch["input_ids"], batch["position_ids"], self.device)
-
-    def _batch(self, windows: list[int]) -> Batch:
-        batch = self.text.batch(windows)
-        return make_batch(batch["input_ids"], batch["position_ids"], self.device)

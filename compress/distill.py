@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from compress import checkpointing
+from compress.answers import Answers, LiveAnswers, cached_answers, head, open_teacher, trunk
 from compress.attention import choose_attention
-from compress.checkpointing import Checkpoint, load_checkpoint, save_checkpoint
-from compress.data import Batch, StepData
+from compress.checkpointing import TrainingState, load_checkpoint, save_checkpoint
+from compress.data import StepData
 from compress.fused import Comparison, FusedLoss, Term, compare
 from compress.hidden import HiddenMatch, hidden_outputs, open_hidden_match
 from compress.interrupts import StopRequest
-from compress.losses import LiveTargets
 from compress.memory import reuse_freed_memory
 from compress.optimizers import (
     build_optimizers,
@@ -42,6 +42,8 @@ from compress.saving import load_model, save_student
 from compress.schedule import warmup_then_cosine
 from compress.settings import DistillSettings
 from shearling import Progress, ShearlingError, sha256_of_json, silent
+from teachers.checkpoint import Checkpoint
+from teachers.fetch import default_cache
 from teachers.transfer_set import TransferSet
 
 OnMetrics = Callable[[dict[str, Any]], None]
@@ -60,14 +62,14 @@ class Course:
     settings: DistillSettings
     device: torch.device
     precision: PrecisionChoice
-    teacher: LlamaForCausalLM
     student: LlamaForCausalLM
+    answers: Answers
     data: StepData
     loss: FusedLoss
     hidden: HiddenMatch | None
     optimizers: dict[str, torch.optim.Optimizer]
     average: dict[str, Tensor] | None
-    heldout_NE: list[Tensor] = field(default_factory=list)
+    targets_facts: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     running_loss: float = 0.0
@@ -86,6 +88,7 @@ def distill(
     selection: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
+    cache: Path | None = None,
     progress: Progress = silent,
     on_metrics: OnMetrics | None = None,
 ) -> dict[str, Any]:
@@ -94,6 +97,7 @@ def distill(
     Writes ``out/model`` (the student's dtype, its tokenizer), ``out/metrics.jsonl`` and, while it
     runs, ``out/resume``: called again with the same arguments it goes on from there, on one
     thread to the same bits. The caller removes ``out/resume`` when it no longer needs it.
+    ``cache`` is where kept targets lie, by default the cache folder of downloads.
 
     Raises:
         ShearlingError: the inputs don't fit together, or the loss became NaN or exploded.
@@ -107,7 +111,16 @@ def distill(
             hint=f"Delete {out / 'resume'} to start this stage from its beginning.",
         )
     course = _open_course(
-        teacher, student, TransferSet(transfer_set), settings, selection, seed, device, checkpoint
+        teacher,
+        student,
+        TransferSet(transfer_set),
+        settings,
+        selection,
+        seed,
+        device,
+        checkpoint,
+        cache or default_cache(),
+        progress,
     )
     with StopRequest() as stop, _open_metrics(out, checkpoint) as metrics:
         _train(course, out, metrics, stop, identity, progress, on_metrics)
@@ -122,7 +135,9 @@ def _open_course(
     selection: Path | None,
     seed: int,
     device_name: str,
-    checkpoint: Checkpoint | None,
+    checkpoint: TrainingState | None,
+    cache: Path,
+    progress: Progress,
 ) -> Course:
     """Load and build everything; put a checkpoint's state back where there is one."""
     device = torch.device(device_name)
@@ -134,24 +149,34 @@ def _open_course(
     else:
         precision = fast_dtype(device, settings.precision)
     student = load_model(student_folder, torch.float32, device)
-    teacher = load_model(teacher_folder, precision.dtype, device).eval().requires_grad_(False)
-    attention = choose_attention(device, precision.dtype, text.window)
-    for model in (teacher, student):
-        model.set_attn_implementation(attention)
+    student.set_attn_implementation(choose_attention(device, precision.dtype, text.window))
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable()
     student.train()
+    data = StepData(text, settings, seed=seed, device=device)
+    teacher_config = Checkpoint(teacher_folder).config
+    hidden = open_hidden_match(teacher_config, student, selection, settings.hidden)
+    answers: Answers
+    facts: dict[str, Any] = {}
+    if settings.targets == "live":
+        teacher = open_teacher(teacher_folder, precision, device, text.window)
+        answers = LiveAnswers(teacher, precision, hidden)
+    else:
+        answers, facts = cached_answers(
+            teacher_folder, cache / "targets", data, settings, precision, device, progress
+        )
     course = Course(
         settings=settings,
         device=device,
         precision=precision,
-        teacher=teacher,
         student=student,
-        data=StepData(text, settings, seed=seed, device=device),
+        answers=answers,
+        data=data,
         loss=_fused_loss(settings, precision),
-        hidden=open_hidden_match(teacher, student, selection, settings.hidden),
+        hidden=hidden,
         optimizers=build_optimizers(student, settings),
         average=_weights_copy(student) if settings.ema else None,
+        targets_facts=facts,
     )
     if checkpoint:
         _restore(course, checkpoint)
@@ -234,17 +259,10 @@ def train_step(course: Course) -> dict[str, Any]:
     sums: dict[str, Tensor] = {}
 
     for batch in batches:
-        with torch.no_grad(), hidden_outputs(course.teacher, course.hidden, "teacher") as taught:
-            teacher_NE = trunk(course.teacher, batch, course.precision)
+        targets, taught = course.answers.targets(batch)
         with hidden_outputs(student, course.hidden, "student") as learnt:
             student_ND = trunk(student, batch, course.precision)
-        loss, parts = course.loss(
-            student_ND,
-            head(student),
-            LiveTargets(teacher_NE, head(course.teacher)),
-            batch.labels_N,
-            **counted,
-        )
+        loss, parts = course.loss(student_ND, head(student), targets, batch.labels_N, **counted)
         if course.hidden:
             parts["hidden"] = course.hidden.loss(learnt, taught, batch.mask_BT)
             loss = loss + settings.hidden.weight * parts["hidden"] / counted["positions"]
@@ -266,27 +284,6 @@ def train_step(course: Course) -> dict[str, Any]:
     course.step += 1
     line["tokens_per_second"] = round(course.data.step_tokens / (time.perf_counter() - started), 2)
     return line
-
-
-def trunk(model: LlamaForCausalLM, batch: Batch, precision: PrecisionChoice) -> Tensor:
-    """Hidden states before the output head, [N, hidden], of the positions that count.
-
-    The positions restart with each document, and transformers makes of that the mask that keeps
-    documents from seeing each other. Where the weights are wider than ``precision`` (the student)
-    autocast narrows them for the matrix products only.
-    """
-    narrow = precision.dtype != torch.float32 and model.dtype != precision.dtype
-    with torch.autocast(batch.input_BT.device.type, precision.dtype, enabled=narrow):
-        hidden_BTD: Tensor = model.model(
-            input_ids=batch.input_BT, position_ids=batch.positions_BT, use_cache=False
-        ).last_hidden_state
-    return hidden_BTD[batch.mask_BT]
-
-
-def head(model: LlamaForCausalLM) -> nn.Parameter:
-    """The output head's weight, [V, hidden]; with tied embeddings it is the embeddings'."""
-    weight: nn.Parameter = model.get_output_embeddings().weight
-    return weight
 
 
 def _line(
@@ -346,19 +343,14 @@ def _refuse_divergence(course: Course, line: Mapping[str, Any]) -> None:
 
 @torch.no_grad()
 def evaluate(course: Course) -> dict[str, float]:
-    """KL to the teacher, perplexity, and how often the first choices agree, on held-out windows.
-
-    The teacher's hidden states there are computed once and kept: a few megabytes.
-    """
+    """KL to the teacher, perplexity, and how often the first choices agree, on held-out windows."""
     student, total = course.student, None
     student.eval()
     for number, batch in enumerate(course.data.heldout()):
-        if number == len(course.heldout_NE):
-            course.heldout_NE.append(trunk(course.teacher, batch, course.precision))
         part = compare(
             trunk(student, batch, course.precision),
             head(student),
-            LiveTargets(course.heldout_NE[number], head(course.teacher)),
+            course.answers.heldout(number, batch),
             batch.labels_N,
             course.loss,
         )
@@ -439,7 +431,7 @@ class _averaged:
                 self.course.average[name].copy_(kept)
 
 
-def _checkpoint(course: Course, identity: str, metrics_bytes: int) -> Checkpoint:
+def _checkpoint(course: Course, identity: str, metrics_bytes: int) -> TrainingState:
     tensors: dict[str, Mapping[str, Tensor]] = {
         "student": _weights(course.student),
         "optimizer": optimizer_tensors(course.student, course.optimizers),
@@ -459,10 +451,10 @@ def _checkpoint(course: Course, identity: str, metrics_bytes: int) -> Checkpoint
         "latest": course.latest,
         "precision": course.precision.to_dict(),
     }
-    return Checkpoint(step=course.step, state=state, tensors=tensors)
+    return TrainingState(step=course.step, state=state, tensors=tensors)
 
 
-def _restore(course: Course, checkpoint: Checkpoint) -> None:
+def _restore(course: Course, checkpoint: TrainingState) -> None:
     state, tensors = checkpoint.state, checkpoint.tensors
     _put_weights(course.student, tensors["student"])
     restore_optimizers(course.student, course.optimizers, tensors["optimizer"])
@@ -475,7 +467,7 @@ def _restore(course: Course, checkpoint: Checkpoint) -> None:
     course.best, course.first, course.latest = state["best"], state["first"], state["latest"]
 
 
-def _open_metrics(out: Path, checkpoint: Checkpoint | None) -> TextIO:
+def _open_metrics(out: Path, checkpoint: TrainingState | None) -> TextIO:
     """Open metrics.jsonl, cut to where the checkpoint was written; later lines come again."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "metrics.jsonl"
@@ -511,4 +503,5 @@ def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
         "heldout_end": course.latest,
         "heldout_best": course.best,
         "kept_step": kept["step"],
+        **({"targets": course.targets_facts} if course.targets_facts else {}),
     }

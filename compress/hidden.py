@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.losses import HIDDEN_LOSSES
 from compress.settings import HiddenLoss
@@ -75,12 +75,12 @@ def hidden_outputs(
 
 
 def open_hidden_match(
-    teacher: LlamaForCausalLM,
+    config: LlamaConfig,
     student: LlamaForCausalLM,
     selection: Path | None,
     settings: HiddenLoss,
 ) -> HiddenMatch | None:
-    """Read the pruner's selection; None when the hidden loss is off.
+    """Read the pruner's selection for a teacher of this config; None when the hidden loss is off.
 
     ``selection`` may lie beside a ``maps.safetensors`` whose tensor ``hidden``, [E, D], replaces
     picking dims. Without a selection both models must have the same layers and hidden size.
@@ -90,7 +90,7 @@ def open_hidden_match(
     """
     if settings.weight == 0:
         return None
-    config, cut = teacher.config, student.config
+    cut = student.config
     depth, width = cut.num_hidden_layers, cut.hidden_size
     layers, dims = list(range(config.num_hidden_layers)), list(range(config.hidden_size))
     map_ED = None

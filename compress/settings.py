@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from students.settings import Settings
 
@@ -89,6 +89,15 @@ class DistillSettings(Settings):
         default=512, gt=0, description="Tokens whose logits exist at one time in the loss."
     )
 
+    targets: Literal["live", "sample", "top_k"] = Field(
+        default="live",
+        description="Where the teacher's answers come from: computed in every step; or asked once "
+        "and kept in the cache as an unbiased sample of tokens, or as the likeliest ones.",
+    )
+    target_slots: int = Field(
+        default=14, ge=2, le=256, description="Tokens a position that the cache keeps."
+    )
+
     optimizer: Literal["adamw", "muon"] = Field(
         default="adamw",
         description="muon takes the layers' matrices and leaves embeddings and norms to AdamW; "
@@ -134,3 +143,16 @@ class DistillSettings(Settings):
     save_every_seconds: float = Field(
         default=60.0, ge=0, description="Seconds between checkpoints; 0 saves after every step."
     )
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> DistillSettings:
+        divergences = ("reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl")
+        unkept = [name for name in divergences if getattr(self, name)]
+        unkept += ["temperature"] if self.temperature != 1 else []
+        unkept += ["hidden.weight"] if self.hidden.weight else []
+        if self.targets != "live" and unkept:
+            raise ValueError(
+                f"{', '.join(unkept)} can't be used with targets: {self.targets}, which keeps "
+                "what forward_kl at temperature 1 needs; set targets to live"
+            )
+        return self

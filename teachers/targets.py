@@ -227,7 +227,7 @@ def _array(
 
 def _checksum(records: NDArray[Any]) -> int:
     """CRC-32 with a bit above it, so that it is never 0, which means absent."""
-    return zlib.crc32(np.ascontiguousarray(records).view(np.uint8)) | 1 << 32
+    return zlib.crc32(records.tobytes()) | 1 << 32
 
 
 Answer = Callable[[list[int]], Iterable[tuple[int, Tensor]]]
@@ -246,25 +246,25 @@ def capture(
 ) -> dict[str, Any]:
     """Ask for the windows that are missing; give how many, and the measured error of some.
 
-    ``rank`` of ``processes`` takes every processes-th of them. The randomness of a sample comes
+    ``rank`` takes the windows whose number leaves it as the remainder by ``processes``. The randomness of a sample comes
     from ``seed`` and the window's number alone.
     """
-    missing = cache.missing(windows)[rank::processes]
+    missing = [number for number in cache.missing(windows) if number % processes == rank]
     errors: list[Tensor] = []
     for done, (number, logits_TV) in enumerate(answer(missing), start=1):
-        log_p_TV = torch.log_softmax(logits_TV[:, : cache.format.vocabulary].float(), -1)
-        p_TV = log_p_TV.exp()
-        if cache.format.kind == "sample":
-            offset_T = 1 - np.random.default_rng([seed, number, 5]).random(len(p_TV))
-            offset = torch.from_numpy(offset_T).to(p_TV)
-            ids_TK, weights_TK = sample_tokens(p_TV, cache.format.slots, offset)
-        else:
-            ids_TK, weights_TK = top_tokens(p_TV, cache.format.slots)
-        entropy_T = -torch.xlogy(p_TV, p_TV).sum(-1)
-        packed_TK = pack(ids_TK, weights_TK, cache.format)
-        cache.write(number, packed_TK, entropy_T.cpu().numpy())
-        if len(errors) < _MEASURED_WINDOWS:
-            errors.append(measured_error(log_p_TV.cpu(), *unpack(packed_TK, cache.format)))
+        offset_T = torch.from_numpy(
+            1 - np.random.default_rng([seed, number, 5]).random(cache.window)
+        )
+        packed, entropies = [], []
+        for start in range(0, len(logits_TV), _ROWS):
+            rows = slice(start, start + _ROWS)
+            log_p_BV = logits_TV[rows, : cache.format.vocabulary].float().log_softmax(-1)
+            packed_BK, entropy_B = _summarise(log_p_BV, offset_T[rows], cache.format)
+            packed.append(packed_BK)
+            entropies.append(entropy_B)
+            if len(errors) < _MEASURED_BLOCKS:
+                errors.append(measured_error(log_p_BV.cpu(), *unpack(packed_BK, cache.format)))
+        cache.write(number, np.concatenate(packed), np.concatenate(entropies))
         progress("targets", done, len(missing))
     cache.flush()
     if not errors:
@@ -273,7 +273,23 @@ def capture(
     return {"captured_windows": len(missing), "kl_to_live": mean[0], "tail_mass": mean[1]}
 
 
-_MEASURED_WINDOWS = 8
+_MEASURED_BLOCKS = 32
+_ROWS = 64
+"""Positions summarised at once: few enough for their distributions to stay in the cache."""
+
+
+def _summarise(
+    log_p_BV: Tensor, offset_B: Tensor, shape: TargetFormat
+) -> tuple[NDArray[np.uint32], NDArray[Any]]:
+    """The packed tokens, [B, K], and the entropies, [B], of some positions."""
+    p_BV = log_p_BV.exp()
+    if shape.kind == "sample":
+        ids_BK, weights_BK = sample_tokens(p_BV, shape.slots, offset_B.to(p_BV))
+    else:
+        ids_BK, weights_BK = top_tokens(p_BV, shape.slots)
+    # Not xlogy, which costs as much as the sample; a logit of -infinity is kept from 0 · infinity.
+    entropy_B = -p_BV.mul_(log_p_BV.clamp(min=-1e4)).sum(-1)
+    return pack(ids_BK, weights_BK, shape), entropy_B.cpu().numpy()
 
 
 def measured_error(log_p_TV: Tensor, ids_TK: Tensor, weights_TK: Tensor, tail_T: Tensor) -> Tensor:

@@ -125,8 +125,8 @@ def test_documents_in_one_window_do_not_see_each_other(
     bench: Bench, precision: str, tiny_llama: Path
 ) -> None:
     """Change the first document: what the model says in the second stays the same to the bit."""
+    from compress.answers import trunk
     from compress.attention import choose_attention
-    from compress.distill import trunk
     from compress.precision import fast_dtype
 
     model = LlamaForCausalLM.from_pretrained(tiny_llama)

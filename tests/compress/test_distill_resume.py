@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.checkpointing import Checkpoint, load_checkpoint, save_checkpoint
+from compress.checkpointing import TrainingState, load_checkpoint, save_checkpoint
 from compress.distill import distill
 from compress.interrupts import StopRequest
 from compress.settings import DistillSettings
@@ -171,9 +171,9 @@ def test_in_another_thread_no_handler_is_installed() -> None:
     assert seen == [(before, False)]
 
 
-def checkpoint_at(step: int) -> Checkpoint:
+def checkpoint_at(step: int) -> TrainingState:
     tensors = {"student": {"w": torch.full((3,), float(step))}}
-    return Checkpoint(step=step, state={"best_step": 2}, tensors=tensors)
+    return TrainingState(step=step, state={"best_step": 2}, tensors=tensors)
 
 
 def test_a_newer_checkpoint_replaces_the_older_and_leftovers(tmp_path: Path) -> None:

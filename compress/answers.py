@@ -1,0 +1,177 @@
+"""Where the teacher's answers come from during distillation: the teacher itself, or its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from compress.attention import choose_attention
+from compress.data import Batch, StepData
+from compress.hidden import HiddenMatch, hidden_outputs
+from compress.losses import LiveTargets, SparseTargets, Targets
+from compress.precision import PrecisionChoice
+from compress.saving import load_model
+from compress.settings import DistillSettings
+from shearling import Progress
+from teachers.checkpoint import Checkpoint
+from teachers.targets import TargetCache, TargetFormat, capture
+
+
+class Answers(Protocol):
+    """What the loop asks a teacher."""
+
+    def targets(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
+        """What the student should say where the batch counts, and hidden states to match."""
+        ...
+
+    def heldout(self, number: int, batch: Batch) -> LiveTargets:
+        """The whole answer on the held-out batch of this number."""
+        ...
+
+
+def trunk(model: LlamaForCausalLM, batch: Batch, precision: PrecisionChoice) -> Tensor:
+    """Hidden states before the output head, [N, hidden], of the positions that count.
+
+    The positions restart with each document, and transformers makes of that the mask that keeps
+    documents from seeing each other. Where the weights are wider than ``precision`` (the student)
+    autocast narrows them for the matrix products only.
+    """
+    narrow = precision.dtype != torch.float32 and model.dtype != precision.dtype
+    with torch.autocast(batch.input_BT.device.type, precision.dtype, enabled=narrow):
+        hidden_BTD: Tensor = model.model(
+            input_ids=batch.input_BT, position_ids=batch.positions_BT, use_cache=False
+        ).last_hidden_state
+    return hidden_BTD[batch.mask_BT]
+
+
+def head(model: LlamaForCausalLM) -> Tensor:
+    """The output head's weight, [V, hidden]; with tied embeddings it is the embeddings'."""
+    weight: Tensor = model.get_output_embeddings().weight
+    return weight
+
+
+def open_teacher(
+    folder: Path, precision: PrecisionChoice, device: torch.device, window: int
+) -> LlamaForCausalLM:
+    """The teacher in the fast dtype, frozen, with the attention that is fastest here."""
+    model = load_model(folder, precision.dtype, device).eval().requires_grad_(False)
+    model.set_attn_implementation(choose_attention(device, precision.dtype, window))
+    return model
+
+
+class LiveAnswers:
+    """The teacher runs along in every step."""
+
+    def __init__(
+        self, model: LlamaForCausalLM, precision: PrecisionChoice, match: HiddenMatch | None
+    ) -> None:
+        self.model, self.precision, self.match = model, precision, match
+        self._heldout_NE: dict[int, Tensor] = {}
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
+        with self._listening() as layers_BTE:
+            hidden_NE = trunk(self.model, batch, self.precision)
+        return LiveTargets(hidden_NE, head(self.model)), layers_BTE
+
+    @torch.no_grad()
+    def heldout(self, number: int, batch: Batch) -> LiveTargets:
+        """Hidden states are computed once and kept: a few megabytes."""
+        if number not in self._heldout_NE:
+            self._heldout_NE[number] = trunk(self.model, batch, self.precision)
+        return LiveTargets(self._heldout_NE[number], head(self.model))
+
+    def _listening(self) -> AbstractContextManager[list[Tensor]]:
+        return hidden_outputs(self.model, self.match, "teacher")
+
+
+class CachedAnswers:
+    """The teacher was asked before; of it only the output head is needed, for the evaluation."""
+
+    def __init__(self, cache: TargetCache, heldout_NE: list[Tensor], head_VE: Tensor) -> None:
+        self.cache, self.heldout_NE, self.head_VE = cache, heldout_NE, head_VE
+
+    def targets(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
+        device, mask_BT = batch.input_BT.device, batch.mask_BT.cpu()
+        parts = (part[mask_BT].to(device) for part in self.cache.read(batch.windows))
+        return SparseTargets(*parts), []
+
+    def heldout(self, number: int, batch: Batch) -> LiveTargets:
+        return LiveTargets(self.heldout_NE[number], self.head_VE)
+
+
+def cached_answers(
+    teacher: Path,
+    root: Path,
+    data: StepData,
+    settings: DistillSettings,
+    precision: PrecisionChoice,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[CachedAnswers, dict[str, Any]]:
+    """Open the cache, ask the teacher for what this run needs and it lacks; give facts about it."""
+    checkpoint = Checkpoint(teacher)
+    assert settings.targets != "live", "live answers need no cache"
+    shape = TargetFormat(
+        kind=settings.targets,
+        slots=min(settings.target_slots, checkpoint.shape.vocab_size),
+        vocabulary=checkpoint.shape.vocab_size,
+    )
+    identity = {
+        "teacher": checkpoint.fingerprint(),
+        "transfer_set": data.text.facts["sha256"],
+        "tokenizer": data.text.facts["tokenizer_sha256"],
+        "dtype": precision.name,
+        "seed": data.seed,
+    }
+    count, window = data.text.tokens.shape
+    cache = TargetCache(root, identity, shape, windows=count, window=window)
+    needed = data.all_windows()
+    facts: dict[str, Any] = {"folder": str(cache.folder), "bytes_per_token": shape.bytes_per_token}
+    heldout = cache.folder / "heldout.safetensors"
+    if cache.missing(needed) or not heldout.exists():
+        model = open_teacher(teacher, precision, device, window)
+        facts |= capture(
+            cache,
+            needed,
+            lambda windows: _logits(model, data, windows, precision),
+            seed=data.seed,
+            progress=progress,
+        )
+        _keep_heldout(heldout, model, data, precision)
+        del model
+    kept = load_file(heldout, device=str(device))
+    hidden_NE = [kept[f"{number}"] for number in range(len(kept))]
+    head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
+    return CachedAnswers(cache, hidden_NE, head_VE), facts
+
+
+@torch.no_grad()
+def _logits(
+    model: LlamaForCausalLM, data: StepData, windows: list[int], precision: PrecisionChoice
+) -> Iterator[tuple[int, Tensor]]:
+    """The teacher's logits, a window at a time, [T, V], at every position."""
+    for batch in data.in_batches(windows):
+        everywhere = batch.counting_everywhere()
+        hidden_BTE = trunk(model, everywhere, precision).view(*batch.input_BT.shape, -1)
+        for number, hidden_TE in zip(batch.windows, hidden_BTE, strict=True):
+            yield number, hidden_TE @ head(model).T
+
+
+@torch.no_grad()
+def _keep_heldout(
+    path: Path, model: LlamaForCausalLM, data: StepData, precision: PrecisionChoice
+) -> None:
+    hidden = {
+        f"{number}": trunk(model, batch, precision) for number, batch in enumerate(data.heldout())
+    }
+    aside = path.with_suffix(".partial")
+    save_file(hidden, aside)
+    aside.replace(path)

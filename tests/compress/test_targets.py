@@ -1,0 +1,275 @@
+"""The cache of the teacher's answers: unbiased, small, checked, and as good as the teacher."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from compress.distill import distill
+from compress.settings import DistillSettings
+from shearling import ShearlingError
+from teachers.targets import (
+    TargetCache,
+    TargetFormat,
+    capture,
+    measured_error,
+    pack,
+    sample_tokens,
+    top_tokens,
+    unpack,
+)
+
+VOCABULARY, WINDOW, WINDOWS = 97, 12, 9
+
+
+def shape(kind: Any = "sample", slots: int = 6) -> TargetFormat:
+    return TargetFormat(kind=kind, slots=slots, vocabulary=VOCABULARY)
+
+
+def distributions(rows: int = 4, sharpness: float = 2.0, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(rows, VOCABULARY, generator=generator) * sharpness).softmax(-1)
+
+
+def offsets(count: int, seed: int = 1) -> Tensor:
+    return 1 - torch.rand(count, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the sample ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 3.0, 8.0])
+def test_the_sample_is_unbiased_and_top_k_is_not(sharpness: float) -> None:
+    p, draws = distributions(sharpness=sharpness), 8000
+    ids, weights = sample_tokens(p.repeat_interleave(draws, 0), 6, offsets(4 * draws))
+    mean = torch.zeros(4 * draws, VOCABULARY).scatter_add_(1, ids, weights)
+    mean = mean.view(4, draws, VOCABULARY).mean(1)
+    spread = (p.clamp(max=1 / 6) / 6 / draws).sqrt()  # of one token's mean, from above
+    assert ((mean - p).abs() < 6 * spread + 1e-4).all()
+    top_ids, top_weights = top_tokens(p, 6)
+    cut = torch.zeros_like(p).scatter(1, top_ids, top_weights)
+    cut = cut / cut.sum(-1, keepdim=True)
+    if 0 < sharpness < 8:
+        assert (cut - p).abs().sum() > 10 * (mean - p).abs().sum()
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 3.0, 30.0])
+def test_all_slots_differ_and_weigh_one_together(sharpness: float) -> None:
+    p = distributions(rows=500, sharpness=sharpness)
+    ids, weights = sample_tokens(p, 6, offsets(500))
+    torch.testing.assert_close(weights.sum(-1), torch.ones(500))
+    live = weights > 1e-6
+    for row in range(500):
+        kept = ids[row][live[row]].tolist()
+        assert len(set(kept)) == len(kept)
+
+
+def test_likely_tokens_keep_their_own_probability() -> None:
+    p = torch.full((1, VOCABULARY), 0.2 / (VOCABULARY - 2))
+    p[0, 5], p[0, 40] = 0.5, 0.3
+    ids, weights = sample_tokens(p, 6, offsets(1))
+    kept = dict(zip(ids[0].tolist(), weights[0].tolist(), strict=True))
+    assert kept[5] == pytest.approx(0.5)
+    assert kept[40] == pytest.approx(0.3)
+    assert sorted(kept.values())[:4] == pytest.approx([0.05] * 4)
+
+
+def test_a_certain_teacher_is_kept_without_nan() -> None:
+    p = torch.zeros(2, VOCABULARY)
+    p[:, 3] = 1
+    ids, weights = sample_tokens(p, 6, offsets(2))
+    assert ids[:, 0].tolist() == [3, 3]
+    torch.testing.assert_close(weights[:, 0], torch.ones(2))
+    assert weights[:, 1:].abs().max() == 0
+
+
+# --- the format ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [384, 49152, 65536, 128256, 262144])
+def test_the_default_takes_60_bytes_a_token_and_loses_little(vocabulary: int) -> None:
+    chosen = TargetFormat(kind="top_k", slots=14, vocabulary=vocabulary)
+    assert chosen.bytes_per_token == 60
+    ids = torch.randint(0, vocabulary, (100, 14), generator=torch.Generator().manual_seed(0))
+    ids[0, 0] = vocabulary - 1
+    weights = torch.rand(100, 14).pow(8) / 14
+    found_ids, found, tail = unpack(pack(ids, weights, chosen), chosen)
+    assert torch.equal(found_ids, ids)
+    torch.testing.assert_close(
+        found, weights, rtol=0.001 * 2 ** (chosen.index_bits - 16), atol=1e-9
+    )
+    torch.testing.assert_close(tail, 1 - found.sum(-1))
+
+
+# --- the cache -------------------------------------------------------------------------------
+
+
+def logits_of(windows: list[int]) -> Iterator[tuple[int, Tensor]]:
+    for number in windows:
+        yield number, distributions(rows=WINDOW, seed=number).log()
+
+
+def cache(root: Path, kind: str = "sample", **identity: Any) -> TargetCache:
+    return TargetCache(
+        root, {"teacher": "a", **identity}, shape(kind), windows=WINDOWS, window=WINDOW
+    )
+
+
+def contents(kept: TargetCache, windows: list[int]) -> list[np.ndarray[Any, Any]]:
+    return [part.numpy() for part in kept.read(windows)]
+
+
+def test_order_interruption_and_processes_change_nothing(tmp_path: Path) -> None:
+    whole = cache(tmp_path / "whole")
+    assert capture(whole, range(WINDOWS), logits_of, seed=3)["captured_windows"] == WINDOWS
+    parts = cache(tmp_path / "parts")
+    capture(parts, [7, 2], logits_of, seed=3)
+
+    def killed(windows: list[int]) -> Iterator[tuple[int, Tensor]]:
+        yield from logits_of(windows[:2])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        capture(parts, range(WINDOWS), killed, seed=3)
+    again = cache(tmp_path / "parts")
+    assert again.missing(range(WINDOWS)) == [3, 4, 5, 6, 8]
+    for rank in (1, 0):
+        other = cache(tmp_path / "parts")
+        capture(other, [3, 4, 5, 6, 8, 2], logits_of, seed=3, rank=rank, processes=2)
+    assert cache(tmp_path / "parts").missing(range(WINDOWS)) == []
+    order = [8, 0, 3, 4, 1]
+    for one, two in zip(contents(whole, order), contents(again, order), strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_nothing_is_asked_twice(tmp_path: Path) -> None:
+    capture(cache(tmp_path), range(WINDOWS), logits_of, seed=3)
+    facts = capture(cache(tmp_path), range(WINDOWS), lambda windows: iter(()), seed=3)
+    assert facts == {"captured_windows": 0}
+
+
+def test_another_teacher_or_format_has_another_folder(tmp_path: Path) -> None:
+    folders = {
+        cache(tmp_path).folder,
+        cache(tmp_path, teacher="b").folder,
+        cache(tmp_path, dtype="bfloat16").folder,
+        cache(tmp_path, "top_k").folder,
+    }
+    assert len(folders) == 4
+
+
+def test_a_folder_that_belongs_to_something_else_is_refused(tmp_path: Path) -> None:
+    path = cache(tmp_path).folder / "targets.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({**found, "identity": {"teacher": "b"}}))
+    with pytest.raises(ShearlingError, match="identity differ"):
+        cache(tmp_path)
+
+
+def test_a_flipped_bit_and_a_missing_window_are_refused(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    capture(kept, range(WINDOWS - 1), logits_of, seed=3)
+    with pytest.raises(ShearlingError, match="window 8"):
+        kept.read([8])
+    shard = kept.folder / "shard-00000.bin"
+    damaged = bytearray(shard.read_bytes())
+    damaged[5 * WINDOW * kept.format.bytes_per_token + 1] ^= 4
+    shard.write_bytes(bytes(damaged))
+    with pytest.raises(ShearlingError, match="window 5") as caught:
+        cache(tmp_path).read([4, 5])
+    assert str(kept.folder) in caught.value.hint
+
+
+def test_many_shards_are_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cache(tmp_path / "one")
+    capture(whole, range(WINDOWS), logits_of, seed=3)
+    monkeypatch.setattr("teachers.targets._SHARD_BYTES", 2 * WINDOW * shape().bytes_per_token)
+    many = cache(tmp_path / "many")
+    capture(many, range(WINDOWS), logits_of, seed=3)
+    assert len(list(many.folder.glob("shard-*.bin"))) == 5
+    for one, two in zip(contents(whole, [8, 1]), contents(many, [8, 1]), strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_the_measured_error_is_the_definition() -> None:
+    p = distributions()
+    ids, weights = top_tokens(p, VOCABULARY)
+    exact = measured_error(p.log(), ids, weights, torch.zeros(4))
+    assert exact.abs().max() < 1e-5
+    ids, weights = top_tokens(p, 6)
+    error = measured_error(p.log(), ids, weights * 0.5, 1 - weights.sum(-1) * 0.5)
+    kept, tail = p.gather(1, ids), 1 - p.gather(1, ids).sum(-1)
+    by_hand = (weights / 2 * (weights / 2 / kept).log()).sum(-1)
+    by_hand += (1 - weights.sum(-1) / 2) * ((1 - weights.sum(-1) / 2) / tail).log()
+    torch.testing.assert_close(error[:, 0], by_hand, rtol=1e-4, atol=1e-5)
+
+
+# --- distilling with it ----------------------------------------------------------------------
+
+BASE: dict[str, Any] = {
+    "tokens": 32 * 8 * 20,
+    "batch_tokens": 32 * 8,
+    "learning_rate": 5e-3,
+    "precision": "float32",
+    "evaluate_every": 0,
+}
+
+
+def metrics(out: Path, name: str) -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+@pytest.mark.parametrize(("kind", "slots"), [("sample", 14), ("top_k", 64)])
+def test_a_student_learns_from_the_cache_what_it_learns_live(
+    kind: str,
+    slots: int,
+    tiny_llama: Path,
+    tiny_student: Path,
+    tiny_transfer_set: Path,
+    tmp_path: Path,
+) -> None:
+    def run(name: str, **options: Any) -> dict[str, Any]:
+        settings = DistillSettings(**{**BASE, **options})
+        return distill(
+            tiny_llama,
+            tiny_student,
+            tmp_path / name,
+            tiny_transfer_set,
+            settings,
+            cache=tmp_path / "cache",
+        )
+
+    live = run("live")
+    first = run("first", targets=kind, target_slots=slots)
+    second = run("second", targets=kind, target_slots=slots)
+    # Held-out numbers come from the whole distribution, so they are the same before any step.
+    assert first["heldout_start"] == live["heldout_start"]
+    end, wanted = first["heldout_end"]["heldout_kl"], live["heldout_end"]["heldout_kl"]
+    gained = live["heldout_start"]["heldout_kl"] - wanted
+    assert abs(end - wanted) < 0.15 * gained
+    # An unbiased estimate of the KL itself, not only of its gradient.
+    if kind == "sample":
+        estimates, exact = (
+            metrics(tmp_path / "first", "forward_kl"),
+            metrics(tmp_path / "live", "forward_kl"),
+        )
+        assert estimates[0] == pytest.approx(exact[0], rel=0.1)
+    assert first["targets"]["captured_windows"] > 0
+    assert "captured_windows" not in second["targets"]
+    assert metrics(tmp_path / "first", "loss") == metrics(tmp_path / "second", "loss")
+
+
+def test_what_the_cache_does_not_keep_is_refused_with_names() -> None:
+    with pytest.raises(ValidationError, match=r"reverse_kl, temperature.*live"):
+        DistillSettings(tokens=1, targets="sample", reverse_kl=1.0, temperature=2.0)
+    with pytest.raises(ValidationError, match="hidden"):
+        DistillSettings(tokens=1, targets="top_k", hidden={"weight": 1.0})
