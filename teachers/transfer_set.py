@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ def tokenise(
     lengths, sizes, count = array("q"), array("q"), 0
     with disk_errors(path), path.open("wb") as file:
         for batch, encoded in _encoded(source, encoder):
-            np.concatenate(encoded).tofile(file)
+            file.write(np.concatenate(encoded).data)  # tofile hides the errno of a full disk
             lengths.extend(ids.size for ids in encoded)
             sizes.extend(len(document.text.encode()) for document in batch)
             count = file.tell() // np.dtype(np.uint32).itemsize
@@ -336,6 +336,11 @@ def _hold_out(piece: Piece, needed: int, window: int) -> tuple[Piece, Piece]:
     return Piece(held.source, held.starts, given[given > 0]), piece[given == 0]
 
 
+def _write_header(file: IO[bytes], kind: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    header = {"descr": kind.str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
 def _write_windows(
     out: Path,
     prefix: str,
@@ -348,21 +353,25 @@ def _write_windows(
 
     A document that was cut ends with EOS like all others.
     """
-    total = shape[0] * shape[1]
-    kind = np.uint16 if encoder.vocabulary <= 1 << 16 else np.uint32
-    tokens = np.lib.format.open_memmap(out / f"{prefix}tokens.npy", "w+", kind, shape)
-    flat, at = tokens.reshape(-1), 0
-    for owner, start, length in zip(piece.source, piece.starts, piece.lengths, strict=True):
-        end = min(at + int(length), total)
-        flat[at:end] = sources[owner].ids[start : start + end - at]
-        if end == at + length:
-            flat[end - 1] = encoder.eos
-        at = end
-        if at >= total:
-            break
-    tokens.flush()
+    total, at = shape[0] * shape[1], 0
+    kind = np.dtype(np.uint16 if encoder.vocabulary <= 1 << 16 else np.uint32)
+    # Plain writes, not a memory map: on a full disk a map ends the process with a bus error.
+    with (out / f"{prefix}tokens.npy").open("wb") as file:
+        _write_header(file, kind, shape)
+        for owner, start, length in zip(piece.source, piece.starts, piece.lengths, strict=True):
+            end = min(at + int(length), total)
+            ids = sources[owner].ids[start : start + end - at].astype(kind)
+            if end == at + length:
+                ids[-1] = encoder.eos
+            file.write(ids.tobytes())
+            at = end
+            if at >= total:
+                break
     starts = np.cumsum(piece.lengths) - piece.lengths
-    np.save(out / f"{prefix}document_starts.npy", starts[starts < total])
+    starts = starts[starts < total]
+    with (out / f"{prefix}document_starts.npy").open("wb") as file:
+        _write_header(file, starts.dtype, starts.shape)
+        file.write(starts.tobytes())
 
 
 def build_transfer_set(

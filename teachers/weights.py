@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -219,6 +220,16 @@ def _split(sizes: list[int]) -> list[int]:
     return counts
 
 
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    """safetensors' save, with the operating system's error where it hides one (a full disk)."""
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if number := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(number.group(1)), str(error), str(file)) from error
+        raise
+
+
 def save_shards(
     tensors: Iterator[tuple[str, Tensor]],
     sizes: list[int],
@@ -241,7 +252,7 @@ def save_shards(
             weight_map[tensor_name] = file.name
             done += 1
             progress(what, done, len(sizes))
-        save_file(shard, file, metadata={"format": "pt"})
+        _save(shard, file)
         os.chmod(file, 0o644)  # the library writes files that only their owner reads
     if len(counts) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
