@@ -246,8 +246,8 @@ def capture(
 ) -> dict[str, Any]:
     """Ask for the windows that are missing; give how many, and the measured error of some.
 
-    ``rank`` takes the windows whose number leaves it as the remainder by ``processes``. The randomness of a sample comes
-    from ``seed`` and the window's number alone.
+    ``rank`` takes the windows whose number leaves it as the remainder by ``processes``. The
+    randomness of a sample comes from ``seed`` and the window's number alone.
     """
     missing = [number for number in cache.missing(windows) if number % processes == rank]
     errors: list[Tensor] = []
