@@ -1,0 +1,189 @@
+"""A small real run: three tiny Llamas (a teacher, cut, taught again), really benchmarked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import reports.tasks.wikitext
+from pipelines.tiny import tiny_documents
+from reports.benchmark import benchmark
+from reports.settings import BenchmarkSettings
+from shearling import write_json
+
+STEPS = 12
+KEPT_LAYERS = [0, 1, 3]
+COMMAND = "shearling run tiny --set distill.tokens=6144"
+
+
+def wikitext_like() -> str:
+    """Six pages in raw WikiText's form."""
+    pages = []
+    for number in range(6):
+        body = " \n ".join(tiny_documents(12, seed=number))
+        pages.append(f" = Page {number} = \n \n {body} \n \n = = Part = = \n \n {body} \n ")
+    return " \n" + "\n".join(pages)
+
+
+@pytest.fixture(scope="session")
+def local_wikitext() -> Iterator[str]:
+    """Text in WikiText's place: its package is 85 MB, too much for a test to download."""
+    text = wikitext_like()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reports.tasks.wikitext, "raw_test_text", lambda *_, **__: text)
+        yield text
+
+
+@pytest.fixture(scope="session")
+def mirror(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mirror folder with a few questions in the layout of PIQA."""
+    folder = tmp_path_factory.mktemp("mirror")
+    lines = []
+    for number, text in enumerate(tiny_documents(24, seed=5)):
+        first, second = text.split(". ")[:2]
+        lines.append({"goal": first, "sol1": second, "sol2": second[::-1], "label": number % 2})
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (folder / "piqa.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(mirror: Path) -> BenchmarkSettings:
+    """Three tasks of three kinds, and one that can't be had here."""
+    return BenchmarkSettings(
+        tasks=("wikitext2", "grammar_pairs", "piqa", "hellaswag"),
+        limits={"grammar_pairs": 48},
+        mirror=str(mirror),
+        perplexity_windows=6,
+        completion_tokens=8,
+        speed=False,
+    )
+
+
+@dataclass(frozen=True)
+class Models:
+    """Folders of the three models, and what happened while the third was taught."""
+
+    teacher: Path
+    pruned: Path
+    taught: Path
+    metrics: list[dict[str, Any]]
+
+
+def _drop_layers(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
+    config = LlamaConfig.from_dict(teacher.config.to_dict())
+    config.num_hidden_layers = len(KEPT_LAYERS)
+    student = LlamaForCausalLM(config)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    for place, layer in enumerate(KEPT_LAYERS):
+        student.model.layers[place].load_state_dict(teacher.model.layers[layer].state_dict())
+    return student
+
+
+@pytest.fixture(scope="session")
+def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A teacher, the teacher without its third layer, and that taught for a few steps."""
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    teacher = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    student = _drop_layers(teacher)
+
+    def save(name: str) -> Path:
+        student.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+        return folder / name
+
+    pruned = save("pruned")
+    ids = tokenizer("\n".join(tiny_documents(300)), add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    metrics: list[dict[str, Any]] = []
+    for step in range(STEPS):
+        batch = windows[step * 8 : step * 8 + 8]
+        with torch.no_grad():
+            wanted = teacher(batch).logits.log_softmax(-1)
+        given = student(batch).logits.log_softmax(-1)
+        loss = (wanted.exp() * (wanted - given)).sum(-1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        line = {"step": step + 1, "steps": STEPS, "tokens": (step + 1) * 512}
+        metrics.append({**line, "loss": loss.item(), "forward_kl": loss.item()})
+        if step % 4 == 3:
+            metrics.append({**line, "heldout_kl": loss.item()})
+    return Models(tiny_llama, pruned, save("taught"), metrics)
+
+
+@pytest.fixture(scope="session")
+def cards(
+    models: Models,
+    settings: BenchmarkSettings,
+    local_wikitext: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict[str, Any]]:
+    """Real scorecards of the three models."""
+    cache = tmp_path_factory.mktemp("cache")
+    folders = {"teacher": models.teacher, "prune": models.pruned, "distill": models.taught}
+    return {
+        name: benchmark(folder, settings, name=name, cache=cache)
+        for name, folder in folders.items()
+    }
+
+
+@pytest.fixture
+def run(models: Models, cards: dict[str, dict[str, Any]], tmp_path: Path) -> Path:
+    """A run folder as the pipelines leave it, with everything in it but the report."""
+    folder = tmp_path / "runs" / "tiny"
+    sources = {"teacher": models.teacher, "prune": models.pruned, "distill": models.taught}
+    rows = []
+    for kind in ("teacher", "transfer_set", "prune", "distill"):
+        stage = folder / "stages" / kind
+        stage.mkdir(parents=True)
+        row = {"name": kind, "kind": kind, "state": "done", "reason": "runs: first time"}
+        row |= {"seconds": 2.5, "peak_memory_bytes": 10**9}
+        rows.append(row)
+        summary = {"tokens": STEPS * 512} if kind == "distill" else {}
+        write_json(stage / "stage.json", {"schema": 1, **row, "summary": summary})
+        if kind in sources:
+            (stage / "model").mkdir()
+            shutil.copy(sources[kind] / "config.json", stage / "model" / "config.json")
+            write_json(stage / "scorecard.json", cards[kind])
+    write_json(
+        folder / "stages" / "prune" / "selection.json",
+        {
+            "schema": 1,
+            "layers": KEPT_LAYERS,
+            "hidden": list(range(32)),
+            "heads": [[0, 1, 2, 3]] * 3,
+            "key_value_heads": [[0, 1]] * 3,
+            "neurons": [list(range(64))] * 3,
+            "importance": {"layers": [0.4, 0.3, 0.1, 0.2]},
+            "reconstruction": [{"layer": layer, "error": 0.1 * layer} for layer in range(3)],
+        },
+    )
+    write_json(
+        folder / "stages" / "transfer_set" / "transfer_set.json",
+        {
+            "schema": 1,
+            "windows": 90,
+            "sources": [{"name": "tiny", "documents": 300, "tokens": 5760, "bytes": 20000}],
+        },
+    )
+    lines = "".join(f"{json.dumps(line)}\n" for line in models.metrics)
+    (folder / "stages" / "distill" / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    (folder / "recipe.yaml").write_text("name: tiny\ndescription: A tiny run.\n", encoding="utf-8")
+    write_json(folder / "lock.json", {"schema": 1, "seed": 0, "packages": {"torch": "2"}})
+    write_json(
+        folder / "run.json",
+        {"schema": 1, "recipe": "tiny", "state": "done", "command": COMMAND, "stages": rows},
+    )
+    return folder
