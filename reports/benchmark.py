@@ -165,9 +165,13 @@ def load_task(
     """Load a task with lm-eval; None (and a reason in ``skipped``) if its data can't be had."""
     from lm_eval.tasks import TaskManager
 
-    if task.file is not None:
-        manager = TaskManager(include_path=str(task.file.parent), include_defaults=False)
-        return dict(manager.load([task.name]))
+    def load() -> dict[str, Any]:
+        if task.file is None:
+            return dict(TaskManager().load([task.name]))
+        return dict(TaskManager(include_defaults=False).load([str(task.file)]))
+
+    if task.source != "hub":
+        return load()
     missing = f"no file of it in benchmark.mirror ({settings.mirror})" if settings.mirror else ""
     where = "its data are on the Hugging Face hub"
     if not hub_answers():
@@ -175,7 +179,7 @@ def load_task(
         skipped[task.name] = "; ".join(part for part in (missing, offline) if part)
         return None
     try:
-        return dict(TaskManager().load([task.name]))
+        return load()
     except Exception as error:
         # Whatever the hub, the data set's builder or a missing extra raises: the other tasks'
         # numbers are worth more than a stop after hours.

@@ -30,19 +30,20 @@ def quiet_libraries() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "transformers")]
     levels = [logger.level for logger in loggers]
     make_bar, pooled = tqdm.tqdm.__init__, os.environ.get("DISABLE_MULTIPROC")
-    metrics = sys.modules.get("lm_eval.api.metrics", ModuleType("not loaded"))
+    metrics = vars(sys.modules.get("lm_eval.api.metrics", ModuleType("not loaded")))
+    printer = metrics.get("print", print)
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
         tqdm.tqdm.__init__ = functools.partialmethod(make_bar, disable=True)
-        vars(metrics)["print"] = lambda *_, **__: None
+        metrics["print"] = lambda *_, **__: None
         os.environ["DISABLE_MULTIPROC"] = "1"
         yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
         tqdm.tqdm.__init__ = make_bar
-        del vars(metrics)["print"]
+        metrics["print"] = printer
         del os.environ["DISABLE_MULTIPROC"]
         if pooled is not None:
             os.environ["DISABLE_MULTIPROC"] = pooled

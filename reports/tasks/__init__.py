@@ -2,8 +2,8 @@
 
 A name is looked for in this order: this project's own tasks (data made here or read out of a PyPI
 package), stock tasks of lm-eval whose data lie in the mirror folder, stock tasks whose data are on
-the hub. lm-eval's own index of its 14,000 task files takes ten seconds to build, so it is only
-built for the last kind.
+the hub. lm-eval's own index of its 12,000 task files takes ten seconds to build, so it is only
+built for groups of tasks.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Task:
     source: str
     """"own", "mirror" or "hub": where its data come from."""
     file: Path | None = None
-    """The task's YAML file; None leaves it to lm-eval's index."""
+    """The task's YAML file; None (a group or a tag of tasks) leaves it to lm-eval's index."""
     data_sha256: str | None = None
 
 
@@ -132,7 +132,11 @@ def prepare(
         return _prepare_own(name, work, cache, progress)
     file = mirror_file(name, Path(settings.mirror).expanduser()) if settings.mirror else None
     if file is None:
-        return Task(name=name, source="hub")
+        stock = stock_files().get(name)
+        single = stock and re.search(
+            rf"^task:[ ]*[\"']?{re.escape(name)}[\"']?[ ]*$", stock.read_text("utf-8"), re.MULTILINE
+        )
+        return Task(name=name, source="hub", file=stock if single else None)
     return _prepare_mirrored(name, file, work)
 
 

