@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -48,19 +49,28 @@ def silent(what: str, done: int, total: int, /, **numbers: float) -> None:
     """A Progress that shows nothing."""
 
 
+def _os_error_number(error: Exception) -> int | None:
+    """The errno behind an error; safetensors, written in Rust, only names it in its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    return int(named[1]) if named else None
+
+
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn the operating system's errors about a full or read-only disk into a ShearlingError."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        number = _os_error_number(error)
+        if number in (errno.ENOSPC, errno.EDQUOT):
             raise ShearlingError(
                 f"The disk is full: could not write {where}.",
                 hint="Free some space, or put the run elsewhere with --out DIR. "
                 "Finished stages are kept; the same command goes on.",
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise ShearlingError(
                 f"Not allowed to write {where}.",
                 hint="Make the folder writable, or put the run elsewhere with --out DIR.",

@@ -24,6 +24,10 @@ from teachers.checkpoint import Checkpoint
 from teachers.targets import TargetCache, TargetFormat, capture
 
 
+_SAMPLE_SEED = 0
+"""Of the kept samples; not the run's seed, so runs of any seed share one cache."""
+
+
 class Answers(Protocol):
     """What the loop asks a teacher."""
 
@@ -129,7 +133,6 @@ def cached_answers(
         "transfer_set": data.text.facts["sha256"],
         "tokenizer": data.text.facts["tokenizer_sha256"],
         "dtype": precision.name,
-        "seed": data.seed,
     }
     count, window = data.text.tokens.shape
     cache = TargetCache(root, identity, shape, windows=count, window=window)
@@ -142,15 +145,15 @@ def cached_answers(
             cache,
             needed,
             lambda windows: _logits(model, data, windows, precision),
-            seed=data.seed,
+            seed=_SAMPLE_SEED,
             progress=progress,
         )
         _keep_heldout(heldout, model, data, precision)
         del model
-    kept = load_file(heldout, device=str(device))
-    hidden_NE = [kept[f"{number}"] for number in range(len(kept))]
+    positions = [batch.positions for batch in data.heldout()]
+    hidden_NE = load_file(heldout, device=str(device))["hidden"].split(positions)
     head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
-    return CachedAnswers(cache, hidden_NE, head_VE), facts
+    return CachedAnswers(cache, list(hidden_NE), head_VE), facts
 
 
 @torch.no_grad()
@@ -169,9 +172,8 @@ def _logits(
 def _keep_heldout(
     path: Path, model: LlamaForCausalLM, data: StepData, precision: PrecisionChoice
 ) -> None:
-    hidden = {
-        f"{number}": trunk(model, batch, precision) for number, batch in enumerate(data.heldout())
-    }
+    """Hidden states of the held-out windows, one after the other however they are batched."""
+    hidden_NE = torch.cat([trunk(model, batch, precision) for batch in data.heldout()])
     aside = path.with_suffix(".partial")
-    save_file(hidden, aside)
+    save_file({"hidden": hidden_NE}, aside)
     aside.replace(path)

@@ -1,11 +1,11 @@
 """Teach the student: windows of text go through both models, and the student learns to agree.
 
 The way through this file: `distill` opens everything and ends everything, `_train` runs the
-steps, `train_step` is one step. The losses are in `compress.losses`, the teacher's and student's
-hidden states meet in `compress.hidden`, evaluation on held-out windows is `evaluate`.
+steps, `train_step` is one step, `evaluate` measures on held-out windows. The losses are in
+`compress.losses` and `compress.fused`, the teacher speaks through `compress.answers`, what the
+steps share is a `compress.course.Course`.
 
-Legend of shape suffixes: B windows, T positions, N positions that count, V vocabulary,
-D student hidden, E teacher hidden.
+Legend of shape suffixes: N positions that count, D student hidden.
 """
 
 from __future__ import annotations
@@ -14,35 +14,37 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor, nn
-from transformers import LlamaForCausalLM
+from torch import Tensor
 
-from compress import checkpointing
-from compress.answers import Answers, LiveAnswers, cached_answers, head, open_teacher, trunk
-from compress.attention import choose_attention
-from compress.checkpointing import TrainingState, load_checkpoint, save_checkpoint
-from compress.data import StepData
-from compress.fused import Comparison, FusedLoss, Term, compare
-from compress.hidden import HiddenMatch, hidden_outputs, open_hidden_match
-from compress.interrupts import StopRequest
-from compress.memory import reuse_freed_memory
-from compress.optimizers import (
-    build_optimizers,
-    optimizer_tensors,
-    restore_optimizers,
-    set_learning_rate,
+from compress.answers import head, trunk
+from compress.checkpointing import (
+    TrainingState,
+    load_best,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
 )
-from compress.precision import PrecisionChoice, fast_dtype
+from compress.course import (
+    Course,
+    averaged,
+    open_course,
+    put_weights,
+    training_state,
+    update_average,
+    weights_of,
+)
+from compress.fused import Comparison, compare
+from compress.hidden import hidden_outputs
+from compress.interrupts import StopRequest
+from compress.optimizers import set_learning_rate
 from compress.saving import load_model, save_student
 from compress.schedule import warmup_then_cosine
 from compress.settings import DistillSettings
-from shearling import Progress, ShearlingError, sha256_of_json, silent
-from teachers.checkpoint import Checkpoint
+from shearling import Progress, ShearlingError, disk_errors, sha256_of_json, silent
 from teachers.fetch import default_cache
 from teachers.transfer_set import TransferSet
 
@@ -53,29 +55,6 @@ _EXPLODED = 4.0
 _RUNNING = 0.9
 _SETTLED = 10
 """Steps after which the running mean of the loss is trusted."""
-
-
-@dataclass(kw_only=True)
-class Course:
-    """All that the steps share: models, data, optimizers, and what has happened so far."""
-
-    settings: DistillSettings
-    device: torch.device
-    precision: PrecisionChoice
-    student: LlamaForCausalLM
-    answers: Answers
-    data: StepData
-    loss: FusedLoss
-    hidden: HiddenMatch | None
-    optimizers: dict[str, torch.optim.Optimizer]
-    average: dict[str, Tensor] | None
-    targets_facts: dict[str, Any] = field(default_factory=dict)
-    step: int = 0
-    seconds: float = 0.0
-    running_loss: float = 0.0
-    best: dict[str, float] | None = None
-    first: dict[str, float] | None = None
-    latest: dict[str, float] | None = None
 
 
 def distill(
@@ -110,96 +89,21 @@ def distill(
             f"{out / 'resume'} holds a checkpoint of other settings.",
             hint=f"Delete {out / 'resume'} to start this stage from its beginning.",
         )
-    course = _open_course(
+    course = open_course(
         teacher,
         student,
         TransferSet(transfer_set),
         settings,
-        selection,
-        seed,
-        device,
-        checkpoint,
-        cache or default_cache(),
-        progress,
+        selection=selection,
+        seed=seed,
+        device=torch.device(device),
+        cache=cache or default_cache(),
+        checkpoint=checkpoint,
+        progress=progress,
     )
-    with StopRequest() as stop, _open_metrics(out, checkpoint) as metrics:
+    with disk_errors(out), StopRequest() as stop, _open_metrics(out, checkpoint) as metrics:
         _train(course, out, metrics, stop, identity, progress, on_metrics)
-    return _finish(course, student, out)
-
-
-def _open_course(
-    teacher_folder: Path,
-    student_folder: Path,
-    text: TransferSet,
-    settings: DistillSettings,
-    selection: Path | None,
-    seed: int,
-    device_name: str,
-    checkpoint: TrainingState | None,
-    cache: Path,
-    progress: Progress,
-) -> Course:
-    """Load and build everything; put a checkpoint's state back where there is one."""
-    device = torch.device(device_name)
-    torch.manual_seed(seed)
-    if device.type == "cpu":
-        reuse_freed_memory()
-    if checkpoint:  # what was measured then, lest a busy machine change the arithmetic now
-        precision = PrecisionChoice(**checkpoint.state["precision"])
-    else:
-        precision = fast_dtype(device, settings.precision)
-    student = load_model(student_folder, torch.float32, device)
-    student.set_attn_implementation(choose_attention(device, precision.dtype, text.window))
-    if settings.gradient_checkpointing:
-        student.activation_checkpointing_enable()
-    student.train()
-    data = StepData(text, settings, seed=seed, device=device)
-    teacher_config = Checkpoint(teacher_folder).config
-    hidden = open_hidden_match(teacher_config, student, selection, settings.hidden)
-    answers: Answers
-    facts: dict[str, Any] = {}
-    if settings.targets == "live":
-        teacher = open_teacher(teacher_folder, precision, device, text.window)
-        answers = LiveAnswers(teacher, precision, hidden)
-    else:
-        answers, facts = cached_answers(
-            teacher_folder, cache / "targets", data, settings, precision, device, progress
-        )
-    course = Course(
-        settings=settings,
-        device=device,
-        precision=precision,
-        student=student,
-        answers=answers,
-        data=data,
-        loss=_fused_loss(settings, precision),
-        hidden=hidden,
-        optimizers=build_optimizers(student, settings),
-        average=_weights_copy(student) if settings.ema else None,
-        targets_facts=facts,
-    )
-    if checkpoint:
-        _restore(course, checkpoint)
-    return course
-
-
-def _fused_loss(settings: DistillSettings, precision: PrecisionChoice) -> FusedLoss:
-    beta, skew = {"beta": settings.jensen_shannon_beta}, {"skew": settings.skew}
-    terms = (
-        Term("forward_kl", settings.forward_kl),
-        Term("reverse_kl", settings.reverse_kl),
-        Term("jensen_shannon", settings.jensen_shannon, beta),
-        Term("skewed_kl", settings.skewed_kl, skew),
-        Term("skewed_reverse_kl", settings.skewed_reverse_kl, skew),
-    )
-    return FusedLoss(
-        # The forward KL is always there, at weight 0 if need be: it is what the log shows.
-        terms=tuple(term for term in terms if term.weight or term.name == "forward_kl"),
-        cross_entropy=settings.cross_entropy,
-        temperature=settings.temperature,
-        chunk=settings.chunk_tokens,
-        dtype=precision.dtype,
-    )
+        return _finish(course, student, out)
 
 
 # --- the steps -------------------------------------------------------------------------------
@@ -224,7 +128,7 @@ def _train(
             on_metrics(line)
 
     def save() -> None:
-        save_checkpoint(out / "resume", _checkpoint(course, identity, metrics.tell()))
+        save_checkpoint(out / "resume", training_state(course, identity, metrics.tell()))
 
     started, saved = time.monotonic() - course.seconds, time.monotonic()
     if course.step == 0:
@@ -279,7 +183,7 @@ def train_step(course: Course) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if course.average is not None:
-        _update_average(course.average, student, settings.ema)
+        update_average(course.average, student, settings.ema)
 
     course.step += 1
     line["tokens_per_second"] = round(course.data.step_tokens / (time.perf_counter() - started), 2)
@@ -372,99 +276,26 @@ def _evaluation(total: Comparison) -> dict[str, float]:
 
 def _evaluate_and_keep(course: Course, out: Path) -> dict[str, Any]:
     """Evaluate the weights that would be kept; keep them aside when they are the best so far."""
-    with _averaged(course):
+    with averaged(course):
         numbers = evaluate(course)
+        if not math.isfinite(numbers["heldout_kl"]):
+            raise ShearlingError(
+                f"After step {course.step} the KL on held-out text is {numbers['heldout_kl']}: "
+                "teacher or student has weights that are no numbers.",
+                hint="Set precision to float32, or lower learning_rate if training began.",
+            )
         course.latest = {"step": course.step, **numbers}
         course.first = course.first or course.latest
         if course.best is None or numbers["heldout_kl"] < course.best["heldout_kl"]:
             course.best = course.latest
             # The start and the end need no copy: one is the input, the other is in memory.
             if 0 < course.step < course.data.steps and course.settings.keep == "best":
-                checkpointing.save_best(out / "resume", course.step, _weights(course.student))
+                save_best(out / "resume", course.step, weights_of(course.student))
     tokens = course.step * course.data.step_tokens
     return {"step": course.step, "tokens": tokens, **numbers}
 
 
-# --- weights, checkpoints, the end ------------------------------------------------------------
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights by name, shared ones once: what safetensors can hold."""
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def _weights_copy(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.clone() for name, weight in _weights(model).items()}
-
-
-@torch.no_grad()
-def _put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
-
-
-@torch.no_grad()
-def _update_average(average: Mapping[str, Tensor], model: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 - decay) · weights."""
-    for name, parameter in model.named_parameters():
-        average[name].lerp_(parameter, 1 - decay)
-
-
-class _averaged:
-    """While open, the student carries the running average of its weights, where there is one."""
-
-    def __init__(self, course: Course) -> None:
-        self.course = course
-
-    def __enter__(self) -> None:
-        self._swap()
-
-    def __exit__(self, *_: object) -> None:
-        self._swap()
-
-    @torch.no_grad()
-    def _swap(self) -> None:
-        for name, parameter in self.course.student.named_parameters():
-            if self.course.average is not None:
-                kept = parameter.detach().clone()
-                parameter.copy_(self.course.average[name])
-                self.course.average[name].copy_(kept)
-
-
-def _checkpoint(course: Course, identity: str, metrics_bytes: int) -> TrainingState:
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        "student": _weights(course.student),
-        "optimizer": optimizer_tensors(course.student, course.optimizers),
-        "random": checkpointing.random_tensors(),
-    }
-    if course.average is not None:
-        tensors["average"] = course.average
-    state = {
-        "identity": identity,
-        "windows_seen": course.step * course.data.step_windows,
-        "metrics_bytes": metrics_bytes,
-        "seconds": course.seconds,
-        "running_loss": course.running_loss,
-        "best": course.best,
-        "best_step": course.best["step"] if course.best else -1,
-        "first": course.first,
-        "latest": course.latest,
-        "precision": course.precision.to_dict(),
-    }
-    return TrainingState(step=course.step, state=state, tensors=tensors)
-
-
-def _restore(course: Course, checkpoint: TrainingState) -> None:
-    state, tensors = checkpoint.state, checkpoint.tensors
-    _put_weights(course.student, tensors["student"])
-    restore_optimizers(course.student, course.optimizers, tensors["optimizer"])
-    checkpointing.restore_random(tensors["random"])
-    if course.average is not None:
-        for name, weight in tensors["average"].items():
-            course.average[name].copy_(weight)
-    course.step, course.seconds = checkpoint.step, state["seconds"]
-    course.running_loss = state["running_loss"]
-    course.best, course.first, course.latest = state["best"], state["first"], state["latest"]
+# --- beginning and end ----------------------------------------------------------------------
 
 
 def _open_metrics(out: Path, checkpoint: TrainingState | None) -> TextIO:
@@ -483,13 +314,13 @@ def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
     assert course.best, "the end was evaluated"
     assert course.latest, "the end was evaluated"
     if course.average is not None:
-        _put_weights(course.student, course.average)
+        put_weights(course.student, course.average)
     kept = course.best if course.settings.keep == "best" else course.latest
     if kept["step"] == 0:  # the training only made it worse
-        _put_weights(course.student, _weights(load_model(student, torch.float32, course.device)))
+        put_weights(course.student, weights_of(load_model(student, torch.float32, course.device)))
     elif kept["step"] != course.step:
-        best = checkpointing.load_best(out / "resume", int(kept["step"]))
-        _put_weights(course.student, best)
+        best = load_best(out / "resume", int(kept["step"]))
+        put_weights(course.student, best)
     save_student(course.student, student, out / "model")
     tokens = course.step * course.data.step_tokens
     return {

@@ -6,6 +6,7 @@ Nothing here loads torch: a recipe is checked and planned from shapes alone.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
@@ -133,6 +134,11 @@ class Shape:
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if self.hidden_size % self.num_attention_heads:
+            problems.append(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}; transformers refuses such a Llama"
+            )
         if self.head_dim % 2:
             problems.append(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         return problems
@@ -186,6 +192,12 @@ def _round_to(value: float, multiple: int) -> int:
     return max(multiple, round(value / multiple) * multiple)
 
 
+def _round_hidden(value: float, heads: int, largest: int) -> int:
+    """A hidden size near ``value`` that divides among the heads, and by _ROUND if there is one."""
+    best = _round_to(value, math.lcm(_ROUND, heads))
+    return best if best <= largest else _round_to(value, heads)
+
+
 def _proportional(
     teacher: Shape, *, hidden: float, layers: float, group: float, head_dim: float, ffn: float
 ) -> Shape:
@@ -200,12 +212,14 @@ def _proportional(
         key_value_heads = heads = max(1, round(teacher.num_key_value_heads * group))
     return replace(
         teacher,
-        hidden_size=_round_to(teacher.hidden_size * hidden, _ROUND),
+        hidden_size=_round_hidden(teacher.hidden_size * hidden, heads, teacher.hidden_size),
         num_hidden_layers=max(1, int(teacher.num_hidden_layers * layers)),
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         head_dim=max(2, int(teacher.head_dim * head_dim) // 2 * 2),
-        intermediate_size=_round_to(teacher.intermediate_size * ffn, _ROUND),
+        intermediate_size=min(
+            teacher.intermediate_size, _round_to(teacher.intermediate_size * ffn, _ROUND)
+        ),
         tie_word_embeddings=True,
     )
 
@@ -277,8 +291,7 @@ def _from_preset(name: str, teacher: Shape) -> Shape:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         raise ShearlingError(
-            f"There is no shape named {name!r}."
-            + (f" Did you mean {near[0]!r}?" if near else ""),
+            f"There is no shape named {name!r}." + (f" Did you mean {near[0]!r}?" if near else ""),
             hint=f"Shapes by name: {', '.join(PRESETS)}; or give the axes (hidden_size: ...).",
         )
     return PRESETS[name](teacher)

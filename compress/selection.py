@@ -1,0 +1,116 @@
+"""What stays: scores and a target shape become lists of indices.
+
+Legend: L layers, D hidden dims, H query heads, K key/value heads, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from shearling import ShearlingError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSelection:
+    """What stays of one layer: sorted indices into the teacher's own numbering."""
+
+    heads: Tensor
+    key_value_heads: Tensor
+    neurons: Tensor
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` largest scores, ascending; of equal ones the earlier stays."""
+    return scores.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def choose_layers(
+    distances: Sequence[float], count: int, depth: Literal["cosine", "contiguous"] | list[int]
+) -> list[int]:
+    """Numbers of the layers that stay, ascending.
+
+    ``distances[i]`` says how much layer i changes the residual stream. ``cosine`` keeps the
+    largest; ``contiguous`` drops the run of neighbours with the smallest sum; a list is taken as
+    it is.
+
+    Raises:
+        ShearlingError: a given list doesn't fit the number of layers.
+    """
+    total = len(distances)
+    if not isinstance(depth, str):
+        if (
+            sorted(set(depth)) != depth
+            or len(depth) != count
+            or not 0 <= depth[0] <= depth[-1] < total
+        ):
+            raise ShearlingError(
+                f"depth lists {depth}; the shape wants {count} different layers, ascending, "
+                f"out of 0 to {total - 1}.",
+                hint="Correct `depth` or `shape.num_hidden_layers` in the recipe's prune stage.",
+            )
+        return depth
+    if depth == "cosine":
+        kept: list[int] = top(torch.tensor(distances), count).tolist()
+        return kept
+    dropped = total - count
+    sums = [sum(distances[first : first + dropped]) for first in range(total - dropped + 1)]
+    first = sums.index(min(sums))
+    return [layer for layer in range(total) if not first <= layer < first + dropped]
+
+
+def choose_heads(
+    scores_H: Tensor, teacher_kv: int, kv_heads: int, heads: int
+) -> tuple[Tensor, Tensor]:
+    """The query heads and key/value heads that stay, ascending.
+
+    Whole groups stay by the sum of their heads' scores, then each keeps its best query heads, so
+    every query head still finds its own keys and values.
+    """
+    scores_KG = scores_H.view(teacher_kv, -1)
+    groups_K = top(scores_KG.sum(1), kv_heads)
+    per_group = heads // kv_heads
+    best = [top(scores_KG[group], per_group) + group * scores_KG.shape[1] for group in groups_K]
+    return torch.cat(best), groups_K
+
+
+def rows_of_heads(heads: Tensor, channels_C: Tensor, head_dim: int) -> Tensor:
+    """Row numbers of the given channels of each head in a projection of all heads."""
+    return (heads[:, None] * head_dim + channels_C[None, :]).flatten()
+
+
+def rotary_channels(teacher_dim: int, head_dim: int) -> Tensor:
+    """Channels of a head that keep the student's rotary embedding stock: [head_dim].
+
+    Pair i of a head of C channels (channels i and i + C/2) turns with frequency base^(-2i/C).
+    Every (C/c)-th pair therefore turns exactly as the pairs of a head of c channels do.
+
+    Raises:
+        ShearlingError: the teacher's head dim is no multiple of the student's.
+    """
+    if teacher_dim % head_dim:
+        raise ShearlingError(
+            f"head_dim {head_dim} does not divide the teacher's {teacher_dim}, so the rotary "
+            "frequencies would not be those of a stock model.",
+            hint=f"Set shape.head_dim to {teacher_dim} or to it divided by a whole number.",
+        )
+    first = torch.arange(0, teacher_dim // 2, teacher_dim // head_dim)
+    return torch.cat([first, first + teacher_dim // 2])
+
+
+def to_json(
+    layers: Sequence[int], hidden: Tensor, chosen: Sequence[LayerSelection]
+) -> dict[str, Any]:
+    """The part of ``selection.json`` that says what stayed."""
+    return {
+        "schema": 1,
+        "layers": list(layers),
+        "hidden": hidden.tolist(),
+        "heads": [layer.heads.tolist() for layer in chosen],
+        "key_value_heads": [layer.key_value_heads.tolist() for layer in chosen],
+        "neurons": [layer.neurons.tolist() for layer in chosen],
+    }

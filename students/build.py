@@ -1,0 +1,90 @@
+"""A student on disk: a stock LlamaConfig and its weights, written tensor by tensor in shards."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig
+
+from shearling import write_json
+from students.shape import Shape
+
+SHARD_BYTES = 2 * 1024**3
+
+
+def student_config(teacher: LlamaConfig, shape: Shape) -> LlamaConfig:
+    """The teacher's configuration with the student's numbers.
+
+    Context length, RoPE parameters, norm epsilon and special tokens stay the teacher's.
+    """
+    config = copy.deepcopy(teacher)
+    config.update(shape.to_dict())
+    config.architectures = ["LlamaForCausalLM"]
+    return config
+
+
+class StudentWriter:
+    """Collects a student's tensors and writes a shard whenever enough have come together.
+
+    Memory is bounded by ``shard_bytes``. ``finish`` names the shards as transformers expects and
+    writes config.json last, so an unfinished folder isn't taken for a model.
+    """
+
+    def __init__(
+        self, folder: Path, config: LlamaConfig, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self.folder, self.config, self.dtype = folder, config, dtype
+        self.shard_bytes = shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._shards: list[list[str]] = []
+        self._bytes = 0
+        self.parameters = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; it is stored in the student's dtype.
+
+        Raises:
+            FloatingPointError: the tensor holds NaN or infinity.
+        """
+        if not bool(torch.isfinite(tensor).all()):
+            raise FloatingPointError(f"{name} is not finite")
+        stored = tensor.detach().to("cpu", self.dtype).contiguous().clone()
+        self._pending[name] = stored
+        self.parameters += stored.numel()
+        self._bytes += stored.nbytes
+        if sum(pending.nbytes for pending in self._pending.values()) >= self.shard_bytes:
+            self._flush()
+
+    def finish(self) -> None:
+        """Write what is left, the index if there are several shards, and the configuration."""
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, names in enumerate(self._shards, 1):
+            name = (
+                "model.safetensors"
+                if count == 1
+                else f"model-{number:05d}-of-{count:05d}.safetensors"
+            )
+            self._shard_path(number).rename(self.folder / name)
+            weight_map |= dict.fromkeys(names, name)
+        if count > 1:
+            index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
+            write_json(self.folder / "model.safetensors.index.json", index)
+        self.config.dtype = self.dtype
+        self.config.save_pretrained(self.folder)
+
+    def _shard_path(self, number: int) -> Path:
+        return self.folder / f".shard-{number:05d}.safetensors"
+
+    def _flush(self) -> None:
+        path = self._shard_path(len(self._shards) + 1)
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending = {}

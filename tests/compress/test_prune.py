@@ -1,0 +1,359 @@
+"""Pruning against oracles: what carries nothing can be cut without changing a logit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from compress.coupling import derive_coupling
+from compress.importance import channel_energy
+from compress.layer import LayerMath
+from compress.prune import prune, read_layer
+from compress.reconstruct import Moments, final_norm_refit, ridge_refit
+from compress.saving import copy_tokenizer
+from compress.selection import choose_heads, choose_layers, rotary_channels, top
+from compress.settings import PruneSettings
+from shearling import ShearlingError, read_json
+from students.shape import Shape
+from teachers.checkpoint import Checkpoint
+from teachers.transfer_set import TransferSet
+
+PROBE = torch.tensor([[5, 9, 2, 33, 71, 8, 120, 4, 19, 200, 31, 77, 6, 90, 41, 3]])
+Edit = Callable[[LlamaForCausalLM], None]
+
+
+def load(folder: Path) -> LlamaForCausalLM:
+    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(folder: Path) -> Tensor:
+    answer: Tensor = load(folder)(PROBE).logits
+    return answer
+
+
+def edited(source: Path, folder: Path, edit: Edit) -> Path:
+    """A copy of a model with its weights changed by ``edit``."""
+    model = load(source)
+    with torch.no_grad():
+        edit(model)
+    model.save_pretrained(folder)
+    copy_tokenizer(source, folder)
+    return folder
+
+
+def cut(
+    teacher: Path, out: Path, transfer_set: Path, axes: dict[str, Any], **settings: Any
+) -> dict[str, Any]:
+    shape = replace(Checkpoint(teacher).shape, **axes)
+    chosen = PruneSettings(calibration_tokens=2048, precision="float32", **settings)
+    return prune(teacher, out, shape, transfer_set, chosen, seed=0)
+
+
+# --- parts
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_graph_tells_what_is_coupled(tiny_llama: Path, kv_heads: int, bias: bool) -> None:
+    config = LlamaConfig.from_pretrained(tiny_llama)
+    config.update({"num_key_value_heads": kv_heads, "attention_bias": bias, "mlp_bias": bias})
+    axes = derive_coupling(config).axes
+    key_value = "key_value" if kv_heads < 4 else "query"
+    assert axes["model.embed_tokens.weight"] == ("whole", "hidden")
+    assert axes["lm_head.weight"] == ("whole", "hidden")
+    assert axes["self_attn.q_proj.weight"] == ("query", "hidden")
+    assert axes["self_attn.k_proj.weight"] == (key_value, "hidden")
+    assert axes["self_attn.v_proj.weight"] == (key_value, "hidden")
+    assert axes["self_attn.o_proj.weight"] == ("hidden", "query")
+    assert axes["mlp.up_proj.weight"] == ("neurons", "hidden")
+    assert axes["mlp.down_proj.weight"] == ("hidden", "neurons")
+    assert axes["input_layernorm.weight"] == ("hidden",)
+    assert ("mlp.down_proj.bias" in axes) is bias
+    if bias:
+        assert axes["mlp.down_proj.bias"] == ("hidden",)
+        assert axes["self_attn.q_proj.bias"] == ("query",)
+
+
+def test_a_layer_walked_by_hand_is_the_stock_layer(tiny_llama: Path) -> None:
+    source, model = Checkpoint(tiny_llama), load(tiny_llama)
+    maths = LayerMath(source.config, PROBE.shape[1], torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        states = model.model(PROBE, output_hidden_states=True).hidden_states
+        for number in range(2):
+            walked = maths.layer(states[number], read_layer(source, number, torch.device("cpu")))
+            torch.testing.assert_close(walked, states[number + 1], rtol=1e-5, atol=1e-6)
+
+
+def test_ridge_refit_finds_the_weights_that_made_the_targets() -> None:
+    torch.manual_seed(0)
+    inputs, weight = torch.randn(400, 12), torch.randn(5, 12)
+    moments = Moments.zeros(12, 5, torch.device("cpu"))
+    for part in inputs.split(100):
+        moments.add(part, part @ weight.T, torch.rand(len(part)) + 0.1)
+    start = torch.zeros(5, 12)
+    assert moments.relative_error(start) == pytest.approx(1)
+    torch.testing.assert_close(ridge_refit(moments, start, 1e-9), weight, rtol=1e-4, atol=1e-4)
+    assert moments.relative_error(ridge_refit(moments, start, 1e-9)) < 1e-6
+    # A strong pull leaves the sliced weights as they are.
+    torch.testing.assert_close(ridge_refit(moments, start, 1e9), start, atol=1e-6, rtol=0)
+
+
+def test_ridge_refit_survives_a_singular_gram() -> None:
+    moments = Moments.zeros(6, 2, torch.device("cpu"))
+    one = torch.ones(8, 6)  # rank one
+    moments.add(one, torch.ones(8, 2), torch.ones(8))
+    refitted = ridge_refit(moments, torch.zeros(2, 6), 1e-30)
+    torch.testing.assert_close(one @ refitted.T, torch.ones(8, 2), rtol=1e-3, atol=1e-3)
+
+
+def test_final_norm_refit_minimises_the_logits_distance() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(200, 4), torch.randn(200, 6)
+    head, teacher_head = torch.randn(9, 4), torch.randn(9, 6)
+
+    def distance(norm: Tensor) -> Tensor:
+        return ((student * norm) @ head.T - teacher @ teacher_head.T).square().sum()
+
+    start = torch.ones(4)
+    found = final_norm_refit(
+        student.T @ student, student.T @ teacher, head, teacher_head, start, 1e-12
+    ).requires_grad_()
+    (slope,) = torch.autograd.grad(distance(found), found)
+    assert float(slope.abs().max()) < 1e-3 * float(distance(start))
+    assert float(distance(found)) < float(distance(start))
+
+
+def test_channel_energy_is_the_mean_over_positions_and_l2_over_windows() -> None:
+    activations = torch.tensor([[[1.0, -2.0], [3.0, 0.0]], [[0.0, 4.0], [0.0, 4.0]]])
+    torch.testing.assert_close(
+        channel_energy(activations), torch.tensor([4.0, 1.0 + 16.0], dtype=torch.float64)
+    )
+
+
+def test_heads_stay_inside_their_groups() -> None:
+    scores = torch.tensor([1.0, 9.0, 2.0, 8.0, 3.0, 3.0, 0.5, 0.1])
+    heads, groups = choose_heads(scores, teacher_kv=4, kv_heads=2, heads=2)
+    assert groups.tolist() == [0, 1]
+    assert heads.tolist() == [1, 3]
+
+
+def test_depth_by_cosine_contiguous_and_list() -> None:
+    distances = [0.9, 0.1, 0.5, 0.2, 0.3, 0.8]
+    assert choose_layers(distances, 4, "cosine") == [0, 2, 4, 5]
+    assert choose_layers(distances, 4, "contiguous") == [0, 1, 2, 5]
+    assert choose_layers(distances, 2, [1, 4]) == [1, 4]
+    with pytest.raises(ShearlingError, match="the shape wants 2"):
+        choose_layers(distances, 2, [4, 1])
+
+
+def test_equal_scores_keep_the_earlier() -> None:
+    assert top(torch.tensor([1.0, 1.0, 1.0, 2.0]), 2).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_every_second_rotary_pair_turns_as_a_stock_head_of_half_the_width(scaled: bool) -> None:
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 500000.0}
+    if scaled:
+        rope |= {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    wide, narrow = (
+        LlamaRotaryEmbedding(LlamaConfig(head_dim=dim, rope_parameters=rope)).inv_freq
+        for dim in (128, 64)
+    )
+    kept = rotary_channels(128, 64)[:32]
+    torch.testing.assert_close(wide[kept], narrow, rtol=0, atol=0)
+    with pytest.raises(ShearlingError, match="does not divide"):
+        rotary_channels(128, 48)
+
+
+# --- the whole stage
+
+
+def test_the_teachers_own_shape_gives_the_teacher(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    for refit in (False, True):
+        cut(tiny_llama, tmp_path / str(refit), tiny_transfer_set, {}, refit=refit)
+        torch.testing.assert_close(
+            logits(tmp_path / str(refit) / "model"), logits(tiny_llama), rtol=1e-3, atol=1e-4
+        )
+
+
+def silence_neurons(model: LlamaForCausalLM) -> None:
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight[:, 3::4] = 0
+
+
+def silence_heads(model: LlamaForCausalLM) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[:, 8:16] = 0  # head 1 of group 0
+        layer.self_attn.o_proj.weight[:, 16:24] = 0  # head 2, of group 1
+
+
+def silence_group(model: LlamaForCausalLM) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[:, :16] = 0
+
+
+def silence_layer(model: LlamaForCausalLM) -> None:
+    model.model.layers[2].self_attn.o_proj.weight.zero_()
+    model.model.layers[2].mlp.down_proj.weight.zero_()
+
+
+SILENT = {
+    "neurons": (silence_neurons, {"intermediate_size": 48}),
+    "heads": (silence_heads, {"num_attention_heads": 2}),
+    "groups": (silence_group, {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    "layers": (silence_layer, {"num_hidden_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("refit", [False, True])
+@pytest.mark.parametrize("part", SILENT)
+def test_a_part_that_says_nothing_is_cut_without_a_trace(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path, part: str, refit: bool
+) -> None:
+    edit, axes = SILENT[part]
+    teacher = edited(tiny_llama, tmp_path / "teacher", edit)
+    cut(teacher, tmp_path / "out", tiny_transfer_set, axes, refit=refit)
+    torch.testing.assert_close(
+        logits(tmp_path / "out" / "model"), logits(teacher), rtol=2e-3, atol=2e-4
+    )
+
+
+def test_unused_hidden_dims_are_cut_and_the_norms_take_the_change_of_scale(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    def silence(model: LlamaForCausalLM) -> None:
+        dead = torch.arange(0, 32, 4)
+        model.model.embed_tokens.weight[:, dead] = 0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[dead] = 0
+            layer.mlp.down_proj.weight[dead] = 0
+
+    teacher = edited(tiny_llama, tmp_path / "teacher", silence)
+    cut(teacher, tmp_path / "out", tiny_transfer_set, {"hidden_size": 24}, ridge=1e-6)
+    kept = read_json(tmp_path / "out" / "selection.json")["hidden"]
+    assert all(dim % 4 for dim in kept)
+    torch.testing.assert_close(
+        logits(tmp_path / "out" / "model"), logits(teacher), rtol=1e-2, atol=1e-3
+    )
+
+
+def test_half_the_head_dim_is_exact_where_the_other_half_is_silent(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """Odd rotary pairs without queries, and values in a subspace of half the width."""
+    wide, half = 8, 4
+
+    def silence(model: LlamaForCausalLM) -> None:
+        odd = torch.tensor([c for c in range(wide) if c not in rotary_channels(wide, half)])
+        subspace = torch.linalg.qr(torch.randn(wide, half))[0]
+        for layer in model.model.layers:
+            query = layer.self_attn.q_proj.weight.view(-1, wide, 32)
+            query[:, odd] = 0
+            value = layer.self_attn.v_proj.weight.view(-1, wide, 32)
+            value.copy_(torch.einsum("ab,cb,kci->kai", subspace, subspace, value))
+
+    teacher = edited(tiny_llama, tmp_path / "teacher", silence)
+    for refit in (False, True):
+        out = tmp_path / str(refit)
+        cut(teacher, out, tiny_transfer_set, {"head_dim": half}, refit=refit)
+        torch.testing.assert_close(logits(out / "model"), logits(teacher), rtol=2e-3, atol=2e-4)
+
+
+def test_all_axes_at_once_give_a_stock_model_with_the_teachers_tokenizer(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    axes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 40,
+    }
+    summary = cut(tiny_llama, tmp_path, tiny_transfer_set, axes)
+    model = load(tmp_path / "model")
+    shape = Shape.from_config(model.config)
+    assert {name: getattr(shape, name) for name in axes} == axes
+    assert sum(p.numel() for p in model.parameters()) == shape.parameters == summary["parameters"]
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "auto_map" not in config
+    text = "Numbers 123 and words."
+    ours, theirs = (AutoTokenizer.from_pretrained(f) for f in (tmp_path / "model", tiny_llama))
+    assert ours(text).input_ids == theirs(text).input_ids
+    selection = read_json(tmp_path / "selection.json")
+    assert len(selection["layers"]) == len(selection["heads"]) == 3
+    assert len(selection["hidden"]) == 24
+    assert all(len(neurons) == 40 for neurons in selection["neurons"])
+    assert all(heads[0] < 2 <= heads[1] for heads in selection["heads"])
+    assert all(0 <= line["down_proj"] <= 2 for line in selection["reconstruction"])
+
+
+def test_an_untied_teacher_keeps_its_own_head(
+    tiny_llama_untied: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    cut(tiny_llama_untied, tmp_path, tiny_transfer_set, {"hidden_size": 24})
+    model = load(tmp_path / "model")
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    kept = read_json(tmp_path / "selection.json")["hidden"]
+    torch.testing.assert_close(
+        model.lm_head.weight, load(tiny_llama_untied).lm_head.weight[:, kept]
+    )
+
+
+def test_the_same_seed_gives_the_same_bits(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    for name in ("first", "second"):
+        cut(tiny_llama, tmp_path / name, tiny_transfer_set, {"hidden_size": 24})
+    first, second = (tmp_path / name / "model/model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_shape_larger_than_the_teacher_is_refused(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ShearlingError, match="hidden_size 64 is larger"):
+        cut(tiny_llama, tmp_path, tiny_transfer_set, {"hidden_size": 64})
+    assert not (tmp_path / "model").exists()
+
+
+def test_refit_beats_slicing_on_a_trained_model(shared_data: Path, tmp_path: Path) -> None:
+    """stories260K, a real tiny Llama with grouped attention, cut to three quarters each way."""
+    from teachers.settings import SourceSettings, TransferSetSettings
+    from teachers.transfer_set import build_transfer_set
+
+    teacher = shared_data / "models/stories260K/hf"
+    stories = str(shared_data / "text/stories/part-000.jsonl")
+    source = SourceSettings(name="stories", path=stories, tokens=40000)
+    settings = TransferSetSettings(sources=(source,), window=128, heldout_windows=16)
+    text = tmp_path / "set"
+    build_transfer_set(settings, teacher, text, seed=0, cache=tmp_path)
+    axes = {"hidden_size": 48, "intermediate_size": 128, "num_attention_heads": 4}
+    heldout = torch.from_numpy(TransferSet(text).heldout.astype("int64"))
+    loss = {}
+    for refit in (False, True):
+        chosen = PruneSettings(calibration_tokens=16384, precision="float32", refit=refit)
+        shape = replace(Checkpoint(teacher).shape, **axes)
+        prune(teacher, tmp_path / str(refit), shape, text, chosen, seed=0)
+        with torch.no_grad():
+            model = load(tmp_path / str(refit) / "model")
+            loss[refit] = float(model(heldout, labels=heldout).loss)
+    assert loss[True] < loss[False] - 0.5
