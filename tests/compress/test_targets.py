@@ -268,6 +268,26 @@ def test_a_student_learns_from_the_cache_what_it_learns_live(
     assert metrics(tmp_path / "first", "loss") == metrics(tmp_path / "second", "loss")
 
 
+def test_one_cache_serves_other_batches_and_seeds(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    def run(name: str, seed: int = 0, **options: Any) -> dict[str, Any]:
+        settings = DistillSettings(**{**BASE, "targets": "sample", **options})
+        out, kept = tmp_path / name, tmp_path / "cache"
+        return distill(
+            tiny_llama, tiny_student, out, tiny_transfer_set, settings, cache=kept, seed=seed
+        )
+
+    first = run("first", micro_batch_windows=8)
+    other = run("other", micro_batch_windows=3)
+    for name, value in first["heldout_start"].items():
+        assert other["heldout_start"][name] == pytest.approx(value, rel=1e-5)
+    losses = (metrics(tmp_path / name, "loss") for name in ("first", "other"))
+    for one, two in zip(*losses, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    assert run("seed", seed=1)["targets"]["folder"] == first["targets"]["folder"]
+
+
 def test_what_the_cache_does_not_keep_is_refused_with_names() -> None:
     with pytest.raises(ValidationError, match=r"reverse_kl, temperature.*live"):
         DistillSettings(tokens=1, targets="sample", reverse_kl=1.0, temperature=2.0)
