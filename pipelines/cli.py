@@ -130,9 +130,8 @@ def report(
     run: Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN")],
 ) -> None:
     """Write report.html and report.json anew from the files of a run."""
-    from reports.page import write_report
-
     from pipelines.journal import read_status
+    from reports.page import write_report
 
     read_status(run)  # says what is wrong with a folder that is no run
     print(write_report(run))
@@ -281,7 +280,10 @@ def _console(*, stderr: bool = False) -> Console:
     """A console without colours where the output is no terminal or NO_COLOR is set."""
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # a file has no edge at which a table must be cut
+    return console
 
 
 def _print_json(data: Any) -> None:

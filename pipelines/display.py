@@ -9,7 +9,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
+
+_SHRINKS = Column(no_wrap=True, overflow="ellipsis")
+"""On a narrow terminal the numbers are cut off, not the time left."""
 
 PLAIN_SECONDS = 15.0
 """Between two plain lines of one step."""
@@ -29,11 +33,13 @@ class Display:
     def __enter__(self) -> Display:
         if self.console.is_terminal:
             self._live = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-                TextColumn("[dim]{task.fields[numbers]}"),
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                BarColumn(bar_width=16, table_column=Column(min_width=8)),
+                TextColumn(
+                    "{task.completed:,.0f}/{task.total:,.0f}", table_column=Column(no_wrap=True)
+                ),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
+                TextColumn("[dim]{task.fields[numbers]}", table_column=_SHRINKS),
                 console=self.console,
                 transient=True,
             )
@@ -73,7 +79,8 @@ class Display:
         elif clock - self._printed >= PLAIN_SECONDS:
             self._printed = clock
             left = time_left(clock - self._started, done, total)
-            parts = [f"  {name}: {what} {done:,}/{total:,}", format_numbers(numbers), left]
+            part = "" if what == name else f"{what} "
+            parts = [f"  {name}: {part}{done:,}/{total:,}", format_numbers(numbers), left]
             self.line(" · ".join(part for part in parts if part))
 
     def _show_live(
@@ -82,8 +89,9 @@ class Display:
         assert self._live is not None
         shown = format_numbers(numbers)
         if self._task is None:
+            part = "" if what == name else f" {_plain(what)}"
             self._task = self._live.add_task(
-                f"[bold]{_plain(name)}[/bold] {_plain(what)}", total=total, numbers=shown
+                f"[bold]{_plain(name)}[/bold]{part}", total=total, numbers=""
             )
         self._live.update(self._task, completed=done, total=total, numbers=_plain(shown))
 
@@ -98,8 +106,8 @@ def _plain(text: str) -> str:
     return text.replace("[", r"\[")
 
 
-_UNITS = {"tokens_per_second": "tokens/s", "learning_rate": "lr", "gradient_norm": "gradient"}
-_HIDDEN = {"step", "steps", "seconds", "tokens"}
+_HIDDEN = {"step", "steps", "seconds", "tokens", "learning_rate", "gradient_norm"}
+"""Numbers that metrics.jsonl and the report have, and that no one watches live."""
 
 
 def format_numbers(numbers: Mapping[str, Any]) -> str:
@@ -111,7 +119,7 @@ def format_numbers(numbers: Mapping[str, Any]) -> str:
         if name == "tokens_per_second":
             parts.append(f"{value:,.0f} tokens/s")
         else:
-            parts.append(f"{_UNITS.get(name, name.replace('_', ' '))} {value:.4g}")
+            parts.append(f"{name.replace('_', ' ')} {value:.4g}")
     return " · ".join(parts)
 
 

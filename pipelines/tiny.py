@@ -2,8 +2,8 @@
 
 `shearling regress` and the tests need a teacher without a download. This one is a stock
 ``LlamaForCausalLM`` folder that every other part of the project takes for what it is. Its weights
-are drawn wider than usual, so that its predictions are sharp: pruning then really costs something
-and distilling really wins something back, which a freshly initialised model would not show.
+are drawn wider than usual, so that its predictions are sharp. For regress it also reads its text
+for two seconds: what breaks a model that knows nothing can as well make it better.
 """
 
 from __future__ import annotations
@@ -51,11 +51,23 @@ def write_documents(path: Path, documents: list[str]) -> Path:
     return path
 
 
-def make_tiny_llama(folder: Path, *, seed: int = 0, vocabulary: int = 384, **config: Any) -> Path:
+def write_last_words(path: Path, count: int) -> Path:
+    """Write a LAMBADA of the grammar: the last word of a few sentences is to be guessed."""
+    return write_documents(path, [text[:200].rsplit(".", 1)[0] + "." for text in _unseen(count)])
+
+
+def _unseen(count: int) -> list[str]:
+    return [text for text in tiny_documents(4 * count, seed=99) if len(text) > 100][:count]
+
+
+def make_tiny_llama(
+    folder: Path, *, seed: int = 0, vocabulary: int = 384, steps: int = 0, **config: Any
+) -> Path:
     """Make a Hugging Face folder with a tiny random Llama and its byte-level BPE tokenizer.
 
     ``config`` overrides single keys of ``TINY_CONFIG``. The vocabulary has at most ``vocabulary``
-    tokens; the model's embedding has exactly the tokenizer's length.
+    tokens; the model's embedding has exactly the tokenizer's length. With ``steps`` it is trained
+    on the grammar's text for so many steps.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -74,8 +86,25 @@ def make_tiny_llama(folder: Path, *, seed: int = 0, vocabulary: int = 384, **con
                 dtype="float32",
             )
         )
+        if steps:
+            _train(model, tokenizer, steps)
     model.save_pretrained(folder)
     return folder
+
+
+def _train(model: Any, tokenizer: Any, steps: int, window: int = 64, batch: int = 16) -> None:
+    """Next-token training on the grammar, AdamW at a constant rate."""
+    import torch
+
+    text = tokenizer.eos_token.join(tiny_documents(400, seed=2))
+    tokens_N = torch.tensor(tokenizer(text)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        starts_B1 = torch.randint(len(tokens_N) - window, (batch, 1))
+        ids_BT = tokens_N[starts_B1 + torch.arange(window)]
+        model(input_ids=ids_BT, labels=ids_BT).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def _train_tokenizer(vocabulary: int) -> Any:

@@ -40,8 +40,8 @@ def test_the_same_numbers_hold(baseline: dict[str, Any]) -> None:
 
 
 def test_worse_than_allowed_fails_in_each_direction(baseline: dict[str, Any]) -> None:
-    assert verdicts(baseline, ppl=Number(52.4, "lower"))["ppl"] == "ok"
-    assert verdicts(baseline, ppl=Number(52.6, "lower"))["ppl"] == "worse"
+    assert verdicts(baseline, ppl=Number(50.9, "lower"))["ppl"] == "ok"
+    assert verdicts(baseline, ppl=Number(51.1, "lower"))["ppl"] == "worse"
     assert verdicts(baseline, ppl=Number(47.0, "lower"))["ppl"] == "better"
     assert verdicts(baseline, ppl=Number(float("nan"), "lower"))["ppl"] == "worse"
     assert verdicts(baseline, acc=Number(0.46, "higher"))["acc"] == "ok"
@@ -73,7 +73,7 @@ def test_an_update_keeps_tolerances_set_by_hand(baseline: dict[str, Any]) -> Non
     updated = baseline_of("r", now, before=baseline)["numbers"]
     assert updated["distill/copa/acc"]["value"] == 0.7
     assert updated["distill/copa/acc"]["tolerance"] == {"absolute": 0.01}
-    assert updated["distill/wikitext2/word_perplexity"]["tolerance"] == {"relative": 0.05}
+    assert updated["distill/wikitext2/word_perplexity"]["tolerance"] == {"relative": 0.02}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -81,7 +81,7 @@ def test_every_baseline_can_fail(name: str) -> None:
     """Each shipped number has a tolerance that a clearly worse model would break."""
     numbers = json.loads((BASELINES / f"{name}.json").read_text())["numbers"]
     assert "distill/heldout_kl" in numbers
-    assert "prune/wikitext2/word_perplexity" in numbers
+    assert any(name.startswith("prune/") and "perplexity" in name for name in numbers)
     for key, known in numbers.items():
         assert known["better"] in ("lower", "higher", "same"), key
         assert known["tolerance"].get("relative", 0) <= 0.25, key
@@ -96,7 +96,7 @@ def test_the_summary_of_a_ci_run(
     out = StringIO()
     regress.show("r", compare(baseline, now, set()), Console(file=out))
     summary = (tmp_path / "summary.md").read_text()
-    row = "| distill/wikitext2/word_perplexity | 50 | 75 | +25 (+50.0%) | 2.5 | worse |"
+    row = "| distill/wikitext2/word_perplexity | 50 | 75 | +25 (+50.0%) | 1 | worse |"
     assert row in summary
     assert "1 of 3 numbers got worse than allowed" in out.getvalue()
     assert "distill/wikitext2/word_perplexity: 50 -> 75" in out.getvalue()
@@ -143,5 +143,5 @@ def test_a_broken_weight_is_caught(shearling: Shearling, monkeypatch: pytest.Mon
     assert done.returncode == 1, done.stdout + done.stderr
     assert "worse than allowed" in done.stdout
     worse = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" worse")]
-    assert "distill/wikitext2/token_perplexity_512" in worse
+    assert "distill/lambada_openai/perplexity" in worse
     assert not [name for name in worse if not name.startswith("distill/")]
