@@ -36,8 +36,10 @@ SCHEMA = 1
 BASELINES = Path(__file__).parent / "baselines"
 RECIPES = ("regress-tiny", "regress-smollm2")
 RELATIVE = 0.02
-"""Default tolerance of perplexities and divergences, as a share of the baseline. Other threads and
-kernels of one machine move them by 0.001% (tiny) and 0.1% (SmolLM2)."""
+"""Default tolerance of perplexities, as a share of the baseline. Other kernels of the same machine
+(ATEN_CPU_CAPABILITY=default) move those of regress-tiny by 0.004%."""
+RELATIVE_KL = 0.05
+"""The same for divergences, which are small differences: there it is 0.3%."""
 TINY_STEPS = 300
 """Training of the tiny teacher before it teaches; about two seconds."""
 ANSWERS = 3
@@ -54,13 +56,14 @@ class Number:
     better: Better
     samples: int | None = None
     """How many answers an accuracy is the mean of."""
+    relative: float = RELATIVE
 
     def default_tolerance(self) -> dict[str, float]:
         if self.better == "same":
             return {"absolute": 0.0}
         if self.better == "higher":
             return {"absolute": round(ANSWERS / self.samples, 4) if self.samples else 0.05}
-        return {"relative": RELATIVE}
+        return {"relative": self.relative}
 
 
 @dataclass(frozen=True)
@@ -213,7 +216,9 @@ def _heldout(folder: Path) -> dict[str, Number]:
     lines = read_metrics(folder / "metrics.jsonl")
     last = [line for line in lines if "heldout_kl" in line][-1:]
     return {
-        name: Number(float(line[name]), better)
+        name: Number(
+            float(line[name]), better, relative=RELATIVE_KL if name == "heldout_kl" else RELATIVE
+        )
         for line in last
         for name, better in _HELDOUT.items()
         if name in line
