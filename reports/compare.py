@@ -110,7 +110,7 @@ def compare_models(
     tasks = dict.fromkeys([*reference.get("results", {}), *model.get("results", {})])
     found = []
     for task in tasks:
-        results = model.get("results", {}).get(task) or reference["results"][task]
+        results = model.get("results", {}).get(task) or reference.get("results", {}).get(task, {})
         metrics = headline_metrics(task, results) if headlines_only else list(results)
         found += [compare_metric(reference, model, task, metric) for metric in metrics]
     return with_holm(found, reference)

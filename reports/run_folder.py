@@ -167,16 +167,44 @@ def _read_scorecard(path: Path, problems: list[str]) -> Data | None:
     card = _read_json(path, problems, required=False)
     if not card:
         return None
-    for part in ("results", "tasks", "skipped", "speed", "versions", "samples"):
+    for part in ("results", "tasks", "skipped", "speed", "versions", "samples", "memory"):
         card[part] = as_dict(card.get(part))
-    card["results"] = {
-        task: {metric: as_dict(number) for metric, number in as_dict(metrics).items()}
-        for task, metrics in card["results"].items()
-    }
-    card["tasks"] = {task: as_dict(facts) for task, facts in card["tasks"].items()}
-    card["samples"] = {task: as_dict(values) for task, values in card["samples"].items()}
+    for part in ("parameters", "bytes", "peak_memory_bytes"):
+        card[part] = as_number(card.get(part))
+    card["model"] = str(card.get("model"))
+    results = {task: _metrics(metrics) for task, metrics in card["results"].items()}
+    card["results"] = {task: metrics for task, metrics in results.items() if metrics}
+    card["tasks"] = {task: _task_facts(facts) for task, facts in card["tasks"].items()}
+    card["samples"] = {task: _samples(values) for task, values in card["samples"].items()}
     card["completions"] = [as_dict(entry) for entry in as_list(card.get("completions"))]
     return card
+
+
+def _metrics(metrics: Any) -> Data:
+    return {
+        metric: {"value": as_number(as_dict(number).get("value")),
+                 "stderr": as_number(as_dict(number).get("stderr"))}
+        for metric, number in as_dict(metrics).items()
+    }  # fmt: skip
+
+
+def _task_facts(facts: Any) -> Data:
+    known = as_dict(facts)
+    return {**known, "higher_is_better": as_dict(known.get("higher_is_better"))}
+
+
+def _samples(values: Any) -> Data:
+    """Only what statistics can use: zeros and ones as text, numbers, or pairs of numbers."""
+
+    def usable(samples: Any) -> bool:
+        if isinstance(samples, str):
+            return set(samples) <= {"0", "1"}
+        entries = as_list(samples)
+        if all(isinstance(entry, list) for entry in entries):
+            return all(len(e) == 2 and None not in map(as_number, e) for e in entries)
+        return None not in map(as_number, entries)
+
+    return {metric: found for metric, found in as_dict(values).items() if usable(found)}
 
 
 def _read_text(path: Path, problems: list[str], *, required: bool = True) -> str:

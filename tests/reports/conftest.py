@@ -17,10 +17,11 @@ import reports.tasks.wikitext
 from pipelines.tiny import tiny_documents
 from reports.benchmark import benchmark
 from reports.settings import BenchmarkSettings
-from shearling import write_json
+from shearling import read_json, write_json
 
 STEPS = 12
 KEPT_LAYERS = [0, 1, 3]
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}]]><!--"
 COMMAND = "shearling run tiny --set distill.tokens=6144"
 
 
@@ -88,6 +89,17 @@ def _drop_layers(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
     return student
 
 
+def _learn(model: LlamaForCausalLM, windows: torch.Tensor) -> None:
+    """Let a model see the text, so that cutting it costs something."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(40):
+        batch = windows[torch.arange(step * 8, step * 8 + 8) % len(windows)]
+        loss = model(batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
 @pytest.fixture(scope="session")
 def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Models:
     """A teacher, the teacher without its third layer, and that taught for a few steps."""
@@ -95,20 +107,21 @@ def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Models
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     teacher = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    ids = tokenizer("\n".join(tiny_documents(300)), add_special_tokens=False)["input_ids"]
+    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    _learn(teacher, windows)
     student = _drop_layers(teacher)
 
-    def save(name: str) -> Path:
-        student.save_pretrained(folder / name)
+    def save(model: LlamaForCausalLM, name: str) -> Path:
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
         return folder / name
 
-    pruned = save("pruned")
-    ids = tokenizer("\n".join(tiny_documents(300)), add_special_tokens=False)["input_ids"]
-    windows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    pruned = save(student, "pruned")
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
     metrics: list[dict[str, Any]] = []
     for step in range(STEPS):
-        batch = windows[step * 8 : step * 8 + 8]
+        batch = windows[torch.arange(step * 8, step * 8 + 8) % len(windows)]
         with torch.no_grad():
             wanted = teacher(batch).logits.log_softmax(-1)
         given = student(batch).logits.log_softmax(-1)
@@ -120,7 +133,7 @@ def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Models
         metrics.append({**line, "loss": loss.item(), "forward_kl": loss.item()})
         if step % 4 == 3:
             metrics.append({**line, "heldout_kl": loss.item()})
-    return Models(tiny_llama, pruned, save("taught"), metrics)
+    return Models(save(teacher, "teacher"), pruned, save(student, "taught"), metrics)
 
 
 @pytest.fixture(scope="session")
@@ -187,3 +200,41 @@ def run(models: Models, cards: dict[str, dict[str, Any]], tmp_path: Path) -> Pat
         {"schema": 1, "recipe": "tiny", "state": "done", "command": COMMAND, "stages": rows},
     )
     return folder
+
+
+def poison(data: Any) -> Any:
+    """The data with every text replaced by, and every key of a task or metric made, hostile."""
+    if isinstance(data, dict):
+        return {key: poison(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [poison(value) for value in data]
+    return data + HOSTILE if isinstance(data, str) else data
+
+
+@pytest.fixture
+def hostile_run(run: Path) -> Path:
+    """The run with hostile text wherever a model, task, recipe, package or file could bring it."""
+    for path in [*run.rglob("scorecard.json"), run / "lock.json"]:
+        card = read_json(path)
+        samples = card.pop("samples", {})
+        card = poison(card)
+        card["samples"] = samples
+        for part in ("results", "tasks", "samples", "skipped"):
+            card[part] = {HOSTILE + task: value for task, value in card.get(part, {}).items()}
+        write_json(path, card)
+    journal = read_json(run / "run.json")
+    for row in journal["stages"]:
+        row["reason"] = HOSTILE
+    journal |= {"command": HOSTILE, "state": "failed", "error": {"what": HOSTILE, "hint": HOSTILE}}
+    name = "</script><b>stage</b>".replace("/", "")
+    (run / "stages" / "prune").rename(run / "stages" / name)
+    journal["stages"][2]["name"] = name
+    write_json(run / "run.json", journal)
+    write_json(
+        run / "stages" / "transfer_set" / "transfer_set.json",
+        {"schema": 1, HOSTILE: HOSTILE, "sources": [{"name": HOSTILE, "documents": 1}]},
+    )
+    quoted = json.dumps(HOSTILE)
+    recipe = f"name: {quoted}\ndescription: {quoted}\n"
+    (run / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    return run

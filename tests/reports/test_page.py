@@ -1,0 +1,275 @@
+"""The report of a whole run, of a broken one, and of a hostile one."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from reports.charts import layer_scores, make_charts
+from reports.page import (
+    markdown_cell,
+    render_markdown,
+    report_data,
+    script_json,
+    script_text,
+    write_report,
+)
+from reports.run_folder import read_run
+from reports.view import judge, make_view
+from shearling import ShearlingError, read_json, write_json
+
+HOSTILE = "</script><script>alert(1)</script>"
+
+
+class Page(HTMLParser):
+    """What an HTML parser finds: elements with their attributes, ids, scripts and texts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self._inside == "script" else self.texts).append(data)
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.elements)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def parse(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def test_a_whole_run_is_told_in_the_agreed_order(run: Path) -> None:
+    page = parse(run)
+    sections = [attrs["id"] for tag, attrs in page.elements if tag == "section"]
+    assert sections == [
+        "verdict", "cost", "stages", "quality", "teaching", "kept", "completions",
+        "transfer-set", "again",
+    ]  # fmt: skip
+    assert "After distill, " in page.text
+    assert "of the teacher's parameters are left" in page.text
+    assert "its perplexity on wikitext2 is" in page.text
+    assert "came back" in page.text
+    assert "within noise" in page.text
+    assert "hellaswag: " in page.text
+    assert "3 of 4 (75%)" in page.text
+    assert "shearling run tiny --set distill.tokens=6144" in page.text
+    drawn = [attrs["data-chart"] for _, attrs in page.elements if "data-chart" in attrs]
+    assert drawn == ["quality-by-size", "tasks", "loss", "heldout", "layers", "reconstruction"]
+
+
+def test_the_page_is_small_and_loads_nothing(run: Path) -> None:
+    page = parse(run)
+    assert (run / "report.html").stat().st_size < 2_000_000
+    for tag, attrs in page.elements:
+        assert tag not in ("link", "iframe", "object", "embed", "base") or attrs["href"] == "data:,"
+        for name in ("src", "srcset", "action", "data", "poster"):
+            assert name not in attrs
+    policy = next(a["content"] for _, a in page.elements if "http-equiv" in a)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe-eval" not in policy
+    assert "script-src 'sha256-" in policy
+
+
+def test_the_page_can_be_read_without_eyes(run: Path) -> None:
+    page = parse(run)
+    assert ("html", {"lang": "en"}) in page.elements
+    for tag, attrs in page.elements:
+        if tag == "th":
+            assert attrs.get("scope") in ("row", "col")
+        if "data-chart" in attrs:
+            assert attrs["role"] == "img"
+            assert len(attrs["aria-label"] or "") > 20
+    assert page.count("figcaption") == page.count("figure") == 6
+    assert page.count("caption") == page.count("table")
+    assert page.count("h1") == 1
+
+
+def test_report_json_has_the_agreed_form(run: Path) -> None:
+    write_report(run)
+    data = read_json(run / "report.json")
+    assert data["schema"] == 1
+    assert data["recipe"] == "tiny"
+    assert [stage["name"] for stage in data["stages"]] == ["teacher", "prune", "distill"]
+    for stage in data["stages"]:
+        assert {
+            "name",
+            "kind",
+            "state",
+            "reason",
+            "seconds",
+            "peak_memory_bytes",
+            "scorecard",
+        } <= set(stage)
+        assert stage["scorecard"]["schema"] == 1
+        assert "samples" not in stage["scorecard"]
+    comparisons = data["stages"][1]["comparisons"]
+    assert {entry["verdict"] for entry in comparisons} <= {
+        "better", "worse", "within noise", "the same",
+    }  # fmt: skip
+    assert data["verdict"].startswith("After distill")
+
+
+def test_markdown_says_the_same(run: Path) -> None:
+    write_report(run)
+    text = (run / "report.md").read_text(encoding="utf-8")
+    assert text.startswith("# tiny\n")
+    assert "After distill, " in text
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        unescaped = [re.sub(r"\\\|", "", line) for line in table.splitlines()]
+        assert len({line.count("|") for line in unescaped}) == 1
+
+
+def test_the_report_only_reads(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    write_report(run)
+    write_report(run)
+    assert {path for path in run.rglob("*") if path.is_file()} - set(before) == {
+        run / "report.html", run / "report.json", run / "report.md",
+    }  # fmt: skip
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+FILES = (
+    "run.json", "recipe.yaml", "lock.json", "stages/teacher/scorecard.json",
+    "stages/distill/scorecard.json", "stages/prune/selection.json",
+    "stages/distill/metrics.jsonl", "stages/transfer_set/transfer_set.json",
+    "stages/distill/stage.json",
+)  # fmt: skip
+FOLDERS = ("stages", "stages/teacher", "stages/prune", "stages/distill", "stages/prune/model")
+
+
+@pytest.mark.parametrize("lost", [*FILES, *FOLDERS])
+def test_a_run_with_something_missing_still_has_a_report(lost: str, run: Path) -> None:
+    path = run / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert parse(run).count("section") >= 8
+    assert read_json(run / "report.json")["schema"] == 1
+
+
+@pytest.mark.parametrize("content", [None, b'[1, "x", null]\n', b"\xff\x00\xfe" * 40])
+@pytest.mark.parametrize("damaged", FILES)
+def test_a_run_with_a_damaged_file_still_has_a_report(
+    damaged: str, content: bytes | None, run: Path
+) -> None:
+    path = run / damaged
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+    assert parse(run).count("section") >= 8
+    assert read_json(run / "report.json")["schema"] == 1
+
+
+def test_every_single_value_of_a_scorecard_may_be_wrong(run: Path) -> None:
+    path = run / "stages" / "prune" / "scorecard.json"
+    card = read_json(path)
+    for key in card:
+        for wrong in (None, [], {}, "text", -1, [None], {"x": None}, {"wikitext2": 3}):
+            write_json(path, {**card, key: wrong})
+            found = read_run(run)
+            judgement = judge(found)
+            view = make_view(found, judgement)
+            render_markdown(view)
+            json.dumps(report_data(found, judgement, view), allow_nan=False)
+
+
+def test_a_run_at_work_says_what_is_missing(run: Path) -> None:
+    journal = read_json(run / "run.json")
+    journal |= {"state": "running", "pid": 2**22 + 1, "process_started": 1.0}
+    journal["stages"][-1] |= {"state": "running", "seconds": None}
+    write_json(run / "run.json", journal)
+    shutil.rmtree(run / "stages" / "distill")
+    page = parse(run)
+    assert "The run was interrupted; the same command goes on where it stopped." in page.text
+    assert "After prune, " in page.text
+    assert read_json(run / "report.json")["stages"][-1]["state"] == "interrupted"
+
+
+def test_a_failed_run_tells_its_error(run: Path) -> None:
+    journal = read_json(run / "run.json")
+    journal |= {"state": "failed", "error": {"what": "The disk is full.", "hint": "Free some."}}
+    write_json(run / "run.json", journal)
+    assert "The disk is full. Free some." in parse(run).text
+
+
+def test_a_run_without_any_scorecard(run: Path) -> None:
+    for path in run.glob("stages/*/scorecard.json"):
+        path.unlink()
+    page = parse(run)
+    assert "No model has been measured yet" in page.text
+    assert "Made but not measured yet: teacher, prune, distill." in page.text
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ShearlingError, match="is not a run"):
+        write_report(tmp_path)
+
+
+def test_no_text_can_become_markup(hostile_run: Path) -> None:
+    page = parse(hostile_run)
+    assert page.count("script") == 3
+    assert page.count("img") == page.count("b") == 0
+    assert not [attrs for _, attrs in page.elements if any(name.startswith("on") for name in attrs)]
+    assert "alert(1)" in page.text  # shown, as text
+    assert "{{7*7}}" in page.text
+    assert not any("alert(1)</" in script for script in page.scripts)
+    markdown = (hostile_run / "report.md").read_text(encoding="utf-8")
+    fenced = re.sub(r"```sh\n.*?\n```", "", markdown, flags=re.DOTALL)
+    assert "<script" not in fenced.replace("\\<", "")
+
+
+def test_json_and_scripts_cannot_close_their_element() -> None:
+    assert "</" not in script_json({"x": HOSTILE})
+    assert json.loads(str(script_json({"x": HOSTILE}))) == {"x": HOSTILE}
+    assert "</script" not in script_text('x = "</script>"; y = "<!--"; z = "<SCRIPT>"')
+    assert "<!--" not in script_text('y = "<!--"')
+    assert markdown_cell("a|b\n<c>`d`") == r"a\|b \<c\>\`d\`"
+
+
+def test_a_stage_name_cannot_lead_out_of_the_run(run: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    write_json(secret / "stage.json", {"state": "done", "reason": "SECRET"})
+    journal = read_json(run / "run.json")
+    journal["stages"].append({"name": "../../../secret", "kind": "x"})
+    write_json(run / "run.json", journal)
+    assert "SECRET" not in parse(run).text
+
+
+def test_charts_are_valid_vega_lite(run: Path) -> None:
+    import altair
+
+    found = read_run(run)
+    for chart in make_charts(found):
+        altair.Chart.from_dict(chart.spec, validate=True)
+        assert chart.spec["$schema"].startswith("https://vega.github.io/schema/vega-lite/v6")
+
+
+def test_importance_may_be_recorded_in_other_ways(run: Path) -> None:
+    path = run / "stages" / "prune" / "selection.json"
+    for wrong in (None, [], {"layers": ["x"]}, {"layers": None}, 3):
+        write_json(path, {**read_json(path), "importance": wrong, "reconstruction": wrong})
+        found = read_run(run)
+        assert layer_scores(next(s for s in found.stages if s.kind == "prune")) == []
+        make_view(found, judge(found))
