@@ -23,7 +23,6 @@ from shearling import Progress
 from teachers.checkpoint import Checkpoint
 from teachers.targets import TargetCache, TargetFormat, capture
 
-
 _SAMPLE_SEED = 0
 """Of the kept samples; not the run's seed, so runs of any seed share one cache."""
 
@@ -151,7 +150,7 @@ def cached_answers(
         _keep_heldout(heldout, model, data, precision)
         del model
     positions = [batch.positions for batch in data.heldout()]
-    hidden_NE = load_file(heldout, device=str(device))["hidden"].split(positions)
+    hidden_NE = torch.split(load_file(heldout, device=str(device))["hidden"], positions)
     head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
     return CachedAnswers(cache, list(hidden_NE), head_VE), facts
 
