@@ -58,7 +58,7 @@ class _NormPruning(tp.BasePruningFunc):  # type: ignore[misc]
 
     prune_in_channels = prune_out_channels
 
-    def get_out_channels(self, layer: nn.Module) -> int:
+    def get_out_channels(self, layer: LlamaRMSNorm) -> int:
         return int(layer.weight.shape[0])
 
     get_in_channels = get_out_channels
@@ -148,7 +148,7 @@ def _axes_of_parameters(
     replica: LlamaForCausalLM, axes: dict[tuple[str, str], str]
 ) -> dict[str, tuple[str, ...]]:
     """Translate ends of modules into dimensions of parameters; refuse what has no axis."""
-    found = {}
+    found: dict[str, tuple[str, ...]] = {}
     for name, parameter in replica.named_parameters(remove_duplicate=False):
         if name.startswith("model.layers.") and not name.startswith(_LAYER):
             continue

@@ -38,7 +38,8 @@ def head_importance(channels_Q: Tensor, output_weight_DQ: Tensor, head_dim: int)
     small weights does not count as much as one that is heard.
     """
     heard_Q = channels_Q * output_weight_DQ.norm(dim=0).to(channels_Q)
-    return heard_Q.view(-1, head_dim).norm(dim=1)
+    scores_H: Tensor = heard_Q.view(-1, head_dim).norm(dim=1)
+    return scores_H
 
 
 def neuron_importance(channels_F: Tensor, down_weight_DF: Tensor) -> Tensor:
@@ -47,4 +48,5 @@ def neuron_importance(channels_F: Tensor, down_weight_DF: Tensor) -> Tensor:
     The activation is taken at ``down_proj``'s input. Source for the product of activation and
     weight norm: Sun et al., "Wanda", 2023 (arXiv:2306.11695), here for whole columns.
     """
-    return channels_F * down_weight_DF.norm(dim=0).to(channels_F)
+    scores_F: Tensor = channels_F * down_weight_DF.norm(dim=0).to(channels_F)
+    return scores_F

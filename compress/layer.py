@@ -8,7 +8,7 @@ Legend: B windows, T positions, D hidden, Q query rows, K key/value rows, C head
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,9 +18,31 @@ from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-INPUT_NORM, POST_NORM = "input_layernorm.weight", "post_attention_layernorm.weight"
+from teachers.checkpoint import Checkpoint
+
+BATCH_TOKENS = 4096
+"""Positions that pass a layer at one time."""
+
 LayerWeights = dict[str, Tensor]
 """A layer's parameters by their name inside it: ``self_attn.q_proj.weight`` and so on."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One of a layer's two halves: a norm, maps that read through it, a map that writes back."""
+
+    norm: str
+    inputs: tuple[str, ...]
+    output: str
+
+
+ATTENTION = Block(
+    "input_layernorm.weight",
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attn.o_proj",
+)
+MLP = Block("post_attention_layernorm.weight", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
+BLOCKS = (ATTENTION, MLP)
 
 
 def linear(
@@ -82,30 +104,37 @@ class LayerMath:
         activation: Tensor = ACT2FN[self.config.hidden_act](gate_BTF)
         return activation * up_BTF
 
-    def attention_inputs(self, stream_BTD: Tensor, weights: LayerWeights) -> tuple[Tensor, ...]:
-        """The normed stream and what queries, keys and values are before rotation."""
-        input_BTD = normed(stream_BTD, self.eps) * weights[INPUT_NORM]
-        parts = [self.linear(input_BTD, weights, f"self_attn.{part}_proj") for part in "qkv"]
-        return input_BTD, *parts
+    def read(
+        self, block: Block, stream_BTD: Tensor, weights: LayerWeights
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The normed stream, and the outputs of the maps that read it (queries before rotation)."""
+        input_BTD = normed(stream_BTD, self.eps) * weights[block.norm]
+        return input_BTD, [self.linear(input_BTD, weights, name) for name in block.inputs]
 
-    def mlp_inputs(
-        self, stream_BTD: Tensor, weights: LayerWeights
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The normed stream, gate and up."""
-        input_BTD = normed(stream_BTD, self.eps) * weights[POST_NORM]
-        gate_BTF = self.linear(input_BTD, weights, "mlp.gate_proj")
-        return input_BTD, gate_BTF, self.linear(input_BTD, weights, "mlp.up_proj")
-
-    def attention(self, stream_BTD: Tensor, weights: LayerWeights) -> Tensor:
-        """The stream after the attention block."""
-        _, *parts = self.attention_inputs(stream_BTD, weights)
-        return stream_BTD + self.linear(self.attend(*parts), weights, "self_attn.o_proj")
-
-    def mlp(self, stream_BTD: Tensor, weights: LayerWeights) -> Tensor:
-        """The stream after the FFN block."""
-        _, gate_BTF, up_BTF = self.mlp_inputs(stream_BTD, weights)
-        return stream_BTD + self.linear(self.gate(gate_BTF, up_BTF), weights, "mlp.down_proj")
+    def mix(self, block: Block, parts: Sequence[Tensor]) -> Tensor:
+        """What the block's output map reads: attention's mixture of values, or active neurons."""
+        return self.attend(*parts) if block is ATTENTION else self.gate(*parts)
 
     def layer(self, stream_BTD: Tensor, weights: LayerWeights) -> Tensor:
         """The stream after the whole layer."""
-        return self.mlp(self.attention(stream_BTD, weights), weights)
+        for block in BLOCKS:
+            _, parts = self.read(block, stream_BTD, weights)
+            stream_BTD = stream_BTD + self.linear(self.mix(block, parts), weights, block.output)
+        return stream_BTD
+
+
+def batches(stream_BTD: Tensor) -> Iterator[slice]:
+    """Slices of whole windows, about BATCH_TOKENS positions each."""
+    step = max(1, BATCH_TOKENS // stream_BTD.shape[1])
+    for first in range(0, stream_BTD.shape[0], step):
+        yield slice(first, min(first + step, stream_BTD.shape[0]))
+
+
+def read_layer(source: Checkpoint, number: int, device: torch.device) -> LayerWeights:
+    """All weights of one decoder layer in float32 on the device, by their name inside it."""
+    prefix = f"model.layers.{number}."
+    return {
+        name.removeprefix(prefix): source.tensor(name, torch.float32).to(device)
+        for name in source.names()
+        if name.startswith(prefix)
+    }

@@ -66,7 +66,8 @@ def ridge_refit(moments: Moments, sliced_OI: Tensor, ridge: float) -> Tensor:
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             change_IO = torch.cholesky_solve(residual_IO, factor)
-            return (base_IO + change_IO).T.to(sliced_OI)
+            refitted_OI: Tensor = (base_IO + change_IO).T.to(sliced_OI)
+            return refitted_OI
         if strength > 1e12:  # not even a diagonal matrix: the moments hold NaN or infinity
             raise FloatingPointError("the calibration activations are not finite")
         strength *= 10
@@ -104,4 +105,5 @@ def final_norm_refit(
     start = start_D.double()
     strength = ridge * normal_DD.diagonal().mean()
     shifted = normal_DD + strength * torch.eye(len(start)).to(start)
-    return (start + torch.linalg.solve(shifted, wanted_D - normal_DD @ start)).to(start_D)
+    change_D: Tensor = torch.linalg.solve(shifted, wanted_D - normal_DD @ start)
+    return (start + change_D).to(start_D)

@@ -12,7 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from compress.settings import PruneSettings
+from compress.survey import Survey
 from shearling import ShearlingError
+from students.shape import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,15 +105,54 @@ def rotary_channels(teacher_dim: int, head_dim: int) -> Tensor:
     return torch.cat([first, first + teacher_dim // 2])
 
 
-def to_json(
-    layers: Sequence[int], hidden: Tensor, chosen: Sequence[LayerSelection]
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What stays: layers, hidden dims, and of each kept layer heads, neurons, value basis."""
+
+    layers: list[int]
+    hidden: Tensor
+    chosen: list[LayerSelection]
+    value_basis_KCc: list[Tensor | None]
+
+
+def choose(survey: Survey, shape: Shape, settings: PruneSettings) -> Plan:
+    """Turn importances into the selection that has exactly the student's shape."""
+    layers = choose_layers(survey.distances, shape.num_hidden_layers, settings.depth)
+    chosen, bases = [], []
+    for layer in layers:
+        gram_KCC = survey.value_gram_LKCC[layer]
+        heads, groups = choose_heads(
+            survey.heads_LH[layer],
+            len(gram_KCC),
+            shape.num_key_value_heads,
+            shape.num_attention_heads,
+        )
+        neurons = top(survey.neurons_LF[layer], shape.intermediate_size)
+        chosen.append(LayerSelection(heads=heads, key_value_heads=groups, neurons=neurons))
+        bases.append(_value_basis(gram_KCC[groups], shape.head_dim))
+    hidden = top(survey.hidden_E, shape.hidden_size)
+    return Plan(layers=layers, hidden=hidden, chosen=chosen, value_basis_KCc=bases)
+
+
+def _value_basis(gram_KCC: Tensor, head_dim: int) -> Tensor | None:
+    """The subspace of each key/value head's values that attention's output uses most.
+
+    Values aren't rotated, so unlike queries and keys they may be projected: [K, C, c], orthonormal
+    columns. None where the head dim stays.
+    """
+    if gram_KCC.shape[-1] == head_dim:
+        return None
+    vectors: Tensor = torch.linalg.eigh(gram_KCC.double()).eigenvectors
+    return vectors[..., -head_dim:].float()
+
+
+def to_json(plan: Plan) -> dict[str, Any]:
     """The part of ``selection.json`` that says what stayed."""
     return {
         "schema": 1,
-        "layers": list(layers),
-        "hidden": hidden.tolist(),
-        "heads": [layer.heads.tolist() for layer in chosen],
-        "key_value_heads": [layer.key_value_heads.tolist() for layer in chosen],
-        "neurons": [layer.neurons.tolist() for layer in chosen],
+        "layers": plan.layers,
+        "hidden": plan.hidden.tolist(),
+        "heads": [layer.heads.tolist() for layer in plan.chosen],
+        "key_value_heads": [layer.key_value_heads.tolist() for layer in plan.chosen],
+        "neurons": [layer.neurons.tolist() for layer in plan.chosen],
     }

@@ -16,8 +16,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from compress.coupling import derive_coupling
 from compress.importance import channel_energy
-from compress.layer import LayerMath
-from compress.prune import prune, read_layer
+from compress.layer import LayerMath, read_layer
+from compress.prune import prune
 from compress.reconstruct import Moments, final_norm_refit, ridge_refit
 from compress.saving import copy_tokenizer
 from compress.selection import choose_heads, choose_layers, rotary_channels, top
