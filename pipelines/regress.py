@@ -58,6 +58,10 @@ class Number:
     """How many answers an accuracy is the mean of."""
     relative: float = RELATIVE
 
+    def rounded(self) -> float:
+        """As a baseline file keeps it: counts exactly, measurements to eight digits."""
+        return number if (number := int(self.value)) == self.value else float(f"{self.value:.8g}")
+
     def default_tolerance(self) -> dict[str, float]:
         if self.better == "same":
             return {"absolute": 0.0}
@@ -272,7 +276,7 @@ def baseline_of(
         "versions": package_versions(),
         "numbers": {
             key: {
-                "value": float(f"{number.value:.8g}"),
+                "value": number.rounded(),
                 "better": number.better,
                 "tolerance": known.get(key, {}).get("tolerance") or number.default_tolerance(),
             }

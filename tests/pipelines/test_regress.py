@@ -76,6 +76,13 @@ def test_an_update_keeps_tolerances_set_by_hand(baseline: dict[str, Any]) -> Non
     assert updated["distill/wikitext2/word_perplexity"]["tolerance"] == {"relative": 0.02}
 
 
+def test_counts_are_kept_exactly() -> None:
+    exact = {"teacher/parameters": Number(134_515_008.0, "same")}
+    baseline = baseline_of("r", exact, before=None)
+    assert baseline["numbers"]["teacher/parameters"]["value"] == 134_515_008
+    assert [finding.verdict for finding in compare(baseline, exact, set())] == ["ok"]
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_baseline_can_fail(name: str) -> None:
     """Each shipped number has a tolerance that a clearly worse model would break."""
