@@ -7,6 +7,7 @@ again. Every chart is as wide as its container.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -252,6 +253,12 @@ def _thinned(lines: list[Data], most: int = 400) -> list[Data]:
     return [lines[round(i * step)] for i in range(most)]
 
 
+def _differs(term: Any, loss: float) -> bool:
+    """Whether a term is there and isn't all of the loss (which one curve shows as well as two)."""
+    value = as_number(term)
+    return value is not None and not math.isclose(value, loss, rel_tol=1e-3)
+
+
 def losses(run: Run) -> Chart | None:
     """Loss by term over the tokens seen, one colour a term; later stages follow on."""
     rows: list[Data] = []
@@ -261,8 +268,7 @@ def losses(run: Run) -> Chart | None:
         terms = [
             term
             for term in _TERMS
-            if term == "loss"
-            or any(as_number(line.get(term)) not in (None, line.get("loss")) for line in lines)
+            if term == "loss" or any(_differs(line.get(term), line["loss"]) for line in lines)
         ]
         for line in _thinned(lines):
             for term in terms:
@@ -368,7 +374,7 @@ def layers(run: Run) -> Chart | None:
         .mark_bar(cornerRadiusEnd=2)
         .encode(
             alt.X("layer:O", title="the teacher's layer", axis=alt.Axis(labelAngle=0)),
-            alt.Y("importance:Q", title="importance"),
+            alt.Y("importance:Q", title="importance (root)", scale=alt.Scale(type="sqrt")),
             alt.Color("state:N", scale=scale, title=None),
             tooltip=["layer:O", "importance:Q", "state:N"],
         )
@@ -384,6 +390,10 @@ def layers(run: Run) -> Chart | None:
     )
 
 
+_PARTS = ("down proj sliced", "down proj", "o proj sliced", "o proj")
+"""Where cutting costs most: errors of plain slicing beside those after the refit."""
+
+
 def reconstruction(run: Run) -> Chart | None:
     """Error of each kept layer's output after the refit, where it was recorded."""
     stage = pruned(run)
@@ -397,7 +407,9 @@ def reconstruction(run: Run) -> Chart | None:
                 rows.append({"layer": layer, "part": name.replace("_", " "), "error": error})
     if not rows:
         return None
-    parts = list(dict.fromkeys(row["part"] for row in rows))[: len(SERIES)]
+    found = list(dict.fromkeys(row["part"] for row in rows))
+    told = [part for part in _PARTS if part in found]
+    parts = (told or found)[: len(SERIES)]
     rows = [row for row in rows if row["part"] in parts]
     scale = alt.Scale(domain=parts, range=SERIES[: len(parts)])
     chart = (

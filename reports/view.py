@@ -508,13 +508,17 @@ def source_table(run: Run) -> Table | None:
         return None
     rows = [
         [
-            Cell(text=str(source.get("name") or source.get("path") or "source")),
+            Cell(
+                text=str(source.get("name") or source.get("path") or "source"),
+                note=_plain(source.get("notes")),
+            ),
             *(
                 _cell(as_number(source.get(key)), show)
                 for key, show in (
                     ("documents", lambda v: f"{v:,.0f}"),
                     ("tokens", lambda v: f"{v:,.0f}"),
                     ("bytes", words.size),
+                    ("reserved", lambda v: f"{v:,.0f}"),
                 )
             ),
         ]
@@ -523,7 +527,7 @@ def source_table(run: Run) -> Table | None:
     return Table(
         name="sources",
         caption="Sources of the transfer set.",
-        columns=["source", "documents", "tokens", "bytes"],
+        columns=["source", "documents", "tokens", "bytes", "kept for benchmarks"],
         rows=rows,
     )
 
@@ -554,7 +558,7 @@ def versions(run: Run) -> list[tuple[str, str]]:
         as_dict(run.lock.get("packages")),
         *(stage.scorecard["versions"] for stage in run.measured if stage.scorecard),
     ):
-        found |= {str(name): str(value) for name, value in source.items()}
+        found |= {str(name).replace("_", "-"): str(value) for name, value in source.items()}
     if run.lock.get("python"):
         found["python"] = str(run.lock["python"])
     return sorted(found.items())
