@@ -13,9 +13,15 @@ Legend: N positions, I inputs, O outputs, V vocabulary, D student hidden, E teac
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+HELD_OUT = 8
+"""Every eighth window judges the ridge."""
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+"""What ``auto`` chooses from, each a share of the mean of the Gram matrix's diagonal."""
 
 
 @dataclass
@@ -48,6 +54,66 @@ class Moments:
         shared = (self.cross_IO.double() * weight_IO).sum()
         energy = self.target_energy.clamp_min(torch.finfo(torch.float64).tiny)
         return float(((fitted - 2 * shared) / energy + 1).clamp_min(0))
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.gram_II + other.gram_II,
+            self.cross_IO + other.cross_IO,
+            self.target_energy + other.target_energy,
+        )
+
+
+class SplitMoments:
+    """Moments of most windows, and apart from them those of every HELD_OUT-th.
+
+    The second kind tells how strong the ridge has to be: with few calibration tokens a free fit
+    learns them by heart, with many a strong pull toward the sliced weights loses what they teach.
+    """
+
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.fitted = Moments.zeros(inputs, outputs, device)
+        self.heldout = Moments.zeros(inputs, outputs, device)
+
+    def add(self, input_NI: Tensor, target_NO: Tensor, weight_N: Tensor, heldout_N: Tensor) -> None:
+        """Take in positions; ``heldout_N`` is true where they are held out."""
+        for part, chosen in ((self.fitted, ~heldout_N), (self.heldout, heldout_N)):
+            if bool(chosen.any()):
+                part.add(input_NI[chosen], target_NO[chosen], weight_N[chosen])
+
+    def rescale_inputs(self, scale: float) -> None:
+        """As if every input had been multiplied by ``scale``."""
+        for part in (self.fitted, self.heldout):
+            part.gram_II *= scale**2
+            part.cross_IO *= scale
+
+    def refit(self, sliced_OI: Tensor, ridge: float | Literal["auto"]) -> Refit:
+        """Refit on all windows; ``auto`` takes the ridge that does best on held-out ones."""
+        strength = self._best_ridge(sliced_OI) if ridge == "auto" else ridge
+        everything = self.fitted + self.heldout
+        weight_OI = ridge_refit(everything, sliced_OI, strength)
+        return Refit(
+            weight_OI=weight_OI,
+            ridge=strength,
+            sliced_error=everything.relative_error(sliced_OI),
+            error=everything.relative_error(weight_OI),
+        )
+
+    def _best_ridge(self, sliced_OI: Tensor) -> float:
+        errors = {
+            ridge: self.heldout.relative_error(ridge_refit(self.fitted, sliced_OI, ridge))
+            for ridge in RIDGES
+        }
+        return min(errors, key=errors.__getitem__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refit:
+    """Refitted weights, the ridge they were fitted with, and the error before and after."""
+
+    weight_OI: Tensor
+    ridge: float
+    sliced_error: float
+    error: float
 
 
 def ridge_refit(moments: Moments, sliced_OI: Tensor, ridge: float) -> Tensor:
@@ -97,12 +163,14 @@ def final_norm_refit(
 
     with z the student's and a the teacher's normed final hidden states (a with the teacher's norm
     weights in it), H and H' the output heads. The normal matrix is (HᵀH) ∘ Σ w z zᵀ, so no logit
-    is ever computed. ``student_gram_DD`` is Σ w z zᵀ and ``cross_DE`` is Σ w z aᵀ.
+    is ever computed. ``student_gram_DD`` is Σ w z zᵀ and ``cross_DE`` is Σ w z aᵀ. g₀ is
+    ``start_D`` times the factor that suits best, λ ``ridge`` times the mean of the diagonal.
     """
     head, other = head_VD.double(), teacher_head_VE.double()
     normal_DD = (head.T @ head) * student_gram_DD.double()
     wanted_D = ((head.T @ other) * cross_DE.double()).sum(1)
     start = start_D.double()
+    start = start * (wanted_D @ start) / (start @ normal_DD @ start)
     strength = ridge * normal_DD.diagonal().mean()
     shifted = normal_DD + strength * torch.eye(len(start)).to(start)
     change_D: Tensor = torch.linalg.solve(shifted, wanted_D - normal_DD @ start)

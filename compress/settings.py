@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from students.settings import Settings
 
@@ -27,11 +27,10 @@ class PruneSettings(Settings):
         description="Refit the kept weights to the teacher's activations by least squares "
         "after selection (reconstruction). False is plain slicing.",
     )
-    ridge: float = Field(
-        default=0.01,
-        gt=0,
+    ridge: PositiveFloat | Literal["auto"] = Field(
+        default="auto",
         description="Strength of the pull toward the sliced weights, relative to the mean "
-        "squared input of each linear map.",
+        "squared input of each linear map; auto chooses it for each map on held-out windows.",
     )
     precision: Precision = Field(
         default="auto", description="Arithmetic of the teacher's forward pass; auto measures."

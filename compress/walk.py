@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +30,13 @@ from compress.layer import (
     normed,
     read_layer,
 )
-from compress.reconstruct import Moments, final_norm_refit, ridge_refit, scale_of_norm
+from compress.reconstruct import (
+    HELD_OUT,
+    Moments,
+    SplitMoments,
+    final_norm_refit,
+    scale_of_norm,
+)
 from compress.selection import Plan, rotary_channels, rows_of_heads
 from compress.settings import PruneSettings
 from shearling import Progress, silent
@@ -40,6 +47,9 @@ from teachers.checkpoint import Checkpoint
 FIRST_POSITION_WEIGHT = 0.1
 """The first position is the attention sink: its stream is a hundred times larger than all others
 and the same in every window. It stays in each fit, but doesn't decide it."""
+
+FINAL_NORM_RIDGE = 0.01
+"""The final norm has a number a hidden dim and every token to fit it, so it needs little."""
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -128,7 +138,13 @@ class Walk:
                 self._target(number, name, _flat(part))
                 for name, part in zip(block.inputs, parts, strict=True)
             ]
-            fit.add(self._student_normed(rows), self._kept(input_BTE), targets, _weights(before))
+            fit.add(
+                self._student_normed(rows),
+                self._kept(input_BTE),
+                targets,
+                _weights(before),
+                _held_out(rows, before),
+            )
             written = self.teacher_math.linear(
                 self.teacher_math.mix(block, parts), teacher, block.output
             )
@@ -154,7 +170,7 @@ class Walk:
         """
         weight_name, bias = f"{block.output}.weight", student.get(f"{block.output}.bias")
         sliced_OI = student[weight_name]
-        moments = Moments.zeros(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
+        moments = SplitMoments(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
         mixed: list[Tensor] = []  # kept for the second loop, in the dtype that it multiplies in
         for rows in batches(self.student_stream):
             stream = self.student_stream[rows].to(self.device)
@@ -167,8 +183,10 @@ class Walk:
                 target_NO = target_NO - bias
             # Relative errors count: the next norm divides each position by its size.
             size_N = _flat(wanted).square().mean(1).clamp_min(1e-12)
-            moments.add(_flat(mixed_BTI), target_NO, _weights(wanted) / size_N)
-        student[weight_name] = ridge_refit(moments, sliced_OI, self.settings.ridge)
+            weight_N = _weights(wanted) / size_N
+            moments.add(_flat(mixed_BTI), target_NO, weight_N, _held_out(rows, wanted))
+        refit = moments.refit(sliced_OI, self.settings.ridge)
+        student[weight_name] = refit.weight_OI
         wrong = 0.0
         for rows, mixed_BTI in zip(batches(self.student_stream), mixed, strict=True):
             stream = self.student_stream[rows].to(self.device)
@@ -178,8 +196,9 @@ class Walk:
             wrong += _relative_distance(after, self._kept(self.teacher_stream[rows].to(after)))
         short = block.output.rpartition(".")[2]
         return {
-            f"{short}_sliced": moments.relative_error(sliced_OI),
-            short: moments.relative_error(student[weight_name]),
+            f"{short}_sliced": refit.sliced_error,
+            short: refit.error,
+            f"{short}_ridge": refit.ridge,
             f"stream_after_{short}": wrong / self.student_stream[..., 0].numel(),
         }
 
@@ -273,7 +292,7 @@ class Walk:
             target_NE = _flat(normed(before, self.teacher_math.eps) * norm_E)
             moments.add(self._student_normed(rows), target_NE, _weights(before))
         return final_norm_refit(
-            moments.gram_II, moments.cross_IO, head_VD, head_VE, norm_D, self.settings.ridge
+            moments.gram_II, moments.cross_IO, head_VD, head_VE, norm_D, FINAL_NORM_RIDGE
         )
 
 
@@ -282,6 +301,12 @@ def _weights(stream_BTD: Tensor) -> Tensor:
     weight_BT = torch.ones(stream_BTD.shape[:2], device=stream_BTD.device)
     weight_BT[:, 0] = FIRST_POSITION_WEIGHT
     return weight_BT.flatten()
+
+
+def _held_out(rows: slice, stream_BTD: Tensor) -> Tensor:
+    """Which positions of a batch belong to windows that judge the ridge, [N]."""
+    windows = torch.arange(rows.start, rows.stop, device=stream_BTD.device)
+    return (windows % HELD_OUT == HELD_OUT - 1).repeat_interleave(stream_BTD.shape[1])
 
 
 def _relative_distance(ours_BTD: Tensor, theirs_BTD: Tensor) -> float:
@@ -298,11 +323,16 @@ class InputFit:
         self.norm_D = student[block.norm]
         self.biases = [student.get(f"{name}.bias") for name in block.inputs]
         self.widths = [len(student[f"{name}.weight"]) for name in block.inputs]
-        self.moments = Moments.zeros(len(self.norm_D), sum(self.widths), self.norm_D.device)
+        self.moments = SplitMoments(len(self.norm_D), sum(self.widths), self.norm_D.device)
         self._shared = self._energy = 0.0
 
     def add(
-        self, normed_ND: Tensor, teacher_ND: Tensor, targets: Sequence[Tensor], weight_N: Tensor
+        self,
+        normed_ND: Tensor,
+        teacher_ND: Tensor,
+        targets: Sequence[Tensor],
+        weight_N: Tensor,
+        heldout_N: Tensor,
     ) -> None:
         """Take in a batch: the student's stream divided by its size, the teacher's normed input
         on the kept dims, the wanted output of each map, and how much each position counts."""
@@ -311,24 +341,24 @@ class InputFit:
             target if bias is None else target - bias
             for target, bias in zip(targets, self.biases, strict=True)
         ]
-        self.moments.add(input_ND, torch.cat(unbiased, dim=1), weight_N)
+        self.moments.add(input_ND, torch.cat(unbiased, dim=1), weight_N, heldout_N)
         shared, energy = scale_of_norm(input_ND, _flat(teacher_ND), weight_N)
         self._shared += shared
         self._energy += energy
 
-    def solve(self, student: LayerWeights, ridge: float) -> dict[str, float]:
+    def solve(self, student: LayerWeights, ridge: float | Literal["auto"]) -> dict[str, float]:
         """Put the refitted weights and the rescaled norm into ``student``; returns the errors."""
         scale = self._shared / self._energy if self._energy else 1.0
         student[self.block.norm] = self.norm_D * scale
-        self.moments.gram_II *= scale**2
-        self.moments.cross_IO *= scale
+        self.moments.rescale_inputs(scale)
         sliced_OI = torch.cat([student[f"{name}.weight"] for name in self.block.inputs])
-        refitted_OI = ridge_refit(self.moments, sliced_OI, ridge)
-        parts = torch.split(refitted_OI, self.widths)
+        refit = self.moments.refit(sliced_OI, ridge)
+        parts = torch.split(refit.weight_OI, self.widths)
         for name, weight in zip(self.block.inputs, parts, strict=True):
             student[f"{name}.weight"] = weight.contiguous()
         short = "qkv" if self.block is ATTENTION else "gate_up"
         return {
-            f"{short}_sliced": self.moments.relative_error(sliced_OI),
-            short: self.moments.relative_error(refitted_OI),
+            f"{short}_sliced": refit.sliced_error,
+            short: refit.error,
+            f"{short}_ridge": refit.ridge,
         }

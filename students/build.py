@@ -65,7 +65,7 @@ class StudentWriter:
         if self._pending:
             self._flush()
         count = len(self._shards)
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             name = (
                 "model.safetensors"

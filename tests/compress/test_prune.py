@@ -18,7 +18,7 @@ from compress.coupling import derive_coupling
 from compress.importance import channel_energy
 from compress.layer import LayerMath, read_layer
 from compress.prune import prune
-from compress.reconstruct import Moments, final_norm_refit, ridge_refit
+from compress.reconstruct import Moments, SplitMoments, final_norm_refit, ridge_refit
 from compress.saving import copy_tokenizer
 from compress.selection import choose_heads, choose_layers, rotary_channels, top
 from compress.settings import PruneSettings
@@ -115,6 +115,21 @@ def test_ridge_refit_survives_a_singular_gram() -> None:
     moments.add(one, torch.ones(8, 2), torch.ones(8))
     refitted = ridge_refit(moments, torch.zeros(2, 6), 1e-30)
     torch.testing.assert_close(one @ refitted.T, torch.ones(8, 2), rtol=1e-3, atol=1e-3)
+
+
+def test_the_ridge_is_chosen_by_what_held_out_positions_say() -> None:
+    """Few noisy positions want a strong pull; many clean ones hardly any."""
+    torch.manual_seed(0)
+    truth, start = torch.randn(4, 30), torch.zeros(4, 30)
+    chosen = {}
+    for positions, noise in ((40, 20.0), (4000, 0.01)):
+        moments = SplitMoments(30, 4, torch.device("cpu"))
+        inputs = torch.randn(positions, 30)
+        targets = inputs @ truth.T + noise * torch.randn(positions, 4)
+        held = torch.arange(positions) % 8 == 7
+        moments.add(inputs, targets, torch.ones(positions), held)
+        chosen[positions] = moments.refit(start, "auto").ridge
+    assert chosen[40] > 10 * chosen[4000]
 
 
 def test_final_norm_refit_minimises_the_logits_distance() -> None:
