@@ -12,7 +12,6 @@ from transformers import LlamaForCausalLM
 
 from compress.memory import reuse_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
-from compress.saving import copy_tokenizer
 from compress.selection import choose, to_json
 from compress.settings import PruneSettings
 from compress.survey import take_survey
@@ -20,6 +19,7 @@ from compress.walk import Walk
 from shearling import Progress, ShearlingError, silent, write_json
 from students.shape import Shape
 from teachers.checkpoint import open_checkpoint
+from teachers.tokenizer import copy_tokenizer
 from teachers.transfer_set import TransferSet
 
 

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
 from shearling import ShearlingError, folder_aside
-
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "merges.txt",
-)
+from teachers.tokenizer import copy_tokenizer
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaForCausalLM:
@@ -57,10 +48,3 @@ def save_student(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
                 f"The model saved for {folder} does not answer as the one in memory.",
                 hint="This is a bug in shearling or a failing disk; run the stage again.",
             )
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer's files, byte by byte."""
-    for pattern in _TOKENIZER_FILES:
-        for path in source.glob(pattern):
-            shutil.copyfile(path, folder / path.name)

@@ -34,6 +34,7 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
         device=context.device,
         progress=context.progress,
         on_metrics=context.on_metrics,
+        cache=context.cache,
     )
     shutil.rmtree(context.out / "resume", ignore_errors=True)
     return summary

@@ -19,12 +19,12 @@ from compress.importance import channel_energy
 from compress.layer import LayerMath, read_layer
 from compress.prune import prune
 from compress.reconstruct import Moments, SplitMoments, final_norm_refit, ridge_refit
-from compress.saving import copy_tokenizer
 from compress.selection import choose_heads, choose_layers, rotary_channels, top
 from compress.settings import PruneSettings
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint
+from teachers.tokenizer import copy_tokenizer
 from teachers.transfer_set import TransferSet
 
 PROBE = torch.tensor([[5, 9, 2, 33, 71, 8, 120, 4, 19, 200, 31, 77, 6, 90, 41, 3]])
