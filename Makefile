@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test bench lint clean
+.PHONY: quickstart test bench picture lint clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/shearling run quickstart
@@ -19,6 +19,12 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest tests/bench -o python_files='bench_*.py' -s
+
+# The README's picture of the quickstart's report; needs chromium.
+picture: runs/quickstart/report.html
+	chromium --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
+	  --virtual-time-budget=8000 --user-data-dir=$$(mktemp -d) --window-size=1200,1500 \
+	  --screenshot=docs/report.png file://$(CURDIR)/runs/quickstart/report.html
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

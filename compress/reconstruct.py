@@ -20,7 +20,7 @@ from torch import Tensor
 
 HELD_OUT = 8
 """Every eighth window judges the ridge."""
-RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """What ``auto`` chooses from, each a share of the mean of the Gram matrix's diagonal."""
 
 

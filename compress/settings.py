@@ -49,10 +49,14 @@ class HiddenLoss(Settings):
 
 
 class DistillSettings(Settings):
-    """How a student is taught. Defaults are the recipe of the Llama papers where they name one."""
+    """How a student is taught.
+
+    Schedule, betas, weight decay and clipping are those of the Llama papers; optimizer, learning
+    rate and batch are what was best on small budgets of tokens (docs/LOG.md).
+    """
 
     tokens: int = Field(gt=0, description="Tokens of the transfer set that the student sees.")
-    batch_tokens: int = Field(default=2048, gt=0, description="Tokens an optimizer step sees.")
+    batch_tokens: int = Field(default=1024, gt=0, description="Tokens an optimizer step sees.")
     micro_batch_windows: int | None = Field(
         default=None,
         gt=0,
@@ -98,11 +102,11 @@ class DistillSettings(Settings):
     )
 
     optimizer: Literal["adamw", "muon"] = Field(
-        default="adamw",
+        default="muon",
         description="muon takes the layers' matrices and leaves embeddings and norms to AdamW; "
         "its updates are scaled to AdamW's size, so learning rates mean the same.",
     )
-    learning_rate: float = Field(default=5e-4, gt=0, description="Peak learning rate.")
+    learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
     final_learning_rate: float = Field(
         default=0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
     )

@@ -49,8 +49,7 @@ stages:
   - name: distill
     kind: distill
     tokens: 100000 # more tokens, better student; 135M parameters see 200 a second on two cores
-    batch_tokens: 2048
-    learning_rate: 5.0e-4
+    learning_rate: 1.0e-3 # Muon's; with `optimizer: adamw` rather 5.0e-4
 """
 
 
