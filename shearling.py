@@ -78,7 +78,8 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -138,12 +139,12 @@ def folder_aside(final: Path) -> Iterator[Path]:
             yield aside
             for path in aside.rglob("*"):
                 if path.is_file() and not path.is_symlink():
-                    _sync(path)
+                    sync(path)
             os.chmod(aside, 0o755)
             if final.is_dir() and not final.is_symlink():
                 shutil.rmtree(final)
             os.replace(aside, final)
-            _sync(final.parent)
+            sync(final.parent)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
             raise

