@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from shearling import ShearlingError
+
 PACKAGES = ("torch", "transformers", "torch-pruning", "datasets", "lm-eval", "safetensors", "numpy")
 
 
@@ -54,14 +56,24 @@ class PeakMemory:
 
 
 def pick_device(wanted: str) -> str:
-    """``auto`` to the accelerator there is, or cpu; anything else as it is."""
-    if wanted != "auto":
-        return wanted
+    """``auto`` to the accelerator there is, or cpu; anything else as it is.
+
+    Raises:
+        ShearlingError: if this machine has no such device.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    here = [*(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
+    here += [*(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    if wanted == "auto":
+        return here[0]
+    if wanted not in here:
+        raise ShearlingError(
+            f"This machine has no device {wanted}: PyTorch finds {', '.join(here)}.",
+            hint="Set device to auto or to one of those, as in --set device=auto.",
+        )
+    return wanted
 
 
 def package_versions() -> dict[str, str]:

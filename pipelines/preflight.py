@@ -27,8 +27,23 @@ def check_run_folder(run: Path) -> None:
     elif run.exists() or run.is_symlink():
         what = f"{run} is not a folder."
     else:
+        check_parents(run)
         return
     raise ShearlingError(what, hint="Name a new folder with --out DIR.")
+
+
+def check_parents(path: Path) -> None:
+    """What stands above a path that is to be written is folders.
+
+    Raises:
+        ShearlingError: if it is a file.
+    """
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise ShearlingError(
+            f"{path} can't be written: {above} is a file, not a folder.",
+            hint="Name another place with --out.",
+        )
 
 
 def check_tasks(settings: BenchmarkSettings) -> None:
@@ -46,7 +61,8 @@ def check_paths(recipe: Recipe) -> None:
     """
     problems = []
     model = recipe.teacher.model
-    if _looks_local(model) and not Path(model).expanduser().exists():
+    local = _looks_local(model) or "/" not in model  # a hub id is OWNER/NAME
+    if local and not Path(model).expanduser().exists():
         problems.append(f"teacher.model: {model} does not exist")
     for source in recipe.transfer_set.sources:
         path = Path(source.path).expanduser()
@@ -77,7 +93,9 @@ def check_teacher(folder: Path) -> Shape:
     """Open a local Hugging Face folder; missing, cut-off and foreign files end here."""
     from teachers.checkpoint import open_checkpoint
 
-    return open_checkpoint(folder).shape
+    checkpoint = open_checkpoint(folder)
+    checkpoint.tokenizer()
+    return checkpoint.shape
 
 
 def check_shapes(recipe: Recipe, teacher: Shape) -> None:
@@ -99,8 +117,10 @@ def check_shapes(recipe: Recipe, teacher: Shape) -> None:
 
 def known_teacher_shape(recipe: Recipe, artefact: Path) -> Shape | None:
     """The teacher's shape if it can be told without importing it, else None."""
+    from teachers.checkpoint import folder_format
+
     local = Path(recipe.teacher.model).expanduser()
-    if local.is_dir():
+    if local.is_dir() and folder_format(local) == "folder":
         return check_teacher(local)
     config = artefact / "model" / "config.json"
     return Shape.from_config(read_json(config)) if config.is_file() else None

@@ -69,6 +69,7 @@ def check(recipe: Recipe, options: Options) -> list[Step]:
     """
     preflight.check_run_folder(options.run)
     preflight.check_paths(recipe)
+    machine.pick_device(recipe.device)
     store = Store(options.run / "store")
     steps = build_steps(recipe, FileHashes(options.cache).fingerprint)
     shape = preflight.known_teacher_shape(recipe, store.artefact("teacher", steps[0].key))

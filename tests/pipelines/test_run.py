@@ -321,6 +321,9 @@ def unchanged_after(
         ("prune.shape.num_attention_heads=3", "not a multiple of num_key_value_heads"),
         ("prune.shape=like-3c", "did you mean 'like-3b'?"),
         ("teacher.model=/nowhere/model", "/nowhere/model does not exist"),
+        ("teacher.model=nowhere", "nowhere does not exist"),
+        ("device=cuda:77", "no device cuda:77"),
+        ("benchmark.limits.lambada_openai=0", "greater than 0"),
         ("transfer_set.sources.0.path=./nothing.txt", "./nothing.txt does not exist"),
         ("benchmark.tasks=[copaa]", "copaa"),
     ],
@@ -353,8 +356,9 @@ def test_all_mistakes_of_a_recipe_at_once(
         ),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
     ],
-    ids=["no weights", "cut off", "no config", "broken config"],
+    ids=["no weights", "cut off", "no config", "broken config", "no tokenizer"],
 )
 def test_a_broken_teacher(
     run: Path,
