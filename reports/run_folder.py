@@ -105,8 +105,10 @@ def read_run(folder: Path) -> Run:
     journal = _read_json(folder / "run.json", problems)
     recipe_text = _read_text(folder / "recipe.yaml", problems)
     recipe = _parse_yaml(recipe_text, problems)
+    lock = _read_json(folder / "lock.json", problems)
+    keys = as_dict(lock.get("keys"))
     stages = [
-        _read_stage(folder / "stages" / _file_name(row.get("name")), row, problems)
+        _read_stage(folder / "stages" / _file_name(row.get("name")), row, keys, problems)
         for row in _rows(folder, journal, recipe)
     ]
     stages.sort(key=lambda stage: stage.kind != "teacher")
@@ -117,7 +119,7 @@ def read_run(folder: Path) -> Run:
         journal=journal,
         recipe=recipe,
         recipe_text=recipe_text,
-        lock=_read_json(folder / "lock.json", problems),
+        lock=lock,
         stages=stages,
         problems=problems,
     )
@@ -141,7 +143,15 @@ def _file_name(name: Any) -> str:
     return Path(str(name)).name or "unnamed"
 
 
-def _read_stage(folder: Path, row: Data, problems: list[str]) -> Stage:
+def _read_stage(folder: Path, row: Data, keys: Data, problems: list[str]) -> Stage:
+    name, scorecard = folder.name, folder / "scorecard.json"
+    if _is_other(folder / "benchmark.json", keys.get(f"{name}/benchmark")):
+        scorecard = folder / "not measured yet"
+    if _is_other(folder / "stage.json", keys.get(name)):
+        # What lies there belongs to another recipe than the one that this run now is.
+        problems.append(f"{name}: what was made with earlier settings is not shown.")
+        folder = folder / "not made yet"
+        scorecard = folder
     record = _read_json(folder / "stage.json", problems, required=False)
     state = row.get("state") or ("done" if record else "waiting")
     memory = as_number(row.get("peak_memory_bytes", record.get("peak_memory_bytes")))
@@ -153,13 +163,19 @@ def _read_stage(folder: Path, row: Data, problems: list[str]) -> Stage:
         reason=None if reason is None else str(reason),
         seconds=as_number(row.get("seconds")) or as_number(record.get("seconds")),
         peak_memory_bytes=None if memory is None else int(memory),
-        scorecard=_read_scorecard(folder / "scorecard.json", problems),
+        scorecard=_read_scorecard(scorecard, problems),
         record=record,
         config=_read_json(folder / "model" / "config.json", problems, required=False),
         selection=_read_json(folder / "selection.json", problems, required=False),
         transfer_set=_read_json(folder / "transfer_set.json", problems, required=False),
         metrics=_read_lines(folder / "metrics.jsonl", problems),
     )
+
+
+def _is_other(record: Path, planned: Any) -> bool:
+    """Whether a result has another key than the one that lock.json announces for it."""
+    shown = _read_json(record, [], required=False).get("key")
+    return planned is not None and shown is not None and planned != shown
 
 
 def _read_scorecard(path: Path, problems: list[str]) -> Data | None:

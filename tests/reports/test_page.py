@@ -181,6 +181,18 @@ def test_a_run_with_a_damaged_file_still_has_a_report(
     assert read_json(run / "report.json")["schema"] == 1
 
 
+def test_results_of_earlier_settings_are_not_taken_for_this_recipes(run: Path) -> None:
+    record = run / "stages" / "prune" / "stage.json"
+    write_json(record, {**read_json(record), "key": "earlier"})
+    write_json(run / "stages" / "distill" / "benchmark.json", {"key": "earlier"})
+    keys = {"prune": "now", "distill/benchmark": "now"}
+    write_json(run / "lock.json", {**read_json(run / "lock.json"), "keys": keys})
+    found = read_run(run)
+    assert [stage.scorecard is not None for stage in found.models] == [True, False, False]
+    assert any("earlier settings" in problem for problem in found.problems)
+    assert "teacher" in parse(run).text
+
+
 def test_every_single_value_of_a_scorecard_may_be_wrong(run: Path) -> None:
     path = run / "stages" / "prune" / "scorecard.json"
     card = read_json(path)
