@@ -67,7 +67,14 @@ def prune(
             dtype=precision.dtype,
             folder=out / "model",
         )
-        reconstruction = walk.run(progress)
+        try:
+            reconstruction = walk.run(progress)
+        except FloatingPointError as error:
+            raise ShearlingError(
+                f"Pruning met numbers that are not finite: {error}.",
+                hint="Set precision to float32 in the recipe's prune stage; if it is, the teacher "
+                "overflows on this text, or refit: false is needed.",
+            ) from error
         logit_error = _gate(walk, teacher, out / "model", shape)
     write_json(
         out / "selection.json",

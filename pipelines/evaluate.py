@@ -67,9 +67,10 @@ def scorecard_table(scorecard: dict[str, Any]) -> Table:
         table.add_column(column, justify="right")
     for task, metrics in scorecard["results"].items():
         for metric, number in metrics.items():
-            stderr = number.get("stderr")
-            spread = f"{stderr:.4g}" if isinstance(stderr, (int, float)) else ""
-            table.add_row(Text(task), Text(metric), f"{number['value']:.5g}", spread)
+            value, stderr = number["value"], number.get("stderr")
+            shown = "not finite" if value is None else f"{value:.5g}"
+            spread = f"{stderr:.4g}" if stderr is not None else ""
+            table.add_row(Text(task), Text(metric), shown, spread)
     for task, reason in scorecard.get("skipped", {}).items():
         table.add_row(Text(task), Text(f"skipped: {reason}", style="dim"), "", "")
     return table

@@ -323,7 +323,7 @@ def add_ratio_errors(
         value = results[metric]["value"]
         if error is not None and value is not None:
             scale = 1 / math.log(2) if metric == "bits_per_byte" else value
-            results[metric]["stderr"] = error * scale
+            results[metric]["stderr"] = finite(error * scale)
 
 
 def _add_token_perplexity(
@@ -347,7 +347,11 @@ def _add_token_perplexity(
     )
     metric = f"token_perplexity_{WINDOW}"
     value, error = perplexity_of_windows(losses)
-    card["results"]["wikitext2"][metric] = {"value": finite(value), "stderr": error}
-    card["samples"]["wikitext2"][metric] = [round(loss, 6) for loss in losses]
+    card["results"]["wikitext2"][metric] = {
+        "value": finite(value),
+        "stderr": finite(error),
+    }
+    if all(math.isfinite(loss) for loss in losses):
+        card["samples"]["wikitext2"][metric] = [round(loss, 6) for loss in losses]
     card["tasks"]["wikitext2"]["perplexity_windows"] = len(losses)
     card["tasks"]["wikitext2"]["higher_is_better"][metric] = False

@@ -51,10 +51,11 @@ def window_losses(
 def perplexity_of_windows(losses: Sequence[float]) -> tuple[float, float | None]:
     """(perplexity, its standard error): exp of the mean loss, and that times the mean's error."""
     mean = float(np.mean(losses))
+    value = math.exp(mean) if not mean > 709 else math.inf  # exp(710) raises OverflowError
     if len(losses) < 2:
-        return math.exp(mean), None
+        return value, None
     error = float(np.std(losses, ddof=1)) / math.sqrt(len(losses))
-    return math.exp(mean), math.exp(mean) * error
+    return value, value * error
 
 
 def ratio_error(sums: Sequence[float], weights: Sequence[float]) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from students.settings import Settings
 
@@ -17,7 +17,7 @@ class BenchmarkSettings(Settings):
     limit: int | None = Field(
         default=None, gt=0, description="Documents a task; by default all. Same for every model."
     )
-    limits: dict[str, int] = Field(
+    limits: dict[str, PositiveInt] = Field(
         default_factory=dict, description="Documents for single tasks, before `limit`."
     )
     num_fewshot: int | None = Field(default=None, ge=0, description="Examples in the prompt.")

@@ -51,9 +51,9 @@ class StudentWriter:
         Raises:
             FloatingPointError: the tensor holds NaN or infinity.
         """
-        if not bool(torch.isfinite(tensor).all()):
-            raise FloatingPointError(f"{name} is not finite")
         stored = tensor.detach().to("cpu", self.dtype).contiguous().clone()
+        if not bool(torch.isfinite(stored).all()):  # also what is too large for a float16
+            raise FloatingPointError(f"{name} is not finite as {self.dtype}")
         self._pending[name] = stored
         self.parameters += stored.numel()
         self._bytes += stored.nbytes
