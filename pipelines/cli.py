@@ -158,18 +158,21 @@ def evaluate(
 ) -> None:
     """Measure one model and show its scorecard."""
     from pipelines.evaluate import evaluate_model, scorecard_table
+    from pipelines.preflight import check_parents
 
+    if out:
+        check_parents(out)
     settings: dict[str, Any] = {"limit": limit, "mirror": str(mirror) if mirror else None}
     if tasks is not None:
         settings["tasks"] = [name.strip() for name in tasks.split(",") if name.strip()]
     with _stop_signals():
         scorecard = evaluate_model(model, settings, cache=_cache(), console=_console(stderr=True))
-    if out:
-        write_json(out, scorecard)
-    if as_json:
+    if as_json:  # shown before it is written: a path that can't be written costs no result
         _print_json(scorecard)
     else:
         _console().print(scorecard_table(scorecard))
+    if out:
+        write_json(out, scorecard)
 
 
 @app.command(epilog="Example: shearling init --teacher ./my-llama --out my-recipe.yaml")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -29,9 +30,12 @@ def measure_speed(folder: Path, *, device: str = "cpu") -> dict[str, Any]:
     """Run this module on the folder and return what it measured (see `measure`)."""
     import torch
 
-    command = [sys.executable, "-m", "reports.speed", str(Path(folder).resolve())]
+    # -P and the path: a folder `reports` where the command runs must not be taken for this one.
+    command = [sys.executable, "-P", "-m", "reports.speed", str(Path(folder).resolve())]
     command += ["--device", device, "--threads", str(torch.get_num_threads())]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if finished.returncode != 0:
         last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ShearlingError(
