@@ -101,8 +101,10 @@ def distill(
         checkpoint=checkpoint,
         progress=progress,
     )
-    with disk_errors(out), StopRequest() as stop, _open_metrics(out, checkpoint) as metrics:
-        _train(course, out, metrics, stop, identity, progress, on_metrics)
+    with disk_errors(out):
+        with StopRequest() as stop, _open_metrics(out, checkpoint) as metrics:
+            _train(course, out, metrics, stop, identity, progress, on_metrics)
+        # Not inside: no step follows that would look at `stop`, so Ctrl-C acts at once here.
         return _finish(course, student, out)
 
 
