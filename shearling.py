@@ -50,9 +50,14 @@ def silent(what: str, done: int, total: int, /, **numbers: float) -> None:
 
 
 def _os_error_number(error: Exception) -> int | None:
-    """The errno behind an error; safetensors, written in Rust, only names it in its message."""
+    """The errno behind an error, also where a library only names it in a message of its own.
+
+    safetensors (Rust) says "(os error 28)", torch "No space left on device".
+    """
     if isinstance(error, OSError):
         return error.errno
+    if "No space left on device" in str(error):
+        return errno.ENOSPC
     named = re.search(r"\(os error (\d+)\)", str(error))
     return int(named[1]) if named else None
 
@@ -71,9 +76,10 @@ def disk_errors(where: Path) -> Iterator[None]:
                 "Finished stages are kept; the same command goes on.",
             ) from error
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+            refused = getattr(error, "filename", None) or where
             raise ShearlingError(
-                f"Not allowed to write {where}.",
-                hint="Make the folder writable, or put the run elsewhere with --out DIR.",
+                f"Not allowed to use {refused}.",
+                hint="Change its permissions, or put the run elsewhere with --out DIR.",
             ) from error
         raise
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def prune(
                 hint="Set precision to float32 in the recipe's prune stage; if it is, the teacher "
                 "overflows on this text, or refit: false is needed.",
             ) from error
-        logit_error = _gate(walk, teacher, out / "model", shape)
+        _copy_companions(teacher, out / "model")
+        logit_error = _gate(walk, out / "model", shape)
     write_json(
         out / "selection.json",
         to_json(plan) | {"importance": survey.to_json(), "reconstruction": reconstruction},
@@ -83,12 +85,19 @@ def prune(
     return _summary(walk, windows, precision, reconstruction, logit_error)
 
 
-def _gate(walk: Walk, teacher: Path, folder: Path, shape: Shape) -> float:
+def _copy_companions(teacher: Path, folder: Path) -> None:
+    """What makes a folder of weights usable: the tokenizer, and how the teacher generates."""
+    copy_tokenizer(teacher, folder)
+    generation = teacher / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, folder / generation.name)
+
+
+def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
     """Open the saved student as any user would, and hold it against the one in memory.
 
     Returns the largest difference of a logit over the largest logit.
     """
-    copy_tokenizer(teacher, folder)
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     counted = sum(parameter.numel() for parameter in model.parameters())
     if Shape.from_config(model.config) != shape or counted != shape.parameters:

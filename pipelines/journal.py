@@ -36,6 +36,7 @@ class Journal:
         """``stages``: (name, kind) in order; ``again``: the command that repeats the run."""
         self.path = run / RUN_FILE
         self._written = 0.0
+        self.at = ""
         before = _rows_before(self.path)
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
@@ -62,6 +63,10 @@ class Journal:
         """Seconds that an interrupted run already spent on the artefact of this key."""
         return float(self._seconds_before.get(key, 0.0))
 
+    def begin(self, stage: str) -> None:
+        """From now on this stage is the one at work."""
+        self.at = stage
+
     def set_row(self, stage: str, **values: Any) -> None:
         self.row(stage).update(values)
         self.write()
@@ -79,10 +84,13 @@ class Journal:
             self.write()
 
     def end(self, state: str, error: dict[str, str] | None = None) -> None:
-        """Close the run as done, failed or interrupted; a stage at work ends in the same state."""
+        """Close the run as done, failed or interrupted; the stage at work ends in the same state.
+
+        Another one that has begun and waits for its benchmark is waiting again.
+        """
         for row in self.data["stages"]:
             if row["state"] == "running":
-                row["state"] = state
+                row["state"] = state if row["name"] == self.at else "waiting"
         self.data |= {"state": state, "error": error, "current": None, "finished": now()}
         self.write()
 

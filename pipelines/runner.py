@@ -10,8 +10,6 @@ only by a finished artefact. So whatever happens, what was done before is still 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import platform
@@ -19,7 +17,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,6 +157,7 @@ class _Run:
 
     def _do(self, step: Step, decision: Decision) -> None:
         self.display.decision(step.name, str(decision))
+        self.journal.begin(step.stage)
         if step.kind != "benchmark":
             self.journal.set_row(step.stage, reason=str(decision), state="running", key=step.key)
         if decision.runs:
@@ -178,7 +177,7 @@ class _Run:
         out = self.store.open_work(step.kind, step.key, resumable=step.resumable)
         context = self._context(step, out, spent)
         started, clock = now(), time.monotonic()
-        with machine.PeakMemory() as memory, full_disk(out):
+        with machine.PeakMemory() as memory, disk_errors(out):
             summary = stage.run(step.settings, context)
         seconds = spent + time.monotonic() - clock
         record = {
@@ -385,21 +384,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError):
             break
     return lines
-
-
-@contextlib.contextmanager
-def full_disk(where: Path) -> Iterator[None]:
-    """As ``disk_errors``, also for libraries that wrap the system's error in one of their own."""
-    with disk_errors(where):
-        try:
-            yield
-        except (OSError, ShearlingError):
-            raise
-        except Exception as error:
-            # safetensors (Rust) says "os error 28", torch "No space left on device".
-            if "os error 28" in str(error) or "No space left on device" in str(error):
-                raise OSError(errno.ENOSPC, str(error)) from error
-            raise
 
 
 def log_traceback(run: Path) -> str:

@@ -138,7 +138,11 @@ def _run_task(
         loaded = load_task(task, settings, card["skipped"])
         if loaded is None:
             return
-        results = evaluate(lm, loaded, limit=limit, num_fewshot=settings.num_fewshot, seed=seed)
+        try:
+            results = evaluate(lm, loaded, limit=limit, num_fewshot=settings.num_fewshot, seed=seed)
+        except OverflowError:  # lm-eval's exp of a mean loss above 709 nats
+            card["skipped"][name] = "the model's loss is too large for a perplexity"
+            return
     for found, metrics in results["results"].items():
         card["results"][found] = read_metrics(metrics)
         samples = results["samples"].get(found)

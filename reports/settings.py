@@ -12,6 +12,7 @@ class BenchmarkSettings(Settings):
 
     tasks: tuple[str, ...] = Field(
         default=("wikitext2",),
+        min_length=1,
         description="Names of tasks: this project's own (wikitext2, ...) or any of lm-eval's.",
     )
     limit: int | None = Field(

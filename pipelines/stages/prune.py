@@ -12,7 +12,7 @@ from students.shape import Shape, resolve_shape
 if TYPE_CHECKING:
     from pipelines.recipe import PruneStage
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 RESUMABLE = False
 TEACHER_SELECTION = "teacher_selection.json"
 """What a student kept of the *teacher*; ``selection.json`` is about the model that was cut."""
