@@ -487,4 +487,4 @@ def test_a_run_folder_that_may_not_be_written(
     locked.mkdir(mode=0o500)
     done = shearling("run", recipe_file, "--out", locked / "run")
     assert done.returncode == 2
-    assert "Not allowed to write" in done.stderr
+    assert "Not allowed to use" in done.stderr
