@@ -13,7 +13,6 @@ Legend: N positions, I inputs, O outputs, V vocabulary, D student hidden, E teac
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 HELD_OUT = 8
 """Every eighth window judges the ridge."""
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-"""What ``auto`` chooses from, each a share of the mean of the Gram matrix's diagonal."""
+"""What is chosen from, each a share of the mean of the Gram matrix's diagonal."""
 
 
 @dataclass
@@ -86,9 +85,9 @@ class SplitMoments:
             part.gram_II *= scale**2
             part.cross_IO *= scale
 
-    def refit(self, sliced_OI: Tensor, ridge: float | Literal["auto"]) -> Refit:
-        """Refit on all windows; ``auto`` takes the ridge that does best on held-out ones."""
-        strength = self._best_ridge(sliced_OI) if ridge == "auto" else ridge
+    def refit(self, sliced_OI: Tensor, ridge: float | None) -> Refit:
+        """Refit on all windows; without a ``ridge``, with the best one on held-out windows."""
+        strength = self._best_ridge(sliced_OI) if ridge is None else ridge
         everything = self.fitted + self.heldout
         weight_OI = ridge_refit(everything, sliced_OI, strength)
         return Refit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
 from students.settings import Settings
 
@@ -27,10 +27,11 @@ class PruneSettings(Settings):
         description="Refit the kept weights to the teacher's activations by least squares "
         "after selection (reconstruction). False is plain slicing.",
     )
-    ridge: PositiveFloat | Literal["auto"] = Field(
-        default="auto",
+    ridge: float | None = Field(
+        default=None,
+        gt=0,
         description="Strength of the pull toward the sliced weights, relative to the mean "
-        "squared input of each linear map; auto chooses it for each map on held-out windows.",
+        "squared input of each linear map; by default chosen for each map on held-out windows.",
     )
     precision: Precision = Field(
         default="auto", description="Arithmetic of the teacher's forward pass; auto measures."

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -346,7 +345,7 @@ class InputFit:
         self._shared += shared
         self._energy += energy
 
-    def solve(self, student: LayerWeights, ridge: float | Literal["auto"]) -> dict[str, float]:
+    def solve(self, student: LayerWeights, ridge: float | None) -> dict[str, float]:
         """Put the refitted weights and the rescaled norm into ``student``; returns the errors."""
         scale = self._shared / self._energy if self._energy else 1.0
         student[self.block.norm] = self.norm_D * scale

@@ -25,6 +25,7 @@ BASE: dict[str, Any] = {
     "tokens": 32 * 8 * 6,
     "batch_tokens": 32 * 8,
     "learning_rate": 5e-3,
+    "optimizer": "adamw",
     "precision": "float32",
     "evaluate_every": 3,
 }

@@ -220,7 +220,7 @@ def distilling(status: Status) -> bool:
 
 
 LONG = ("--set", "distill.tokens=400000", "--set", "distill.batch_tokens=64")
-SHORT = ("--set", "distill.tokens=4096", "--set", "distill.batch_tokens=64")
+SHORT = ("--set", "distill.tokens=16384", "--set", "distill.batch_tokens=64")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -273,7 +273,7 @@ def test_a_killed_run_repeats_no_finished_stage(
     finished = [name for name in before if not name.startswith(".")]
     assert {name: after[name] for name in finished} == {name: before[name] for name in finished}
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 65))
+    assert [line["step"] for line in steps if "loss" in line] == list(range(1, 257))
 
     # One thread: the student is the same to the last bit as that of an undisturbed run.
     undisturbed = tmp_path / "undisturbed"
