@@ -52,6 +52,12 @@ def prune(
             "The student's shape does not fit: " + "; ".join(problems) + ".",
             hint="Change `shape` in the recipe's prune stage.",
         )
+    if shape.tie_word_embeddings and not source.shape.tie_word_embeddings:
+        raise ShearlingError(
+            "The teacher's input and output embeddings are two matrices, the shape asks for one. "
+            "Merging them is not supported yet.",
+            hint="Give the axes in `shape` instead of a name, with tie_word_embeddings: false.",
+        )
     windows = TransferSet(transfer_set).calibration(settings.calibration_tokens, seed)
     place = torch.device(device)
     precision = fast_dtype(place, settings.precision)

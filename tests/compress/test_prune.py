@@ -333,6 +333,13 @@ def test_an_untied_teacher_keeps_its_own_head(
     )
 
 
+def test_a_tied_shape_of_an_untied_teacher_is_refused(
+    tiny_llama_untied: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ShearlingError, match="two matrices"):
+        cut(tiny_llama_untied, tmp_path, tiny_transfer_set, {"tie_word_embeddings": True})
+
+
 def test_the_same_seed_gives_the_same_bits(
     tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:
