@@ -83,9 +83,7 @@ def reverse_kl(
 
     Gu et al. 2023, MiniLLM, https://arxiv.org/abs/2306.08543
     """
-    log_p_NV = _log_probabilities(teacher_NV, mask_N, temperature)
-    log_q_NV = _log_probabilities(student_NV, mask_N, temperature)
-    return _unmasked(_expectation(log_q_NV.exp(), log_q_NV - log_p_NV), mask_N) * temperature**2
+    return forward_kl(teacher_NV, student_NV, mask_N, temperature)
 
 
 def jensen_shannon(

@@ -98,10 +98,8 @@ class SplitMoments:
         )
 
     def _best_ridge(self, sliced_OI: Tensor) -> float:
-        errors = {
-            ridge: self.heldout.relative_error(ridge_refit(self.fitted, sliced_OI, ridge))
-            for ridge in RIDGES
-        }
+        fit = RidgeFit(self.fitted, sliced_OI)
+        errors = {ridge: self.heldout.relative_error(fit.solve(ridge)) for ridge in RIDGES}
         return min(errors, key=errors.__getitem__)
 
 
@@ -115,27 +113,42 @@ class Refit:
     error: float
 
 
-def ridge_refit(moments: Moments, sliced_OI: Tensor, ridge: float) -> Tensor:
-    """The weights W* of the module's formula, [O, I]; λ is ``ridge`` times the mean of diag(Gram).
+class RidgeFit:
+    """The problem of the module's formula for any λ: what doesn't depend on λ is computed once."""
 
-    Solved in float64 by Cholesky. Where the Gram matrix is too ill-conditioned for it, λ is raised
-    tenfold until it isn't: with λ large enough the answer is the sliced weights themselves.
-    """
-    gram_II = moments.gram_II.double()
-    base_IO = sliced_OI.T.double()
-    residual_IO = moments.cross_IO.double() - gram_II @ base_IO
-    mean = gram_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    strength = ridge
-    while True:
-        shifted = gram_II + strength * mean * torch.eye(len(gram_II)).to(gram_II)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed:
-            change_IO = torch.cholesky_solve(residual_IO, factor)
-            refitted_OI: Tensor = (base_IO + change_IO).T.to(sliced_OI)
-            return refitted_OI
-        if strength > 1e12:  # not even a diagonal matrix: the moments hold NaN or infinity
-            raise FloatingPointError("the calibration activations are not finite")
-        strength *= 10
+    def __init__(self, moments: Moments, sliced_OI: Tensor) -> None:
+        self.sliced_OI = sliced_OI
+        self._gram_II = moments.gram_II.double()
+        self._base_IO = sliced_OI.T.double()
+        self._residual_IO = moments.cross_IO.double() - self._gram_II @ self._base_IO
+        tiny = torch.finfo(torch.float64).tiny
+        mean = self._gram_II.diagonal().mean().clamp_min(tiny)
+        self._unit_II = mean * torch.eye(len(self._gram_II)).to(self._gram_II)
+
+    def solve(self, ridge: float) -> Tensor:
+        """The weights W*, [O, I]; λ is ``ridge`` times the mean of diag(Gram).
+
+        Solved in float64 by Cholesky. Where the Gram matrix is too ill-conditioned for it, λ is
+        raised tenfold until it isn't: with λ large enough the answer is the sliced weights.
+
+        Raises:
+            FloatingPointError: the moments hold NaN or infinity.
+        """
+        strength = ridge
+        while True:
+            factor, failed = torch.linalg.cholesky_ex(self._gram_II + strength * self._unit_II)
+            if not failed:
+                change_IO = torch.cholesky_solve(self._residual_IO, factor)
+                refitted_OI: Tensor = (self._base_IO + change_IO).T.to(self.sliced_OI)
+                return refitted_OI
+            if strength > 1e12:  # not even a diagonal matrix
+                raise FloatingPointError("the calibration activations are not finite")
+            strength *= 10
+
+
+def ridge_refit(moments: Moments, sliced_OI: Tensor, ridge: float) -> Tensor:
+    """The weights W* of the module's formula for one λ, [O, I]; see ``RidgeFit.solve``."""
+    return RidgeFit(moments, sliced_OI).solve(ridge)
 
 
 def scale_of_norm(student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 Each linear map of the student learns to do what the teacher does at the same place, with the
 student's own activations as inputs, so what earlier layers got wrong is seen and partly mended.
-Only one layer's weights and the two residual streams are in memory.
+One layer's weights, the embeddings and the two residual streams are in memory.
 
 Legend: B windows, T positions, N positions of a batch, E teacher hidden, D student hidden,
 O outputs, K key/value heads, C teacher head dim, c student head dim.
