@@ -1,0 +1,87 @@
+"""Commands that measure and show: report, eval, regress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipelines.terminal import (
+    JsonOption,
+    RunArgument,
+    download_cache,
+    make_console,
+    print_json,
+    stop_signals,
+)
+from shearling import write_json
+
+
+def report(run: RunArgument) -> None:
+    """Write report.html and report.json anew from the files of a run."""
+    from pipelines.journal import read_status
+    from reports.page import write_report
+
+    read_status(run)  # says what is wrong with a folder that is no run
+    print(write_report(run))
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A model folder, a stage's folder, a GGUF file or a hub id.")
+    ],
+    tasks: Annotated[
+        str | None, typer.Option(help="Tasks, with commas between them.", metavar="TASK,...")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Documents a task.", min=1)] = None,
+    mirror: Annotated[
+        Path | None, typer.Option(help="A folder of JSONL files instead of the hub's data.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the scorecard to this file.", metavar="FILE")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure one model and show its scorecard."""
+    from pipelines.evaluate import evaluate_model, scorecard_table
+    from pipelines.preflight import check_parents
+
+    if out:
+        check_parents(out)
+    settings: dict[str, Any] = {"limit": limit, "mirror": str(mirror) if mirror else None}
+    if tasks is not None:
+        settings["tasks"] = [name.strip() for name in tasks.split(",") if name.strip()]
+    with stop_signals():
+        scorecard = evaluate_model(
+            model, settings, cache=download_cache(), console=make_console(stderr=True)
+        )
+    if as_json:  # shown before it is written: a path that can't be written costs no result
+        print_json(scorecard)
+    else:
+        make_console().print(scorecard_table(scorecard))
+    if out:
+        write_json(out, scorecard)
+
+
+def regress(
+    update: Annotated[
+        bool, typer.Option("--update", help="Write what is measured now as the baselines.")
+    ] = False,
+    only: Annotated[str | None, typer.Option(help="Run only this recipe.", metavar="NAME")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Where the runs go; made anew each time.", metavar="DIR")
+    ] = Path("runs/regress"),
+) -> None:
+    """Run the small recipes and hold their numbers against the baselines.
+
+    Exits with 1 if a number got worse than its tolerance allows.
+    """
+    from pipelines.regress import regress as hold_against_baselines
+
+    with stop_signals():
+        whole = hold_against_baselines(
+            out, only=only, update=update, cache=download_cache(), console=make_console()
+        )
+    if not whole:
+        raise typer.Exit(1)

@@ -1,0 +1,91 @@
+"""Commands that make a run or look at one: run, status."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.terminal import (
+    JsonOption,
+    RunArgument,
+    download_cache,
+    log_unexpected,
+    make_console,
+    print_json,
+    stop_signals,
+)
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, as in distill.tokens=100000. Can be repeated.",
+    ),
+]
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    overrides: SetOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; by default runs/NAME.", metavar="DIR")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done, and why.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every finished file before it is used again.")
+    ] = False,
+) -> None:
+    """Run a recipe, or go on with a run that was interrupted.
+
+    A stage whose recipe, inputs and code have not changed is not run again.
+    """
+    from pipelines.display import Display
+    from pipelines.recipe import load_recipe
+    from pipelines.runner import Options, check, decisions, run_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    folder = out or Path("runs") / loaded.name
+    options = Options(
+        run=folder.expanduser(),
+        cache=download_cache(),
+        again=_run_command(recipe, overrides, out),
+        verify=verify,
+    )
+    if dry_run:
+        for step, decision in decisions(check(loaded, options), options):
+            print(f"{step.name}: {decision}")
+        return
+    console = make_console()
+    with stop_signals(options.again), log_unexpected(options.run):
+        run_recipe(loaded, options, Display(console))
+    console.print(f"The report: {options.run / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _run_command(recipe: str, overrides: list[str] | None, out: Path | None) -> str:
+    parts = ["shearling", "run", recipe]
+    for override in overrides or []:
+        parts += ["--set", override]
+    if out:
+        parts += ["--out", str(out)]
+    return shlex.join(parts)
+
+
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Say how far a run is, also while it is running."""
+    from pipelines.journal import read_status
+
+    found = read_status(run)
+    if as_json:
+        print_json(found)
+        return
+    from pipelines.status import status_lines
+
+    console = make_console()
+    for line in status_lines(found):
+        console.print(line, highlight=False, soft_wrap=True)

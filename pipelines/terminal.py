@@ -1,0 +1,107 @@
+"""What stands around every command: consoles, JSON, messages of errors, and the signals that stop.
+
+Imports nothing heavy, for `shearling --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shearling import ShearlingError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+RunArgument = Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN")]
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console without colours where the output is no terminal or NO_COLOR is set."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160  # a file has no edge at which a table must be cut
+    return console
+
+
+def print_json(data: Any) -> None:
+    import json
+
+    print(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def complain(what: str, hint: str) -> None:
+    """Say on stderr what is wrong and what to do about it."""
+    from rich.text import Text
+
+    console = make_console(stderr=True)
+    console.print(Text.assemble(("Error: ", "bold red"), what), highlight=False, soft_wrap=True)
+    if hint:
+        console.print(Text(hint), highlight=False, soft_wrap=True)
+
+
+def download_cache() -> Path:
+    from teachers.fetch import default_cache
+
+    return default_cache()
+
+
+@contextmanager
+def log_unexpected(run: Path) -> Iterator[None]:
+    """Put the traceback of an unexpected error into the run's folder, where its user looks."""
+    try:
+        yield
+    except ShearlingError:
+        raise
+    except Exception as error:
+        error.shearling_log = log_traceback_in(run)  # type: ignore[attr-defined]
+        raise
+
+
+def log_traceback_in(folder: Path) -> str:
+    """Append the current traceback to error.log in ``folder``; returns where it lies, in words."""
+    import traceback
+
+    from pipelines.runner import log_traceback
+
+    try:
+        return log_traceback(folder if folder.is_dir() else Path())
+    except OSError:
+        traceback.print_exc()
+        return "the lines above"
+
+
+@contextmanager
+def stop_signals(again: str = "") -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the work cleanly and exit with 130; a second one ends it at once.
+
+    Both are set by hand: a shell starts background jobs with SIGINT ignored. ``again`` is the
+    command that goes on.
+    """
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in stops}
+
+    def stop(number: int, frame: Any) -> None:
+        for each in stops:
+            signal.signal(each, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    for number in stops:
+        signal.signal(number, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain("Interrupted.", f"Go on with: {again}" if again else "")
+        raise typer.Exit(130) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
