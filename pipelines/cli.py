@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands import recipes, results, runs
+from pipelines.commands import models, recipes, results, runs
 from pipelines.terminal import complain, log_traceback_in
 from shearling import ShearlingError, __version__
 
@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "status": (runs.status, "shearling status runs/quickstart"),
     "report": (results.report, "shearling report runs/quickstart"),
     "eval": (results.evaluate, "shearling eval runs/quickstart/stages/distill --tasks wikitext2"),
+    "families": (models.families, "shearling families llama-3.1-8b"),
     "regress": (results.regress, "shearling regress --only regress-tiny"),
 }
 """Each command's function and an example of it, in the order of `shearling --help`."""

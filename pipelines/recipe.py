@@ -25,6 +25,7 @@ from pydantic import (
     create_model,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from compress.settings import DistillSettings, PruneSettings
@@ -32,6 +33,7 @@ from reports.settings import BenchmarkSettings
 from shearling import ShearlingError
 from students.settings import Settings
 from students.shape import PRESETS, Shape
+from teachers.families import training_recipe
 from teachers.settings import TeacherSettings, TransferSetSettings
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -102,6 +104,59 @@ class DistillStage(DistillSettings):
 
     kind: Literal["distill"] = Field(description="What the stage does.")
     name: str = Field(description="The stage's name in the run folder and the report.")
+    training: str | None = Field(
+        default=None,
+        description="A published training recipe: llama-1, llama-2, code-llama, llama-3, or a "
+        "model's name for its learning rate too (llama-2-7b). It sets optimizer, betas, eps, "
+        "weight_decay, clip, warmup and final_learning_rate; what the stage gives itself stays.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("training"), str):
+            return {**published_training(data), **data}
+        return data
+
+
+def published_training(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a distill stage that its ``training`` stands for.
+
+    Raises:
+        ValueError: an unknown name, a schedule that is not ours, or a stage that would end before
+            the published warm-up does.
+    """
+    try:
+        published, rate = training_recipe(stage["training"])
+    except ShearlingError as error:
+        raise ValueError(f"training: {error.what.rstrip('.')}") from error
+    if published.schedule != "cosine":
+        raise ValueError(
+            f"training: {published.name}'s schedule ({published.schedule}) can't be followed; "
+            "only cosine can"
+        )
+    told = {
+        "optimizer": "adamw",
+        "betas": published.betas,
+        "eps": published.epsilon,
+        "weight_decay": published.weight_decay,
+        "clip": published.gradient_clip,
+        "final_learning_rate": published.final_learning_rate_ratio,
+        "learning_rate": rate,
+    }
+    found = {name: value for name, value in told.items() if value is not None}
+    if "warmup" not in stage:
+        tokens = stage.get("tokens")
+        batch = stage.get("batch_tokens", DistillSettings.model_fields["batch_tokens"].default)
+        if isinstance(tokens, int) and isinstance(batch, int) and batch > 0:  # else told elsewhere
+            steps = max(1, round(tokens / batch))
+            if published.warmup_steps > steps // 2:
+                raise ValueError(
+                    f"training: {published.name} warms up for {published.warmup_steps:,} steps, "
+                    f"this stage has {steps:,} in all; set its warmup too, as a share of them"
+                )
+            found["warmup"] = published.warmup_steps / steps
+    return found
 
 
 AnyStage = PruneStage | DistillStage

@@ -160,7 +160,7 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
             stage.kind,
             stage,
             stage=stage.name,
-            leave_out=frozenset({"name", "kind"}),
+            leave_out=frozenset({"name", "kind", "training"}),  # training: only what it stands for
             needs={"teacher": "teacher", "model": newest, "transfer_set": "transfer_set"},
         )
         measure(stage.name)

@@ -224,30 +224,19 @@ def _proportional(
     )
 
 
-def _llama_3_2_3b(teacher: Shape) -> Shape:
-    return replace(
-        teacher,
-        hidden_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=8192,
-        tie_word_embeddings=True,
-    )
+def _exactly(**axes: Any) -> Callable[[Shape], Shape]:
+    """A shape of published numbers; what they leave out stays as the teacher has it."""
+    return lambda teacher: replace(teacher, **axes)
 
 
-def _llama_3_2_1b(teacher: Shape) -> Shape:
-    return replace(
-        teacher,
-        hidden_size=2048,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        intermediate_size=8192,
-        tie_word_embeddings=True,
-    )
+def _widths(hidden: int, layers: int, heads: int, key_value_heads: int, ffn: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "intermediate_size": ffn,
+    }
 
 
 def _like_3b(teacher: Shape) -> Shape:
@@ -260,9 +249,21 @@ def _like_1b(teacher: Shape) -> Shape:
     return _proportional(teacher, hidden=0.5, layers=0.5, group=1, head_dim=0.5, ffn=4 / 7)
 
 
+# Sheared-LLaMA: https://arxiv.org/abs/2310.06694, table 1 (out of Llama 2 7B).
+# Minitron: https://arxiv.org/abs/2408.11796, table 3 (out of Llama 3.1 8B).
 PRESETS: dict[str, Callable[[Shape], Shape]] = {
-    "llama-3.2-3b": _llama_3_2_3b,
-    "llama-3.2-1b": _llama_3_2_1b,
+    "llama-3.2-3b": _exactly(
+        **_widths(3072, 28, 24, 8, 8192), head_dim=128, tie_word_embeddings=True
+    ),
+    "llama-3.2-1b": _exactly(
+        **_widths(2048, 16, 32, 8, 8192), head_dim=64, tie_word_embeddings=True
+    ),
+    "llama-3.1-8b": _exactly(**_widths(4096, 32, 32, 8, 14336), head_dim=128),
+    "llama-3.1-70b": _exactly(**_widths(8192, 80, 64, 8, 28672), head_dim=128),
+    "sheared-llama-2.7b": _exactly(**_widths(2560, 32, 20, 20, 6912), head_dim=128),
+    "sheared-llama-1.3b": _exactly(**_widths(2048, 24, 16, 16, 5504), head_dim=128),
+    "minitron-4b-width": _exactly(**_widths(3072, 32, 32, 8, 9216), head_dim=128),
+    "minitron-4b-depth": _exactly(**_widths(4096, 16, 32, 8, 14336), head_dim=128),
     "like-3b": _like_3b,
     "like-1b": _like_1b,
 }

@@ -3,15 +3,17 @@
 Nothing here loads torch. Parameter counts are the published ones (the safetensors totals of the
 Hugging Face releases, or what the released shape gives); tests compute them from the shapes.
 
-The model list in PyPI llama-models==0.3.0 agrees for Llama 3 to 3.3 and is an oracle of the tests.
-Its Llama 2 entries are copies of Llama 3's (grouped attention and RoPE base 500000 for the 7B) and
-contradict the released checkpoints, so they are not followed.
+The model list in PyPI llama-models==0.3.0 agrees for Llama 3 to 3.3 and is an oracle of the tests,
+as is litgpt's (PyPI litgpt==0.5.11), which also has Llama 2 and Code Llama as they were released.
+The Llama 2 entries of the first are copies of Llama 3's (grouped attention and RoPE base 500000 for
+the 7B) and contradict the released checkpoints, so they are not followed.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+import re
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from shearling import ShearlingError
@@ -40,10 +42,10 @@ class TrainingRecipe:
     """How a generation was pre-trained, as far as it was published; None is unpublished."""
 
     name: str
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] | None = (0.9, 0.95)
     epsilon: float | None = None
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
+    weight_decay: float | None = None
+    gradient_clip: float | None = None
     warmup_steps: int
     schedule: str = "cosine"
     final_learning_rate_ratio: float
@@ -58,6 +60,8 @@ TRAINING_RECIPES: dict[str, TrainingRecipe] = {
     for recipe in (
         TrainingRecipe(
             name="llama-1",
+            weight_decay=0.1,
+            gradient_clip=1.0,
             warmup_steps=2000,
             final_learning_rate_ratio=0.1,
             batch_tokens=4_000_000,
@@ -66,6 +70,8 @@ TRAINING_RECIPES: dict[str, TrainingRecipe] = {
         TrainingRecipe(
             name="llama-2",
             epsilon=1e-5,
+            weight_decay=0.1,
+            gradient_clip=1.0,
             warmup_steps=2000,
             final_learning_rate_ratio=0.1,
             batch_tokens=4_000_000,
@@ -80,6 +86,7 @@ TRAINING_RECIPES: dict[str, TrainingRecipe] = {
         ),
         TrainingRecipe(
             name="llama-3",
+            betas=None,
             warmup_steps=8000,
             final_learning_rate_ratio=0.01,
             batch_tokens=16_000_000,
@@ -222,6 +229,8 @@ def _llama_2(size: str, shape: Shape, parameters: int, rate: float) -> Family:
 
 def _code_llama(size: str, shape: Shape, parameters: int, rate: float) -> Family:
     # The sizes that fill in the middle have four more tokens, padded to 32,016; the 34B doesn't.
+    # These are the base models: 70B Instruct and Python keep Llama 2's RoPE base and context
+    # (https://github.com/meta-llama/codellama/issues/188), 7B and 13B Python its vocabulary.
     vocabulary = 32000 if size == "34B" else 32016
     return Family(
         name=f"code-llama-{size.lower()}",
@@ -345,6 +354,57 @@ def family(name: str) -> Family:
             hint=f"Known are: {', '.join(FAMILIES)}.",
         )
     return FAMILIES[name]
+
+
+_SIZE = r"(\d+)b"
+_NAMES: tuple[tuple[str, str], ...] = (
+    # What a model's name looks like, once in lower case with "-" for "_", and the family's name.
+    (rf"code-?llama-{_SIZE}(?!.*python)", "code-llama-{0}b"),
+    (r"llama-?(3\.2)-(11|90)b(?:-vision)?", "llama-{0}-{1}b-vision"),
+    (rf"llama-?(3(?:\.[12])?)-{_SIZE}", "llama-{0}-{1}b"),
+    (rf"llama-?2-{_SIZE}", "llama-2-{0}b"),
+    (rf"llama-(?:1-)?{_SIZE}", "llama-1-{0}b"),
+    (r"smollm2-(135)m", "smollm2-{0}m"),
+)
+
+
+def known_family(reference: str) -> Family | None:
+    """The family behind a hub id, a folder's or a file's name; None where the name tells none.
+
+    ``meta-llama/Llama-3.1-8B-Instruct``, ``huggyllama/llama-30b``, ``./Llama-2-7b-hf``. A name is
+    a claim, not a fact: good enough to plan with before there are files to look into.
+    """
+    name = reference.rstrip("/").rpartition("/")[2].lower().replace("_", "-")
+    name = name.replace("-30b", "-33b")  # Llama 1's 33B is called 30B on the hub
+    for pattern, known in _NAMES:
+        if match := re.search(rf"(?:^|[^a-z]|meta-){pattern}(?![0-9a-z])", name):
+            return FAMILIES.get(known.format(*match.groups()))
+    return None
+
+
+def training_recipe(name: str) -> tuple[TrainingRecipe, float | None]:
+    """A published training recipe by its own name or a model's, and that model's learning rate.
+
+    Raises:
+        ShearlingError: no such name, or a model whose training was not published.
+    """
+    if name in TRAINING_RECIPES:
+        return TRAINING_RECIPES[name], None
+    known = FAMILIES.get(name)
+    if known is None or known.training is None:
+        names = [*TRAINING_RECIPES, *(f.name for f in FAMILIES.values() if f.training)]
+        near = difflib.get_close_matches(name, names, n=1)
+        raise ShearlingError(
+            f"No training recipe {name!r} was published."
+            + (f" Did you mean {near[0]!r}?" if near else ""),
+            hint=f"Known are: {', '.join(names)}.",
+        )
+    return TRAINING_RECIPES[known.training], known.learning_rate
+
+
+def training_table() -> list[dict[str, Any]]:
+    """One row a published training recipe."""
+    return [asdict(recipe) for recipe in TRAINING_RECIPES.values()]
 
 
 def families_table() -> list[dict[str, Any]]:

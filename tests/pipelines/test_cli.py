@@ -301,3 +301,24 @@ def test_python_dash_m_is_the_same_command() -> None:
         command("--version"), capture_output=True, text=True, check=False, env=environment()
     )
     assert done.stdout == f"shearling {__version__}\n"
+
+
+# --- families -----------------------------------------------------------------------------------
+
+
+def test_families_as_a_table_and_as_json(shearling: Shearling) -> None:
+    printed = shearling("families").stdout
+    assert "405,853,388,800" in printed
+    assert "500,000 x32" in printed
+    data = json.loads(shearling("families", "--json").stdout)
+    assert len(data["families"]) == 22
+    assert {recipe["name"] for recipe in data["training_recipes"]} >= {"llama-1", "llama-2"}
+
+
+def test_one_familys_facts_come_with_their_sources(shearling: Shearling) -> None:
+    printed = shearling("families", "llama-2-7b").stdout
+    assert "training.warmup_steps               2,000" in printed
+    assert "https://arxiv.org/abs/2307.09288" in printed
+    done = shearling("families", "llama-2-8b")
+    assert done.returncode == 2
+    assert "Did you mean 'llama-" in done.stderr

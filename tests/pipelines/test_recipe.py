@@ -122,6 +122,37 @@ def test_shapes_of_wrong_types(data: dict[str, Any], shape: Any) -> None:
     assert "prune.shape" in mistakes(data)
 
 
+# --- published training recipes ---
+
+
+def test_a_published_training_recipe_by_name(data: dict[str, Any]) -> None:
+    stage = data["stages"][1]
+    del stage["batch_tokens"]
+    stage |= {"training": "llama-2-13b", "tokens": 1024 * 20_000, "clip": 0.5}
+    distill = check_recipe(data).stages[1]
+    assert (distill.optimizer, distill.betas, distill.eps) == ("adamw", (0.9, 0.95), 1e-5)
+    assert (distill.weight_decay, distill.final_learning_rate) == (0.1, 0.1)
+    assert (distill.warmup, distill.learning_rate) == (0.1, 3e-4)  # 2,000 of 20,000 steps
+    assert distill.clip == 0.5  # what the stage says itself stays
+    recipe = check_recipe(data)
+    assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ("llama-2", "warms up for 2,000 steps, this stage has 4 in all; set its warmup too"),
+        ("lama-2", "No training recipe 'lama-2' was published. Did you mean 'llama-2'?"),
+        ("smollm2", "can't be followed; only cosine can"),
+    ],
+)
+def test_training_recipes_that_do_not_fit(
+    data: dict[str, Any], training: str, message: str
+) -> None:
+    data["stages"][1]["training"] = training
+    assert message in mistakes(data)
+
+
 # --- files --------------------------------------------------------------------------------------
 
 

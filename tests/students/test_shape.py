@@ -42,6 +42,28 @@ def test_published_parameter_counts() -> None:
     assert SMOLLM2_135M.parameters == 134_515_008
 
 
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("sheared-llama-2.7b", 2_701_560_320),  # the Hugging Face releases' safetensors totals
+        ("sheared-llama-1.3b", 1_345_423_360),
+        ("minitron-4b-width", 4_512_746_496),
+        ("minitron-4b-depth", 4_540_469_248),
+        ("llama-3.1-8b", 8_030_261_248),
+        ("llama-3.1-70b", 70_553_706_496),
+    ],
+)
+def test_shapes_of_other_papers(name: str, parameters: int) -> None:
+    teacher = LLAMA_3_1_8B
+    if name.startswith("sheared"):  # out of Llama 2 7B
+        wide = {"num_key_value_heads": 32, "intermediate_size": 11008, "vocab_size": 32000}
+        teacher = dataclasses.replace(teacher, **wide)
+    elif name.startswith("llama"):  # out of Llama 3.1 405B
+        sizes = {"hidden_size": 16384, "num_hidden_layers": 126, "num_attention_heads": 128}
+        teacher = dataclasses.replace(teacher, **sizes, intermediate_size=53248)
+    assert resolve_shape(name, teacher).parameters == parameters
+
+
 def test_proportional_presets_give_the_published_shapes_on_the_published_teacher() -> None:
     for small in ("3b", "1b"):
         assert resolve_shape(f"like-{small}", LLAMA_3_1_8B) == resolve_shape(

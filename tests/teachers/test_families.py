@@ -12,7 +12,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from shearling import ShearlingError
 from students.shape import PRESETS, Shape, resolve_shape
-from teachers.families import FAMILIES, TRAINING_RECIPES, Family, families_table, family
+from teachers.families import (
+    FAMILIES,
+    TRAINING_RECIPES,
+    Family,
+    families_table,
+    family,
+    known_family,
+    training_recipe,
+    training_table,
+)
 from teachers.fetch import fetch
 
 PUBLISHED = {
@@ -73,6 +82,43 @@ def test_an_unknown_name_gets_the_nearest() -> None:
     assert family("llama-3.1-8b").context == 131_072
     with pytest.raises(ShearlingError, match=r"mean 'llama-3\.1-8b'"):
         family("llama-3.1-8")
+
+
+@pytest.mark.parametrize(
+    ("reference", "name"),
+    [
+        ("meta-llama/Llama-3.1-8B", "llama-3.1-8b"),
+        ("meta-llama/Meta-Llama-3.1-405B-Instruct", "llama-3.1-405b"),
+        ("meta-llama/Meta-Llama-3-8B", "llama-3-8b"),
+        ("meta-llama/Llama-3.2-11B-Vision-Instruct", "llama-3.2-11b-vision"),
+        ("meta-llama/Llama-3.2-1B", "llama-3.2-1b"),
+        ("meta-llama/Llama-2-70b-chat-hf", "llama-2-70b"),
+        ("huggyllama/llama-30b", "llama-1-33b"),
+        ("./models/llama_7b/", "llama-1-7b"),
+        ("codellama/CodeLlama-34b-Instruct-hf", "code-llama-34b"),
+        ("pypi:x==1/llm/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m"),
+        ("codellama/CodeLlama-7b-Python-hf", None),
+        ("meta-llama/Llama-3.1-9B", None),
+        ("TinyLlama/TinyLlama-1.1B", None),
+        ("openlm-research/open_llama_3b", None),
+        ("mistralai/Mistral-7B-v0.1", None),
+        ("x", None),
+    ],
+)
+def test_names_tell_families(reference: str, name: str | None) -> None:
+    known = known_family(reference)
+    assert (known.name if known else None) == name
+
+
+def test_training_recipes_by_their_name_and_by_a_models() -> None:
+    published, rate = training_recipe("llama-2")
+    assert (published.betas, published.epsilon, published.weight_decay) == ((0.9, 0.95), 1e-5, 0.1)
+    assert (published.gradient_clip, published.warmup_steps) == (1.0, 2000)
+    assert (published.schedule, published.final_learning_rate_ratio, rate) == ("cosine", 0.1, None)
+    assert training_recipe("llama-2-70b") == (published, 1.5e-4)
+    assert [row["name"] for row in training_table()] == list(TRAINING_RECIPES)
+    with pytest.raises(ShearlingError, match="No training recipe"):
+        training_recipe("llama-3.2-1b")  # made by distillation, its recipe is unpublished
 
 
 def test_the_table_has_a_row_for_each() -> None:
@@ -150,3 +196,57 @@ def test_metas_list_is_wrong_on_llama_2(metas_list: dict[str, dict[str, Any]]) -
     """The reason why it isn't followed there; should a later version mend it, look again."""
     assert metas_list["llama2_7b"]["n_kv_heads"] == 8
     assert metas_list["llama2_7b"]["rope_theta"] == 500_000.0
+
+
+# --- litgpt's list ---
+
+
+@pytest.fixture(scope="module")
+def litgpts_list(real_cache: Path) -> dict[str, dict[str, Any]]:
+    """The ``dict(name=..., ...)`` calls of litgpt/config.py, read as data."""
+    try:
+        path = fetch("pypi:litgpt==0.5.11/litgpt/config.py", sha256=None, cache=real_cache)
+    except ShearlingError as error:
+        pytest.skip(f"litgpt can't be had: {error.what}")
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
+            given = {keyword.arg: keyword.value for keyword in node.keywords}
+            if "name" in given and "n_layer" in given:
+                entry = {
+                    key: ast.literal_eval(value)
+                    for key, value in given.items()
+                    if isinstance(value, ast.Constant)
+                }
+                scaling = given.get("rope_adjustments")
+                if isinstance(scaling, ast.Call):
+                    entry["factor"] = ast.literal_eval(scaling.keywords[0].value)
+                found[entry["name"]] = entry
+    return found
+
+
+LITGPT = {
+    **{f"llama-2-{size}": f"Llama-2-{size}{{}}-hf" for size in ("7b", "13b", "70b")},
+    **{f"code-llama-{size}": f"CodeLlama-{size}-hf" for size in ("7b", "13b", "34b", "70b")},
+    **{f"llama-3-{size}": f"Llama-3-{size.upper()}{{}}" for size in ("8b", "70b")},
+    **{f"llama-3.1-{size}": f"Llama-3.1-{size.upper()}{{}}" for size in ("8b", "70b", "405b")},
+    **{f"llama-3.2-{size}": f"Llama-3.2-{size.upper()}{{}}" for size in ("1b", "3b")},
+}
+
+
+@pytest.mark.parametrize("name", LITGPT)
+def test_litgpts_list_agrees(litgpts_list: dict[str, dict[str, Any]], name: str) -> None:
+    known, entry = FAMILIES[name], litgpts_list[LITGPT[name]]
+    multiple = entry.get("padding_multiple", 512)
+    padded = -(-entry["vocab_size"] // multiple) * multiple
+    shape = known.shape
+    assert entry.get("padded_vocab_size", padded) == shape.vocab_size
+    assert entry.get("n_layer") == shape.num_hidden_layers
+    assert entry.get("n_embd", 4096) == shape.hidden_size
+    assert entry.get("n_head", 32) == shape.num_attention_heads
+    assert entry.get("n_query_groups", entry.get("n_head", 32)) == shape.num_key_value_heads
+    assert entry["intermediate_size"] == shape.intermediate_size
+    assert entry.get("block_size", 4096) == known.context
+    assert entry.get("rope_base", 10_000) == known.rope_base
+    assert entry.get("norm_eps", 1e-5) == known.norm_epsilon
+    assert entry.get("factor") == known.rope_factor
