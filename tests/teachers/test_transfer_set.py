@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -114,6 +115,9 @@ def test_every_format_gives_the_same_set(tokenizer: Path, tmp_path: Path) -> Non
         "a.json": {},
         "titles.json": {},
         "a.parquet": {},
+        "a.jsonl.zst": {},
+        "a.feather": {},
+        "stream.arrow": {},
         "renamed": {"format": "jsonl"},
         "folder": {},
     }
@@ -123,6 +127,15 @@ def test_every_format_gives_the_same_set(tokenizer: Path, tmp_path: Path) -> Non
     (tmp_path / "a.json").write_text(json.dumps(rows))
     (tmp_path / "titles.json").write_text(json.dumps({row["title"]: row for row in rows}))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet", row_group_size=50)
+    table = pa.Table.from_pylist(rows)
+    half = len(lines) // 2  # two frames, as of a file that was compressed in parallel
+    frames = [
+        pa.compress(part.encode(), "zstd", asbytes=True) for part in (lines[:half], lines[half:])
+    ]
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(frames))
+    pa.feather.write_feather(table, tmp_path / "a.feather")
+    with pa.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as stream:
+        stream.write_table(table, max_chunksize=50)
     (tmp_path / "renamed").write_text(lines)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "1.jsonl").write_text("".join(lines.splitlines(True)[:50]))
@@ -252,6 +265,43 @@ def test_sources_are_mixed_evenly_in_both_parts(tokenizer: Path, tmp_path: Path)
         assert np.mean(quarter == marks[1]) == pytest.approx(0.75, abs=0.12)
     heldout = packed.heldout.reshape(-1)[packed.heldout_starts]
     assert np.mean(heldout == marks[1]) == pytest.approx(0.75, abs=0.15)
+
+
+@pytest.mark.parametrize("total", [8000, None])
+def test_sources_are_mixed_by_weight(tokenizer: Path, tmp_path: Path, total: int | None) -> None:
+    """Of a total, or else as much as the source that is used up first allows."""
+    a = write_jsonl(tmp_path / "a.jsonl", tiny_documents(800, seed=1))
+    b = write_jsonl(tmp_path / "b.jsonl", tiny_documents(800, seed=2))
+    c = write_jsonl(tmp_path / "c.jsonl", tiny_documents(800, seed=3))
+    sources = (source(a, "a", weight=0.75), source(b, "b", weight=0.25), source(c, "c", tokens=500))
+    recipe = TransferSetSettings(
+        sources=sources, window=WINDOW, heldout_windows=4, tokens=total and total + 500
+    )
+    facts = build_transfer_set(recipe, tokenizer, tmp_path / "set", seed=0, cache=tmp_path)
+    tokens = [entry["tokens"] for entry in facts["sources"]]
+    assert tokens[2] == 500
+    assert tokens[0] / tokens[1] == pytest.approx(3, rel=1e-3)
+    if total:
+        assert tokens[:2] == [6000, 2000]
+    else:
+        everything, _ = build(
+            tokenizer, tmp_path / "all", sources[0].model_copy(update={"weight": None})
+        )
+        assert tokens[0] == pytest.approx(everything["sources"][0]["tokens"], abs=3)
+    assert facts["notes"] == []
+
+
+def test_a_mix_that_does_not_add_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="all need one or tokens: b"):
+        TransferSetSettings(sources=(source("a", "a", weight=1), source("b", "b")))
+    with pytest.raises(ValueError, match="each source needs a weight"):
+        TransferSetSettings(sources=(source("a", "a"),), tokens=5)
+    with pytest.raises(ValueError, match="nothing is left"):
+        TransferSetSettings(
+            sources=(source("a", "a", weight=1), source("b", "b", tokens=9)), tokens=9
+        )
+    with pytest.raises(ValueError, match="not both"):
+        source("a", "a", weight=1, tokens=5)
 
 
 def test_heldout_text_comes_from_many_documents(tokenizer: Path, tmp_path: Path) -> None:
@@ -444,10 +494,11 @@ def test_reserving_needs_titles(tokenizer: Path, tiny_text: Path, tmp_path: Path
         build(tokenizer, tmp_path / "set", source(tiny_text, reserve=True))
 
 
-def test_zstd_is_read_or_asked_for(tokenizer: Path, tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.zst"
-    path.write_bytes(b"")
-    with pytest.raises(ShearlingError, match=r"zstd|no text|compressed"):
+@pytest.mark.parametrize(("name", "kind"), [("a.txt.zst", "compressed"), ("a.arrow", "Arrow")])
+def test_damaged_files_are_told(tokenizer: Path, tmp_path: Path, name: str, kind: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b"neither of the two")
+    with pytest.raises(ShearlingError, match=f"{name} is .*{kind}"):
         build(tokenizer, tmp_path / "set", source(path))
 
 

@@ -1,0 +1,95 @@
+"""Conversations as the teacher's chat template writes them, and which of it the assistant says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shearling import ShearlingError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Turn = tuple[str, str]
+"""Role and content."""
+
+# The templates of Llama 3 write today's date where none is given, and a set of the same settings
+# must be the same tomorrow. This is the date that they themselves fall back on.
+_DATE = "26 Jul 2024"
+
+
+def read_turns(value: Any, where: str) -> tuple[Turn, ...]:
+    """A column's value as turns; anything but a list of {role, content} is told with its place."""
+    turns = []
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for message in value:
+            if isinstance(message, Mapping):
+                role, content = message.get("role"), message.get("content")
+                if isinstance(role, str) and isinstance(content, str):
+                    turns.append((role, content))
+                    continue
+            break
+        else:
+            return tuple(turns)
+    raise ShearlingError(
+        f"{where}: message {len(turns) + 1} is no object with a text as `role` and as `content`."
+        if turns or isinstance(value, list)
+        else f"{where} holds no list of messages.",
+        hint='A conversation is [{"role": "user", "content": "..."}, ...].',
+    )
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, with the spans of its text that the assistant writes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, folder: object) -> None:
+        if not tokenizer.chat_template:
+            raise ShearlingError(
+                f"The tokenizer in {folder} has no chat template, so it can't write conversations.",
+                hint="Use a teacher tuned on instructions, or a source without `messages`.",
+            )
+        self.tokenizer = tokenizer
+        special = [str(token) for token in tokenizer.all_special_tokens]
+        special += [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+        longest_first = sorted({token for token in special if token}, key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+    def write(self, turns: Sequence[Turn], *, spans: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation's text and, if asked for, from where to where the assistant speaks.
+
+        A turn's span holds the token that ends it: to stop is part of the answer. A control token
+        that a message spells out gets a space inside, so no message can begin or end a turn.
+        """
+        messages = [{"role": role, "content": self._disarmed(text)} for role, text in turns]
+        text = self._render(messages)
+        found = []
+        for number, message in enumerate(messages):
+            if not spans or message["role"] != "assistant":
+                continue
+            before = self._render(messages[:number], prompt=True) if number else ""
+            through = self._render(messages[: number + 1]).rstrip()
+            if not (text.startswith(through) and through.startswith(before)):
+                raise ShearlingError(
+                    "The teacher's chat template writes earlier turns differently once others "
+                    "follow, so the assistant's part can't be told.",
+                    hint="Set the source's `loss` to all.",
+                )
+            found.append((len(before), len(through)))
+        return text.rstrip(), found
+
+    def _disarmed(self, text: str) -> str:
+        return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
+
+    def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, date_string=_DATE
+            )
+        except Exception as error:  # Jinja's own types, and whatever a template raises
+            roles = ", ".join(message["role"] for message in messages)
+            raise ShearlingError(
+                f"The teacher's chat template refuses a conversation of {roles}: {error}",
+                hint="Check the column that the source's `messages` names.",
+            ) from error
+        return str(text)
