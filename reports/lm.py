@@ -3,112 +3,87 @@
 The questions of a multiple-choice task share long beginnings (the question before its choices, the
 few-shot examples before all questions, "The keys to the cabinet" before "are" and "is"). Here the
 token sequences of many requests become one *prefix tree*; the tree's nodes stand in one row, each
-node attends to its ancestors only, and its position is its depth. That is exact, needs no padding,
-and only the positions that predict a wanted token are projected to the vocabulary, a few hundred at
-a time, so the logits never stand as one [batch, time, vocabulary] tensor.
+node attends to its ancestors only, and its position is its depth. That is exact, the linear maps
+need no padding, and only the positions that predict a wanted token are projected to the vocabulary,
+a few hundred at a time, so the logits never stand as one [batch, time, vocabulary] tensor.
 
-Shapes: N nodes of a tree, D hidden, V vocabulary, P positions that are projected.
+Shapes: N nodes of a tree, G blocks of B nodes with K keys each (see `prefix_tree`), H query and
+J key/value heads, E head dim, D hidden, V vocabulary, P positions that are projected.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import LlamaForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
+from reports.prefix_tree import BLOCK, PrefixTree, Request, Row, cut_into_blocks, pack
 from shearling import Progress, silent
 
 PROJECTED_AT_ONCE = 256
 """Positions whose logits exist at one time."""
-
-Request = tuple[Any, list[int], list[int]]
-"""What lm-eval hands over: the strings (or None), the context's tokens, the continuation's."""
-
-
-@dataclass
-class PrefixTree:
-    """Token sequences merged where they begin alike; parents stand before their children."""
-
-    tokens: list[int] = field(default_factory=list)
-    parents: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    _children: dict[tuple[int, int], int] = field(default_factory=dict)
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def add(self, sequence: Sequence[int]) -> list[int]:
-        """Add a sequence and return the node of each of its tokens."""
-        path: list[int] = []
-        node = -1
-        for depth, token in enumerate(sequence):
-            child = self._children.get((node, token))
-            if child is None:
-                child = len(self.tokens)
-                self._children[node, token] = child
-                self.tokens.append(token)
-                self.parents.append(node)
-                self.depths.append(depth)
-            node = child
-            path.append(node)
-        return path
-
-    def shared(self, sequence: Sequence[int]) -> int:
-        """How many of the sequence's first tokens are in the tree already."""
-        node = -1
-        for length, token in enumerate(sequence):
-            child = self._children.get((node, token))
-            if child is None:
-                return length
-            node = child
-        return len(sequence)
-
-    @property
-    def is_chain(self) -> bool:
-        """Whether the tree is one plain sequence."""
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
-
-    def ancestors(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """[N, N] bool: row n is true at n and its ancestors."""
-        seen_NN = np.zeros((len(self), len(self)), dtype=np.bool_)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                seen_NN[node, :node] = seen_NN[parent, :node]
-            seen_NN[node, node] = True
-        return seen_NN
+ATTENTION = "shearling_prefix_tree"
+"""Under this name transformers finds `tree_attention`."""
 
 
-@dataclass
-class Row:
-    """One forward pass: a tree, and for each request in it the nodes that predict its tokens."""
+def tree_attention(
+    module: torch.nn.Module,
+    query_1HNE: torch.Tensor,
+    key_1JNE: torch.Tensor,
+    value_1JNE: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    tree_keys: torch.Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention among the nodes of a tree, block by block; without a tree transformers' own.
 
-    tree: PrefixTree = field(default_factory=PrefixTree)
-    wanted: list[tuple[int, list[int], list[int]]] = field(default_factory=list)
-    """(number of the request, predicting nodes, predicted tokens)"""
-
-
-def pack(requests: Sequence[Request], max_length: int, budget: int) -> list[Row]:
-    """Distribute requests over rows of at most ``budget`` nodes (a longer request stands alone).
-
-    Sorted by their tokens, requests with a common beginning are neighbours and meet in one row.
-    As in HFLM, what exceeds ``max_length`` is cut from the left, and the last token is no input.
+    ``tree_keys`` is [G, K], the nodes that are each block's keys, and ``attention_mask``
+    [G, 1, B, K] is added to the scores. Returns [1, N, H, E].
     """
-    inputs = [(ctx + cont)[-(max_length + 1) :][:-1] for _, ctx, cont in requests]
-    rows: list[Row] = []
-    for number in sorted(range(len(inputs)), key=inputs.__getitem__):
-        sequence, continuation = inputs[number], requests[number][2]
-        row = rows[-1] if rows else None
-        if row is None or len(row.tree) + len(sequence) - row.tree.shared(sequence) > budget:
-            row = Row()
-            rows.append(row)
-        path = row.tree.add(sequence)
-        row.wanted.append((number, path[-len(continuation) :], continuation))
-    return rows
+    if tree_keys is None:
+        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module,
+            query_1HNE,
+            key_1JNE,
+            value_1JNE,
+            attention_mask,
+            scaling=scaling,
+            **kwargs,
+        )
+        return plain
+    assert attention_mask is not None
+    _, heads, nodes, width = query_1HNE.shape
+    groups, shared = len(tree_keys), heads // key_1JNE.shape[1]
+    padded_HNE = torch.nn.functional.pad(query_1HNE[0], (0, 0, 0, groups * BLOCK - nodes))
+    # The queries of the heads that share a key head stand below each other, so no key is repeated.
+    query_GJQE = (
+        padded_HNE.view(-1, shared, groups, BLOCK, width)
+        .permute(2, 0, 1, 3, 4)
+        .reshape(groups, -1, shared * BLOCK, width)
+    )
+    output_GJQE = torch.nn.functional.scaled_dot_product_attention(
+        query_GJQE,
+        key_1JNE[0][:, tree_keys].transpose(0, 1),
+        value_1JNE[0][:, tree_keys].transpose(0, 1),
+        attn_mask=attention_mask.repeat(1, 1, shared, 1),
+        scale=scaling,
+    )
+    output_GBHE = (
+        output_GJQE.reshape(groups, -1, shared, BLOCK, width)
+        .permute(0, 3, 1, 2, 4)
+        .reshape(groups * BLOCK, heads, width)
+    )
+    return output_GBHE[None, :nodes], None
+
+
+AttentionInterface.register(ATTENTION, tree_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class PrefixLM(HFLM):  # type: ignore[misc]
@@ -124,6 +99,7 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         what: str = "benchmark",
     ) -> None:
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        model.set_attn_implementation(ATTENTION)
         self.node_budget = 64 * batch_size
         self.progress = progress
         self.what = what
@@ -184,12 +160,16 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         if tree.is_chain:
             output = self.model.model(ids, use_cache=False)
         else:
-            seen = torch.from_numpy(tree.ancestors()).to(self.device)[None, None]
-            mask = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device)
-            mask.masked_fill_(~seen, torch.finfo(mask.dtype).min)
-            depths = torch.tensor([tree.depths], device=self.device)
+            blocks = cut_into_blocks(tree)
+            seen_GBK = torch.from_numpy(blocks.seen_GBK).to(self.device)
+            mask_GBK = torch.zeros(seen_GBK.shape, dtype=self.model.dtype, device=self.device)
+            mask_GBK.masked_fill_(~seen_GBK, torch.finfo(mask_GBK.dtype).min)
             output = self.model.model(
-                ids, attention_mask=mask, position_ids=depths, use_cache=False
+                ids,
+                attention_mask=mask_GBK[:, None],
+                position_ids=torch.tensor([tree.depths], device=self.device),
+                use_cache=False,
+                tree_keys=torch.from_numpy(blocks.keys_GK).to(self.device),
             )
         hidden_ND: torch.Tensor = output.last_hidden_state[0]
         return hidden_ND
@@ -213,9 +193,8 @@ def score_positions(
         chunk = unique_U[start : start + PROJECTED_AT_ONCE]
         logits_CV = (hidden_ND[chunk] @ vocabulary_VD.T).float()
         mine = (where_P >= start) & (where_P < start + len(chunk))
-        rows = where_P[mine] - start
+        rows, asked = where_P[mine] - start, tokens_P[mine]
+        greedy_P[mine] = logits_CV[rows, asked] == logits_CV.amax(dim=-1)[rows]
         # As HFLM does, to agree with it: torch's fp32 log_softmax is about 1e-5 too high a token.
-        logprob_CV = logits_CV.log_softmax(dim=-1)
-        logprob_P[mine] = logprob_CV[rows, tokens_P[mine]].double()
-        greedy_P[mine] = logits_CV.argmax(dim=-1)[rows] == tokens_P[mine]
+        logprob_P[mine] = logits_CV.log_softmax(dim=-1)[rows, asked].double()
     return logprob_P, greedy_P

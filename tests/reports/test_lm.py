@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from reports.lm import PrefixLM, PrefixTree, pack, score_positions
+from reports.lm import PrefixLM, score_positions
 from reports.load import load_model, quiet_libraries
+from reports.prefix_tree import PrefixTree, cut_into_blocks, pack
 from shearling import ShearlingError
 
 SENTENCES = [
@@ -19,6 +22,10 @@ SENTENCES = [
     ("The shepherd sees the hill", [" again.", " slowly.", " in the morning."]),
     ("", ["The llama hears some wool.", "The llama hear some wool.", "A lamb follows."]),
     ("A lamb " * 300 + "likes", [" the gate.", " two stones."]),  # longer than the model's 512
+    (
+        "The hill and the river. " * 9,
+        [" A lamb", " A lamb sees", " The hill.", " It"],
+    ),  # two blocks
 ]
 
 
@@ -69,13 +76,24 @@ def test_tree_shares_beginnings_and_sees_only_ancestors() -> None:
     assert tree.add([8]) == [4]
     assert not tree.is_chain
     assert tree.depths == [0, 1, 2, 2, 0]
-    assert tree.ancestors().astype(int).tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [1, 1, 1, 0, 0],
-        [1, 1, 0, 1, 0],
-        [0, 0, 0, 0, 1],
-    ]
+    assert [tree.ancestors(node) for node in range(5)] == [[], [0], [0, 1], [0, 1], []]
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=9),
+    st.integers(1, 5),
+)
+def test_blocks_show_each_node_its_ancestors_and_itself(
+    sequences: list[list[int]], size: int
+) -> None:
+    tree = PrefixTree()
+    for sequence in sorted(sequences):
+        tree.add(sequence)
+    blocks = cut_into_blocks(tree, size)
+    for node in range(len(tree)):
+        keys, seen = blocks.keys_GK[node // size], blocks.seen_GBK[node // size, node % size]
+        assert sorted(keys[seen].tolist()) == [*tree.ancestors(node), node]
+    assert blocks.seen_GBK.any(axis=2).all()  # no softmax over nothing
 
 
 def test_rows_keep_to_the_budget_and_every_request_is_in_one() -> None:
@@ -89,6 +107,15 @@ def test_rows_keep_to_the_budget_and_every_request_is_in_one() -> None:
     alone = next(row for row in rows if len(row.tree) > 20)
     assert [number for number, _, _ in alone.wanted] == [50]
     assert sum(len(row.tree) for row in rows) < sum(len(c) + 1 for _, c, _ in asked)
+
+
+def test_a_long_beginning_is_computed_once_though_it_exceeds_the_budget() -> None:
+    start = list(range(100))
+    asked: list[tuple[Any, list[int], list[int]]] = [
+        (None, [*start, choice], [1, 2]) for choice in range(40)
+    ]
+    rows = pack(asked, max_length=500, budget=20)
+    assert [len(row.tree) for row in rows] == [100 + 40 * 2]
 
 
 def test_too_long_requests_are_cut_from_the_left() -> None:
