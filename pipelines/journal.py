@@ -7,16 +7,12 @@ It holds no scorecards: those are in the stages' folders, and ``read_status`` jo
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from pipelines.store import lock_owner
+from reports.liveness import lock_owner, process_identity
 from shearling import ShearlingError, read_json, write_json
 
 SCHEMA = 1
@@ -43,9 +39,7 @@ class Journal:
             "recipe": recipe,
             "state": "running",
             "command": again,
-            "pid": os.getpid(),
-            "process_started": psutil.Process().create_time(),
-            "host": socket.gethostname(),
+            **process_identity(),
             "started": now(),
             "updated": now(),
             "finished": None,

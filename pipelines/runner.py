@@ -25,10 +25,11 @@ from typing import Any
 from pipelines import machine, preflight
 from pipelines.display import Display, format_bytes, format_seconds, headline
 from pipelines.journal import Journal, now
+from pipelines.locks import run_lock
 from pipelines.recipe import Recipe
 from pipelines.stages.context import Context
 from pipelines.steps import STAGES, Decision, Step, build_steps, decide
-from pipelines.store import STAGE_FILE, FileHashes, Store, run_lock
+from pipelines.store import STAGE_FILE, FileHashes, Store
 from shearling import (
     ShearlingError,
     disk_errors,

@@ -10,19 +10,14 @@ afterwards is noticed before the artefact is used again.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from shearling import ShearlingError, disk_errors, sha256_of_file, sha256_of_json, sync, write_json
+from shearling import disk_errors, sha256_of_file, sha256_of_json, sync, write_json
 from teachers.file_memory import FileMemory
 
 SCHEMA = 1
@@ -167,60 +162,3 @@ def _sync_tree(folder: Path) -> None:
             path = Path(parent) / name
             if not path.is_symlink():
                 sync(path)
-
-
-# --- one run at a time --------------------------------------------------------------------------
-
-
-def lock_owner(run: Path) -> dict[str, Any] | None:
-    """The living process that runs in this folder ({"pid", "process_started", "host"}), or None."""
-    try:
-        owner = json.loads((run / "run.lock").read_text(encoding="utf-8"))
-        pid, started, host = int(owner["pid"]), float(owner["process_started"]), owner["host"]
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    if host != socket.gethostname():
-        return dict(owner)  # can't be looked up from here; flock told whether it lives
-    try:
-        # A process id is used again sooner or later; together with its start time it is unique.
-        alive = abs(psutil.Process(pid).create_time() - started) < 1.0
-    except psutil.Error:
-        return None
-    return dict(owner) if alive else None
-
-
-@contextlib.contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Hold the run folder for this process. The lock of a process that has ended is taken over.
-
-    Raises:
-        ShearlingError: if another process runs here.
-    """
-    path = run / "run.lock"
-    with disk_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            owner = lock_owner(run) or {}
-            raise ShearlingError(
-                f"Another run is at work in {run} (process {owner.get('pid', 'unknown')}).",
-                hint=f"Watch it with `shearling status {run}`, or give this run its own folder "
-                "with --out DIR.",
-            ) from error
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(_me()).encode(), 0)
-        yield
-        # Emptied, not deleted: deleting would let a waiting process lock a file that is gone.
-        os.ftruncate(handle, 0)
-    finally:
-        os.close(handle)
-
-
-def _me() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
-        "host": socket.gethostname(),
-    }

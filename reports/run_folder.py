@@ -6,15 +6,14 @@ Only JSON, JSONL and YAML are opened, never a model.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
+from reports.liveness import lock_owner
 from shearling import ShearlingError
 
 Data = dict[str, Any]
@@ -115,7 +114,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         name=str(recipe.get("name") or journal.get("recipe") or folder.resolve().name),
-        state=_state(journal, stages),
+        state=_state(folder, journal, stages),
         journal=journal,
         recipe=recipe,
         recipe_text=recipe_text,
@@ -272,20 +271,11 @@ def _read_lines(path: Path, problems: list[str]) -> list[Data]:
     return lines
 
 
-def _state(journal: Data, stages: list[Stage]) -> str:
+def _state(folder: Path, journal: Data, stages: list[Stage]) -> str:
     """The run's state; a run that says it is running while its process is gone is interrupted."""
     state = str(journal.get("state") or "unknown")
-    if state != "running":
+    if state != "running" or lock_owner(folder):
         return state
-    if journal.get("host") not in (None, os.uname().nodename):
-        return state
-    pid, started = journal.get("pid"), as_number(journal.get("process_started"))
-    try:
-        process = psutil.Process(pid) if isinstance(pid, int) else None
-        same = process and (started is None or abs(process.create_time() - started) < 1)
-    except (psutil.Error, ValueError):
-        same = False
-    if not same:
-        for stage in stages:
-            stage.state = "interrupted" if stage.state == "running" else stage.state
-    return state if same else "interrupted"
+    for stage in stages:
+        stage.state = "interrupted" if stage.state == "running" else stage.state
+    return "interrupted"

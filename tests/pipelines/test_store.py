@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,8 @@ from pipelines.store import (
     STAGE_FILE,
     FileHashes,
     Store,
-    lock_owner,
-    run_lock,
     stage_key,
 )
-from shearling import ShearlingError
 from teachers.file_memory import SMALL_BYTES as REMEMBERED
 
 KEY = "a" * 64
@@ -158,52 +154,3 @@ def test_a_kill_in_the_middle_leaves_nothing_half_done(store: Store) -> None:
     publish(store, model=b"whole")
     assert store.damage("prune", KEY) is None
     assert (store.artefact("prune", KEY) / "model").read_bytes() == b"whole"
-
-
-# --- the lock -----------------------------------------------------------------------------------
-
-HOLDS = """
-import sys, time
-from pathlib import Path
-from pipelines.store import run_lock
-with run_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_two_runs_on_one_folder(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDS, str(tmp_path)], stdout=subprocess.PIPE
-    ) as other:
-        assert other.stdout is not None
-        assert other.stdout.readline() == b"held\n"
-        owner = lock_owner(tmp_path)
-        assert owner is not None
-        assert owner["pid"] == other.pid
-        with pytest.raises(ShearlingError, match=str(other.pid)) as caught, run_lock(tmp_path):
-            pass
-        assert "--out" in caught.value.hint
-        other.kill()
-    # Killed without a word: the lock is stale and is taken over.
-    assert lock_owner(tmp_path) is None
-    with run_lock(tmp_path):
-        assert lock_owner(tmp_path) == lock_owner(tmp_path) is not None
-    assert lock_owner(tmp_path) is None
-
-
-def test_a_process_id_that_was_given_away_again_owns_nothing(tmp_path: Path) -> None:
-    import socket
-
-    lock = {"pid": os.getpid(), "process_started": time.time() - 1e6, "host": socket.gethostname()}
-    (tmp_path / "run.lock").write_text(json.dumps(lock))
-    assert lock_owner(tmp_path) is None
-    (tmp_path / "run.lock").write_text("not json")
-    assert lock_owner(tmp_path) is None
-
-
-def test_the_lock_is_free_after_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="boom"), run_lock(tmp_path):
-        raise ValueError("boom")
-    with run_lock(tmp_path):
-        pass
