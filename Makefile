@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test bench picture lint clean
+.PHONY: quickstart test bench soak picture lint clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/shearling run quickstart
@@ -20,11 +20,14 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest tests/bench -o python_files='bench_*.py' -s
 
-# The README's picture of the quickstart's report; needs chromium.
+# Kills and other faults on whole runs, hundreds of them; docs/RELIABILITY.md has the numbers.
+soak: $(INSTALLED)
+	$(BIN)/python tests/pipelines/killing.py --kills 300
+	$(BIN)/python tests/pipelines/faults.py --tries 20
+
+# The README's pictures of the quickstart's report; needs chromium.
 picture: runs/quickstart/report.html
-	chromium --headless --no-sandbox --disable-gpu --disable-background-networking --hide-scrollbars \
-	  --virtual-time-budget=8000 --user-data-dir=$$(mktemp -d) --window-size=1200,1500 \
-	  --screenshot=docs/report.png file://$(CURDIR)/runs/quickstart/report.html
+	$(PYTHON) docs/pictures.py runs/quickstart
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

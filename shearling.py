@@ -62,6 +62,25 @@ def _os_error_number(error: Exception) -> int | None:
     return int(named[1]) if named else None
 
 
+_SECRETS = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+    (re.compile(r"(://)[^/@\s\"']+@"), r"\1***@"),
+    (re.compile(r"(?i)\b(bearer|token=|api[_-]?key=)(\s*)[\w.~+/-]{8,}"), r"\1\2***"),
+)
+_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without hub tokens and passwords in addresses: for logs, locks and reports."""
+    for name in _SECRET_VARIABLES:
+        value = os.environ.get(name, "").strip()
+        if len(value) >= 8:
+            text = text.replace(value, "***")
+    for pattern, kept in _SECRETS:
+        text = pattern.sub(kept, text)
+    return text
+
+
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
     """Turn the operating system's errors about a full or read-only disk into a ShearlingError."""
@@ -74,6 +93,11 @@ def disk_errors(where: Path) -> Iterator[None]:
                 f"The disk is full: could not write {where}.",
                 hint="Free some space, or put the run elsewhere with --out DIR. "
                 "Finished stages are kept; the same command goes on.",
+            ) from error
+        if number == errno.EFBIG:
+            raise ShearlingError(
+                f"{where} can't be written: the disk or a limit allows no file of its size.",
+                hint="See `ulimit -f`, or put the run on another disk with --out DIR.",
             ) from error
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
             refused = getattr(error, "filename", None) or where

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 import platform
 import random
-import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import lm_eval.api.metrics  # noqa: F401  (loaded here, so that quiet_libraries can silence it)
 import numpy as np
@@ -26,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 import reports.tasks as tasks
 from reports.compare import pack
+from reports.hub import NO_ANSWER, hub_answers
 from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
 from reports.perplexity import perplexity_of_windows, ratio_error, window_losses
@@ -180,7 +178,7 @@ def load_task(
     missing = f"no file of it in benchmark.mirror ({settings.mirror})" if settings.mirror else ""
     where = "its data are on the Hugging Face hub"
     if not hub_answers():
-        offline = f"{where}, which doesn't answer here"
+        offline = f"{where}, {NO_ANSWER}"
         skipped[task.name] = "; ".join(part for part in (missing, offline) if part)
         return None
     try:
@@ -191,19 +189,6 @@ def load_task(
         reason = f"{where}, and loading them failed: {type(error).__name__}: {error}".split("\n")[0]
         skipped[task.name] = "; ".join(part for part in (missing, reason) if part)
         return None
-
-
-def hub_answers(timeout: float = 3.0) -> bool:
-    """Whether the hub's host accepts connections; offline mode asks nobody and tries the cache."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return True
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        port = host.port or (80 if host.scheme == "http" else 443)
-        socket.create_connection((host.hostname or "", port), timeout).close()
-    except OSError:
-        return False
-    return True
 
 
 def evaluate(

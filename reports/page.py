@@ -13,37 +13,51 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
-from reports.charts import javascript
+from reports.chart import javascript
+from reports.rivals import rival_data
 from reports.run_folder import Run, read_run
-from reports.view import Judgement, View, judge, make_view
+from reports.verdict import Judgement, judge
+from reports.view import View, make_view
 from shearling import __version__, write_json, write_text
 
 SCHEMA = 1
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, *rivals: Path, out: Path | None = None) -> Path:
     """Write report.html, report.json and report.md into the run folder; returns report.html.
 
-    A folder that isn't a run is a ShearlingError.
+    ``rivals``: folders of other runs to hold this one against. ``out``: another folder to write
+    into. A folder that isn't a run is a ShearlingError.
     """
     found = read_run(run)
+    others = [read_run(rival) for rival in rivals]
     judgement = judge(found)
-    view = make_view(found, judgement)
-    folder = Path(run)
-    write_json(folder / "report.json", report_data(found, judgement, view))
+    view = make_view(found, judgement, others)
+    folder = Path(out or run)
+    write_json(folder / "report.json", report_data(found, judgement, view, others))
     write_text(folder / "report.md", render_markdown(view))
     write_text(folder / "report.html", render_html(view))
     return folder / "report.html"
 
 
-def report_data(run: Run, judgement: Judgement, view: View) -> dict[str, Any]:
+def live_report(run: Path, *, refresh: int) -> str:
+    """The page of a run as it is now; while the run is at work it asks again every few seconds."""
+    found = read_run(run)
+    view = make_view(found, judge(found))
+    return render_html(view, refresh=refresh if found.state == "running" else None)
+
+
+def report_data(
+    run: Run, judgement: Judgement, view: View, rivals: Sequence[Run] = ()
+) -> dict[str, Any]:
     """The content of report.json. Scorecards stand there without their samples."""
     stages = []
     for stage in run.models:
@@ -70,6 +84,7 @@ def report_data(run: Run, judgement: Judgement, view: View) -> dict[str, Any]:
         "recovered": [vars(entry) for entry in judgement.recoveries],
         "problems": view.problems,
         "versions": {"shearling": __version__},
+        "rivals": rival_data(run, rivals),
     }
 
 
@@ -85,8 +100,11 @@ def _environment(escape: bool) -> jinja2.Environment:
     return environment
 
 
-def render_html(view: View) -> str:
-    """The page. Everything from the run goes through autoescaping or `script_json`."""
+def render_html(view: View, *, refresh: int | None = None) -> str:
+    """The page; all text of the run goes through autoescaping or `script_json`.
+
+    ``refresh``: seconds after which a browser asks for it again.
+    """
     style = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     scripts = [script_text("(function(){" + javascript() + "})();") if view.charts else ""]
     scripts.append(script_text((TEMPLATES / "report.js").read_text(encoding="utf-8")))
@@ -101,6 +119,7 @@ def render_html(view: View) -> str:
             charts=script_json({chart.name: chart.spec for chart in view.charts}),
             scripts=[Markup(script) for script in scripts],
             policy=content_policy(scripts),
+            refresh=refresh,
         )
     )
     return page

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from reports.liveness import lock_owner
-from shearling import ShearlingError
+from shearling import ShearlingError, without_secrets
 
 Data = dict[str, Any]
 
@@ -37,6 +37,8 @@ class Stage:
     selection: Data = field(default_factory=dict)
     transfer_set: Data = field(default_factory=dict)
     metrics: list[Data] = field(default_factory=list)
+    resumes: list[Data] = field(default_factory=list)
+    """Where the stage went on after an interruption: {"step", "at"}."""
 
     @property
     def summary(self) -> Data:
@@ -57,6 +59,8 @@ class Run:
     lock: Data
     stages: list[Stage]
     problems: list[str]
+    plan: Data = field(default_factory=dict)
+    """plan.json: what was expected before the run, if somebody asked."""
 
     @property
     def models(self) -> list[Stage]:
@@ -107,9 +111,10 @@ def read_run(folder: Path) -> Run:
     lock = _read_json(folder / "lock.json", problems)
     keys = as_dict(lock.get("keys"))
     stages = [
-        _read_stage(folder / "stages" / _file_name(row.get("name")), row, keys, problems)
+        _read_stage(folder / "stages" / file_name(row.get("name")), row, keys, problems)
         for row in _rows(folder, journal, recipe)
     ]
+    _add_metrics_of_the_stage_at_work(folder, stages, problems)
     stages.sort(key=lambda stage: stage.kind != "teacher")
     return Run(
         folder=folder,
@@ -120,8 +125,19 @@ def read_run(folder: Path) -> Run:
         recipe_text=recipe_text,
         lock=lock,
         stages=stages,
+        plan=_read_json(folder / "plan.json", problems, required=False),
         problems=problems,
     )
+
+
+def _add_metrics_of_the_stage_at_work(
+    folder: Path, stages: list[Stage], problems: list[str]
+) -> None:
+    """A stage that isn't finished has no folder yet; the run's own metrics.jsonl has its lines."""
+    lines = _read_lines(folder / "metrics.jsonl", problems)
+    for stage in stages:
+        if not stage.metrics and stage.state not in ("waiting", "done"):
+            stage.metrics = [line for line in lines if line.get("stage") == stage.name]
 
 
 def _rows(folder: Path, journal: Data, recipe: Data) -> list[Data]:
@@ -137,7 +153,7 @@ def _rows(folder: Path, journal: Data, recipe: Data) -> list[Data]:
     return [*rows, *({"name": name} for name in extra)]
 
 
-def _file_name(name: Any) -> str:
+def file_name(name: Any) -> str:
     """A stage's name as one part of a path: a hostile journal may not lead out of the run."""
     return Path(str(name)).name or "unnamed"
 
@@ -162,12 +178,13 @@ def _read_stage(folder: Path, row: Data, keys: Data, problems: list[str]) -> Sta
         reason=None if reason is None else str(reason),
         seconds=as_number(row.get("seconds")) or as_number(record.get("seconds")),
         peak_memory_bytes=None if memory is None else int(memory),
-        scorecard=_read_scorecard(scorecard, problems),
+        scorecard=read_scorecard(scorecard, problems),
         record=record,
         config=_read_json(folder / "model" / "config.json", problems, required=False),
         selection=_read_json(folder / "selection.json", problems, required=False),
         transfer_set=_read_json(folder / "transfer_set.json", problems, required=False),
         metrics=_read_lines(folder / "metrics.jsonl", problems),
+        resumes=[as_dict(e) for e in as_list(row.get("resumes") or record.get("resumes"))],
     )
 
 
@@ -177,7 +194,7 @@ def _is_other(record: Path, planned: Any) -> bool:
     return planned is not None and shown is not None and planned != shown
 
 
-def _read_scorecard(path: Path, problems: list[str]) -> Data | None:
+def read_scorecard(path: Path, problems: list[str]) -> Data | None:
     """A scorecard whose parts have the right types, so that nobody after this has to ask."""
     card = _read_json(path, problems, required=False)
     if not card:
@@ -224,7 +241,8 @@ def _samples(values: Any) -> Data:
 
 def _read_text(path: Path, problems: list[str], *, required: bool = True) -> str:
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        # Cleaned here, where all that a report shows comes in.
+        return without_secrets(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
         if required:
             problems.append(f"{path.name} is not there.")

@@ -138,7 +138,8 @@ def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Models
         loss.backward()
         optimizer.step()
         line = {"step": step + 1, "steps": STEPS, "tokens": (step + 1) * 512}
-        metrics.append({**line, "loss": loss.item(), "forward_kl": loss.item()})
+        measured = {"learning_rate": 3e-3, "gradient_norm": 1.5 + step, "tokens_per_second": 900.0}
+        metrics.append({**line, "loss": loss.item(), "forward_kl": loss.item(), **measured})
         if step % 4 == 3:
             metrics.append({**line, "heldout_kl": loss.item()})
     return Models(save(teacher, "teacher"), pruned, save(student, "taught"), metrics)
@@ -172,12 +173,16 @@ def run(models: Models, cards: dict[str, dict[str, Any]], tmp_path: Path) -> Pat
         row = {"name": kind, "kind": kind, "state": "done", "reason": "runs: first time"}
         row |= {"seconds": 2.5, "peak_memory_bytes": 10**9}
         rows.append(row)
-        summary = {"tokens": STEPS * 512} if kind == "distill" else {}
-        write_json(stage / "stage.json", {"schema": 1, **row, "summary": summary})
+        record = {"schema": 1, **row, "summary": {}}
+        if kind == "distill":
+            record["summary"] = {"tokens": STEPS * 512}
+            record["resumes"] = [{"step": 6, "at": "2026-11-23T12:00:00+00:00"}]
+        write_json(stage / "stage.json", record)
         if kind in sources:
             (stage / "model").mkdir()
             shutil.copy(sources[kind] / "config.json", stage / "model" / "config.json")
-            write_json(stage / "scorecard.json", cards[kind])
+            speed = {"prefill_tokens_per_second": 400.0, "decode_tokens_per_second": 20.0}
+            write_json(stage / "scorecard.json", {**cards[kind], "speed": speed})
     write_json(
         folder / "stages" / "prune" / "selection.json",
         {
@@ -187,7 +192,11 @@ def run(models: Models, cards: dict[str, dict[str, Any]], tmp_path: Path) -> Pat
             "heads": [[0, 1, 2, 3]] * 3,
             "key_value_heads": [[0, 1]] * 3,
             "neurons": [list(range(64))] * 3,
-            "importance": {"layers": [0.4, 0.3, 0.1, 0.2]},
+            "importance": {
+                "layers": [0.4, 0.3, 0.1, 0.2],
+                "heads": [[0.1, 0.2, 0.3, 0.4]] * 4,
+                "hidden": [0.1 * (index + 1) for index in range(32)],
+            },
             "reconstruction": [{"layer": layer, "error": 0.1 * layer} for layer in range(3)],
         },
     )
@@ -201,6 +210,8 @@ def run(models: Models, cards: dict[str, dict[str, Any]], tmp_path: Path) -> Pat
     )
     lines = "".join(f"{json.dumps(line)}\n" for line in models.metrics)
     (folder / "stages" / "distill" / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    expected = {"name": "distill", "seconds": 5.0, "parameters": {"value": 30000}}
+    write_json(folder / "plan.json", {"schema": 1, "stages": [expected]})
     (folder / "recipe.yaml").write_text("name: tiny\ndescription: A tiny run.\n", encoding="utf-8")
     write_json(folder / "lock.json", {"schema": 1, "seed": 0, "packages": {"torch": "2"}})
     write_json(

@@ -13,7 +13,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from reports.benchmark import benchmark, finite, floors, hub_answers, keep_samples, read_metrics
+from reports.benchmark import benchmark, finite, floors, keep_samples, read_metrics
+from reports.hub import hub_answers
 from reports.load import load_model, quiet_libraries
 from reports.perplexity import perplexity_of_windows, ratio_error, window_losses
 from reports.settings import BenchmarkSettings

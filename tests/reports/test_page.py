@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reports.charts import layer_scores, make_charts
+from reports.charts import make_charts
 from reports.page import (
     markdown_cell,
     render_markdown,
@@ -19,8 +19,10 @@ from reports.page import (
     script_text,
     write_report,
 )
+from reports.pruning_charts import layer_scores
 from reports.run_folder import read_run
-from reports.view import judge, make_view
+from reports.verdict import judge
+from reports.view import make_view
 from shearling import ShearlingError, read_json, write_json
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -63,8 +65,8 @@ def test_a_whole_run_is_told_in_the_agreed_order(run: Path) -> None:
     page = parse(run)
     sections = [attrs["id"] for tag, attrs in page.elements if tag == "section"]
     assert sections == [
-        "verdict", "cost", "stages", "quality", "teaching", "kept", "completions",
-        "transfer-set", "again",
+        "verdict", "cost", "stages", "quality", "tasks", "teaching", "kept", "transfer-set",
+        "completions", "plan", "again",
     ]  # fmt: skip
     assert "After distill, " in page.text
     assert "of the teacher's parameters are left" in page.text
@@ -75,7 +77,14 @@ def test_a_whole_run_is_told_in_the_agreed_order(run: Path) -> None:
     assert "3 of 4 (75%)" in page.text
     assert "shearling run tiny --set distill.tokens=6144" in page.text
     drawn = [attrs["data-chart"] for _, attrs in page.elements if "data-chart" in attrs]
-    assert drawn == ["quality-by-size", "tasks", "loss", "heldout", "layers", "reconstruction"]
+    assert drawn == CHARTS
+    assert "The run was interrupted once and went on at the dashed lines." in page.text
+
+
+CHARTS = [
+    "quality-by-size", "quality-by-speed", "tasks", "loss", "heldout", "learning-rate",
+    "gradient-norm", "training-speed", "layers", "heads", "hidden", "reconstruction",
+]  # fmt: skip
 
 
 def test_the_page_is_small_and_loads_nothing(run: Path) -> None:
@@ -101,7 +110,7 @@ def test_the_page_can_be_read_without_eyes(run: Path) -> None:
         if "data-chart" in attrs:
             assert attrs["role"] == "img"
             assert len(attrs["aria-label"] or "") > 20
-    assert page.count("figcaption") == page.count("figure") == 6
+    assert page.count("figcaption") == page.count("figure") == len(CHARTS)
     assert page.count("caption") == page.count("table")
     assert page.count("h1") == 1
 
@@ -137,7 +146,7 @@ def test_markdown_says_the_same(run: Path) -> None:
     assert text.startswith("# tiny\n")
     assert "After distill, " in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 3
+    assert len(tables) == 4
     for table in tables:
         unescaped = [re.sub(r"\\\|", "", line) for line in table.splitlines()]
         assert len({line.count("|") for line in unescaped}) == 1
@@ -285,3 +294,69 @@ def test_importance_may_be_recorded_in_other_ways(run: Path) -> None:
         found = read_run(run)
         assert layer_scores(next(s for s in found.stages if s.kind == "prune")) == []
         make_view(found, judge(found))
+
+
+def test_two_runs_are_held_against_each_other(run: Path, tmp_path: Path) -> None:
+    rival = tmp_path / "runs" / "rival"
+    shutil.copytree(run, rival)
+    card = read_json(rival / "stages" / "distill" / "scorecard.json")
+    answers = card["samples"]["piqa"]["acc"]
+    card["samples"]["piqa"]["acc"] = "".join("1" if a == "0" else "0" for a in answers)
+    write_json(rival / "stages" / "distill" / "scorecard.json", {**card, "parameters": 12345})
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    out = tmp_path / "both"
+    assert write_report(run, rival, out=out) == out / "report.html"
+    assert all(path.read_bytes() == content for path, content in before.items())
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert 'id="table-rivals"' in text
+    assert "tiny (rival)" in text
+    data = read_json(out / "report.json")
+    (told,) = data["rivals"]
+    assert told["model"] == "distill"
+    by_task = {(e["task"], e["metric"]): e for e in told["comparisons"]}
+    assert by_task["piqa", "acc"]["difference"] != 0
+    assert by_task["wikitext2", "word_perplexity"]["verdict"] == "the same"
+    assert "Against other runs" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_stage_at_work_shows_its_curves(run: Path) -> None:
+    lines = (run / "stages" / "distill" / "metrics.jsonl").read_text().splitlines()
+    told = [{**json.loads(line), "stage": "distill"} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    shutil.rmtree(run / "stages" / "distill")
+    journal = read_json(run / "run.json")
+    journal["stages"][-1] |= {"state": "failed", "seconds": None}
+    write_json(run / "run.json", journal)
+    names = [chart.name for chart in make_charts(read_run(run))]
+    assert "loss" in names
+    assert "heldout" in names
+
+
+def test_plan_and_reality_stand_side_by_side(run: Path) -> None:
+    table = make_view(read_run(run), judge(read_run(run))).reality
+    assert table is not None
+    assert [cell.text for cell in table.rows[0]] == [
+        "distill", "time", "5.0 s", "2.5 s", "0.50",
+    ]  # fmt: skip
+    for wrong in (None, [], {"stages": 3}, {"stages": [{"name": "distill", "seconds": "x"}]}):
+        write_json(run / "plan.json", wrong)
+        assert make_view(read_run(run), judge(read_run(run))).reality is None
+
+
+def test_secrets_are_not_shown(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a secret that is told to nobody")
+    journal = read_json(run / "run.json")
+    journal["command"] = "shearling run x --set teacher.revision=hf_abcdefghijklmnopqrstuv"
+    journal["error"] = {
+        "what": "https://user:password@host/x said: a secret that is told to nobody",
+        "hint": "",
+    }
+    journal["state"] = "failed"
+    write_json(run / "run.json", journal)
+    write_report(run)
+    for name in ("report.html", "report.md", "report.json"):
+        text = (run / name).read_text(encoding="utf-8")
+        assert "hf_abcdef" not in text
+        assert "password" not in text
+        assert "told to nobody" not in text
+    assert "hf_***" in (run / "report.md").read_text(encoding="utf-8").replace("\\", "")

@@ -1,0 +1,196 @@
+"""Charts of what was cut: importance against what was kept, and what the refit could not mend."""
+
+from __future__ import annotations
+
+import altair as alt
+
+from reports.chart import SERIES, Chart, finish, values
+from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
+from reports.words import significant
+
+_MOST_HEADS = 2500
+"""Above it a grid of heads would be finer than a screen."""
+_MOST_DIMS = 600
+
+
+def pruned(run: Run) -> Stage | None:
+    """The first stage that cut something."""
+    return next((stage for stage in run.stages if as_list(stage.selection.get("layers"))), None)
+
+
+def layer_scores(stage: Stage) -> list[float]:
+    """How important each of the cut model's layers was, where the stage recorded it."""
+    importance = as_dict(stage.selection.get("importance"))
+    for name in ("layers", "layer", "depth"):
+        scores = [as_number(value) for value in as_list(importance.get(name))]
+        if scores and None not in scores:
+            return [value for value in scores if value is not None]
+    return []
+
+
+def layers(run: Run) -> Chart | None:
+    """Importance of each of the teacher's layers, and which ones stayed."""
+    stage = pruned(run)
+    scores = layer_scores(stage) if stage else []
+    if stage is None or not scores:
+        return None
+    kept = {value for value in as_list(stage.selection["layers"]) if isinstance(value, int)}
+    rows = [
+        {"layer": layer, "importance": value, "state": "kept" if layer in kept else "cut"}
+        for layer, value in enumerate(scores)
+    ]
+    chart = (
+        alt.Chart(values(rows))
+        .mark_bar(cornerRadiusEnd=2)
+        .encode(
+            alt.X("layer:O", title="the teacher's layer", axis=alt.Axis(labelAngle=0)),
+            alt.Y("importance:Q", title="importance (root)", scale=alt.Scale(type="sqrt")),
+            alt.Color("state:N", scale=_kept_and_cut(), title=None),
+            tooltip=["layer:O", "importance:Q", "state:N"],
+        )
+    )
+    gone = [str(layer) for layer in range(len(scores)) if layer not in kept]
+    return finish(
+        "layers",
+        "Layers: importance, and what was kept",
+        f"How much each layer changes the residual stream. {len(kept)} of {len(scores)} layers "
+        f"were kept; cut: {', '.join(gone) or 'none'}.",
+        chart,
+        height=180,
+    )
+
+
+def _kept_and_cut() -> alt.Scale:
+    return alt.Scale(domain=["kept", "cut"], range=[SERIES[0], "var(--faint)"])
+
+
+def heads(run: Run) -> Chart | None:
+    """A grid of the teacher's query heads: large where important, coloured where kept."""
+    stage = pruned(run)
+    if stage is None:
+        return None
+    scores = as_list(as_dict(stage.selection.get("importance")).get("heads"))
+    layers_kept = [n for n in as_list(stage.selection.get("layers")) if isinstance(n, int)]
+    chosen = [as_list(entry) for entry in as_list(stage.selection.get("heads"))]
+    kept = dict(zip(layers_kept, chosen, strict=False))
+    rows: list[Data] = []
+    for layer, of_layer in enumerate(scores):
+        for head, score in enumerate(as_list(of_layer)):
+            value = as_number(score)
+            if value is not None:
+                state = "kept" if head in kept.get(layer, ()) else "cut"
+                rows.append({"layer": layer, "head": head, "importance": value, "state": state})
+    if not rows or len(rows) > _MOST_HEADS:
+        return None
+    chart = (
+        alt.Chart(values(rows))
+        .mark_circle(opacity=1)
+        .encode(
+            alt.X("layer:O", title="the teacher's layer", axis=alt.Axis(labelAngle=0)),
+            alt.Y("head:O", title="query head"),
+            alt.Size("importance:Q", legend=None, scale=alt.Scale(range=[6, 90])),
+            alt.Color("state:N", scale=_kept_and_cut(), title=None),
+            tooltip=["layer:O", "head:O", "importance:Q", "state:N"],
+        )
+    )
+    stayed = sum(row["state"] == "kept" for row in rows)
+    return finish(
+        "heads",
+        "Query heads: importance, and what was kept",
+        f"Each point is a head of the teacher, larger where it matters more. {stayed:,} of "
+        f"{len(rows):,} heads were kept; a layer without a kept head was cut whole.",
+        chart,
+        height=max(120, 16 * (max(row["head"] for row in rows) + 1) + 20),
+    )
+
+
+def hidden_dims(run: Run) -> Chart | None:
+    """Hidden dimensions in the order of their importance, and which ones stayed."""
+    stage = pruned(run)
+    if stage is None:
+        return None
+    scores = as_list(as_dict(stage.selection.get("importance")).get("hidden"))
+    kept = {n for n in as_list(stage.selection.get("hidden")) if isinstance(n, int)}
+    numbers = [(as_number(score), index) for index, score in enumerate(scores)]
+    known = sorted(((n, i) for n, i in numbers if n is not None and n > 0), reverse=True)
+    if len(known) < 2 or not kept:
+        return None
+    step = max(1, len(known) // _MOST_DIMS)
+    rows = [
+        {
+            "rank": rank,
+            "dimension": index,
+            "importance": value,
+            "state": "kept" if index in kept else "cut",
+        }
+        for rank, (value, index) in enumerate(known, start=1)
+        if rank % step == 0 or rank <= 2
+    ]
+    chart = (
+        alt.Chart(values(rows))
+        .mark_tick(thickness=1.5, bandSize=14, orient="vertical")
+        .encode(
+            alt.X("rank:Q", title="rank by importance", scale=alt.Scale(nice=False)),
+            alt.Y(
+                "importance:Q",
+                title="importance (log)",
+                scale=alt.Scale(type="log", nice=False),
+                axis=alt.Axis(tickCount=4),
+            ),
+            alt.Color("state:N", scale=_kept_and_cut(), title=None),
+            tooltip=["dimension:O", "importance:Q", "state:N"],
+        )
+    )
+    first_cut = next((rank for rank, (_, i) in enumerate(known, 1) if i not in kept), None)
+    told = f" The most important one that was cut has rank {first_cut:,}." if first_cut else ""
+    return finish(
+        "hidden",
+        "Hidden dimensions: importance, and what was kept",
+        f"{len(kept & {i for _, i in known}):,} of {len(known):,} dimensions of the residual "
+        f"stream were kept.{told}",
+        chart,
+        height=180,
+    )
+
+
+_PARTS = ("down proj sliced", "down proj", "o proj sliced", "o proj")
+"""Where cutting costs most: errors of plain slicing beside those after the refit."""
+
+
+def reconstruction(run: Run) -> Chart | None:
+    """Error of each kept layer's output after the refit, where it was recorded."""
+    stage = pruned(run)
+    rows: list[Data] = []
+    for place, entry in enumerate(as_list(stage.selection.get("reconstruction")) if stage else []):
+        numbers = as_dict(entry) or {"error": entry}
+        layer = as_number(numbers.pop("layer", place))
+        for name, value in numbers.items():
+            error = as_number(value)
+            if error is not None and name not in ("teacher_layer", "index"):
+                rows.append({"layer": layer, "part": name.replace("_", " "), "error": error})
+    if not rows:
+        return None
+    found = list(dict.fromkeys(row["part"] for row in rows))
+    told = [part for part in _PARTS if part in found]
+    parts = (told or found)[: len(SERIES)]
+    rows = [row for row in rows if row["part"] in parts]
+    scale = alt.Scale(domain=parts, range=SERIES[: len(parts)])
+    chart = (
+        alt.Chart(values(rows))
+        .mark_line(point=alt.OverlayMarkDef(size=30, filled=True))
+        .encode(
+            alt.X("layer:Q", title="layer", axis=alt.Axis(tickMinStep=1)),
+            alt.Y("error:Q", title="error", scale=alt.Scale(zero=False)),
+            alt.Color("part:N", scale=scale, title=None),
+            tooltip=["layer:Q", "part:N", "error:Q"],
+        )
+    )
+    worst = max(rows, key=lambda row: row["error"])
+    return finish(
+        "reconstruction",
+        "Error of the refit, layer by layer",
+        f"How far each layer of the cut model is from the teacher's. The largest is "
+        f"{significant(worst['error'])} ({worst['part']}, layer {worst['layer']:g}).",
+        chart,
+        height=200,
+    )

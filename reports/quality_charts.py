@@ -1,0 +1,218 @@
+"""Charts of quality: against size, against speed, and task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from reports.chart import SERIES, Chart, finish, values
+from reports.compare import headline_metrics
+from reports.run_folder import Data, Run, as_dict, as_number
+from reports.words import count, metric_label, score, significant
+
+
+def metric_number(card: Data | None, task: str, metric: str) -> tuple[float | None, float | None]:
+    """(value, standard error) of a scorecard's metric, each None where it is not there."""
+    found = as_dict(as_dict((card or {}).get("results", {}).get(task)).get(metric))
+    return as_number(found.get("value")), as_number(found.get("stderr"))
+
+
+def main_perplexity(cards: Sequence[Data]) -> tuple[str, str] | None:
+    """(task, metric) of the perplexity that most scorecards have, the fixed-window one first."""
+    wanted = [("wikitext2", "token_perplexity_512"), ("wikitext2", "word_perplexity")]
+    wanted += [
+        (task, metric)
+        for card in cards
+        for task, metrics in card["results"].items()
+        for metric in metrics
+        if "perplexity" in metric
+    ]
+    having = [
+        (sum(metric_number(card, *key)[0] is not None for card in cards), key) for key in wanted
+    ]
+    best = max(having, key=lambda pair: pair[0], default=(0, ("", "")))
+    return best[1] if best[0] else None
+
+
+def quality_by_size(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
+    """Perplexity against parameters: where each model of the run, and of its rivals, lies."""
+    return _quality(
+        run,
+        rivals,
+        name="quality-by-size",
+        title="Quality against size",
+        of=lambda card: (as_number(card.get("parameters")) or 0.0) / 1e6,
+        axis="parameters (millions)",
+        against="parameters",
+        told=lambda value: f"{count(value * 1e6)} parameters",
+    )
+
+
+def quality_by_speed(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
+    """Perplexity against the speed of writing."""
+    return _quality(
+        run,
+        rivals,
+        name="quality-by-speed",
+        title="Quality against speed",
+        of=lambda card: as_number(card["speed"].get("decode_tokens_per_second")) or 0.0,
+        axis="tokens written a second",
+        against="tokens written a second, one sequence at a time on the machine that measured",
+        told=lambda value: f"{significant(value)} tokens a second",
+    )
+
+
+def _quality(
+    run: Run,
+    rivals: Sequence[Run],
+    *,
+    name: str,
+    title: str,
+    of: Any,
+    axis: str,
+    against: str,
+    told: Any,
+) -> Chart | None:
+    """Perplexity against something of a scorecard; each run is a colour and a dashed path."""
+    key = main_perplexity([stage.scorecard for stage in run.measured if stage.scorecard])
+    if key is None:
+        return None
+    rows: list[Data] = []
+    for label, each in run_labels([run, *rivals]):
+        rows += [
+            {**row, "run": label, "order": order}
+            for order, row in enumerate(_points(each, key, of))
+        ]
+    if len(rows) < 2:
+        return None
+    x = alt.X(
+        "x:Q",
+        title=axis,
+        scale=alt.Scale(zero=False, nice=False, padding=60),
+        axis=alt.Axis(tickCount=6),
+    )
+    y = alt.Y(
+        "perplexity:Q",
+        title="perplexity (log)",
+        scale=alt.Scale(type="log", nice=False, padding=30),
+        axis=alt.Axis(tickCount=5),
+    )
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    colours = [SERIES[i % len(SERIES)] for i in range(len(runs))]
+    colour = alt.Color(
+        "run:N",
+        scale=alt.Scale(domain=runs, range=colours),
+        title=None,
+        legend=alt.Legend() if len(runs) > 1 else None,
+    )
+    base = alt.Chart(values(rows))
+    path = base.mark_line(strokeDash=[4, 4], strokeWidth=1.2).encode(
+        x, y, order="order:Q", color=colour
+    )
+    bars = base.mark_rule(strokeWidth=1.5).encode(x, alt.Y("low:Q", title=""), alt.Y2("high:Q"))
+    points = base.mark_point(filled=True, size=110, opacity=1).encode(
+        x, y, color=colour, tooltip=["run:N", "model:N", "x:Q", "perplexity:Q"]
+    )
+    names = base.mark_text(align="center", dy=-16).encode(x, y, text="label:N")
+    said = "; ".join(f"{told(row['x'])}: {row['label']}" for row in rows)
+    return finish(
+        name,
+        title,
+        f"{metric_label(*key).capitalize()} ({key[0]}; lower is better) against {against}, with "
+        "standard errors.",
+        path + bars + points + names,
+        numbers=said,
+    )
+
+
+def run_labels(runs: Sequence[Run]) -> list[tuple[str, Run]]:
+    """Each run with a name that no other one has: its recipe's, or else its folder's."""
+    names = [run.name for run in runs]
+    return [
+        (run.name if names.count(run.name) == 1 else f"{run.name} ({run.folder.name})", run)
+        for run in runs
+    ]
+
+
+def _points(run: Run, key: tuple[str, str], of: Any) -> list[Data]:
+    rows = []
+    for stage in run.measured:
+        value, error = metric_number(stage.scorecard, *key)
+        place = of(stage.scorecard)
+        if value is None or value <= 0 or not place:
+            continue
+        spread = error or 0.0
+        rows.append(
+            {
+                "model": stage.name,
+                "x": place,
+                "perplexity": value,
+                "low": max(value - spread, value / 10),
+                "high": value + spread,
+                "label": f"{stage.name} · {significant(value)}",
+            }
+        )
+    return rows
+
+
+def tasks_by_model(run: Run) -> Chart | None:
+    """Accuracies of all models on all tasks of choices, with standard errors and chance."""
+    rows: list[Data] = []
+    guesses: list[Data] = []
+    for stage in run.measured:
+        card = stage.scorecard or {}
+        for task, metrics in card["results"].items():
+            metric = headline_metrics(task, metrics)[0] if metrics else ""
+            value, error = metric_number(card, task, metric)
+            if value is None or metric not in ("acc", "exact_match", "exact"):
+                continue
+            spread = error or 0.0
+            rows.append(
+                {
+                    "task": task,
+                    "model": stage.name,
+                    "value": value,
+                    "low": max(value - spread, 0),
+                    "high": min(value + spread, 1),
+                }
+            )
+            chance = as_number(card["tasks"].get(task, {}).get("chance"))
+            if chance is not None:
+                guesses.append({"task": task, "chance": chance})
+    if not rows:
+        return None
+    names = [stage.name for stage in run.measured]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    scale = alt.Scale(domain=names, range=[SERIES[i % len(SERIES)] for i in range(len(names))])
+    y = alt.Y("task:N", title=None, sort=tasks)
+    offset = alt.YOffset("model:N", sort=names)
+    base = alt.Chart(values(rows))
+    colour = alt.Color("model:N", scale=scale, title=None)
+    x = alt.X(
+        "value:Q", title="share of right answers", axis=alt.Axis(format="%", tickCount=5),
+        scale=alt.Scale(domain=[0, 1]),
+    )  # fmt: skip
+    bars = base.mark_rule(strokeWidth=2).encode(
+        alt.X("low:Q"), alt.X2("high:Q"), y, yOffset=offset, color=colour
+    )
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(
+        x, y, yOffset=offset, color=colour, tooltip=["model:N", "task:N", "value:Q"]
+    )
+    chance_marks = (
+        alt.Chart(values(list({row["task"]: row for row in guesses}.values())))
+        .mark_tick(color="var(--soft)", thickness=2, size=30)
+        .encode(alt.X("chance:Q"), y, tooltip=["task:N", "chance:Q"])
+    )
+    layers_ = chance_marks + bars + points if guesses else bars + points
+    said = "; ".join(f"{r['task']}, {r['model']}: {score('acc', r['value'])}" for r in rows)
+    return finish(
+        "tasks",
+        "Tasks",
+        "Share of right answers of each model on each task, with standard errors; the grey tick "
+        "is what guessing gives.",
+        layers_,
+        numbers=said,
+        height=max(140, 24 * len(tasks) * max(len(names), 2) // 2 + 40),
+    )

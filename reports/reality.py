@@ -1,0 +1,65 @@
+"""Plan against reality: what plan.json expected of each stage, beside what the run took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reports import words
+from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
+from reports.tables import Cell, Table, cell
+
+_LOOKED_AT: tuple[tuple[str, tuple[str, ...], Any], ...] = (
+    ("time", ("seconds",), words.duration),
+    ("memory", ("peak_memory_bytes", "memory_bytes"), words.size),
+    ("parameters", ("parameters",), words.count),
+    ("on disk", ("bytes", "disk_bytes", "model_bytes"), words.size),
+)
+
+
+def reality_table(run: Run) -> Table | None:
+    """One row a stage and thing that was planned; None without a plan."""
+    rows = []
+    for planned in map(as_dict, as_list(run.plan.get("stages"))):
+        stage = next((s for s in run.stages if s.name == planned.get("name")), None)
+        if stage is None:
+            continue
+        for label, names, show in _LOOKED_AT:
+            wanted = next(
+                (n for name in names if (n := _expected(planned, name)) is not None), None
+            )
+            if wanted is not None:
+                rows.append(_row(stage, label, wanted, _happened(stage, label), show))
+    if not rows:
+        return None
+    return Table(
+        name="plan",
+        caption="Plan against reality: what was expected before the run, and what it took.",
+        columns=["stage", "of", "planned", "was", "was / planned"],
+        rows=rows,
+    )
+
+
+def _row(stage: Stage, label: str, wanted: float, was: float | None, show: Any) -> list[Cell]:
+    share = words.ratio(was, wanted)
+    return [
+        Cell(text=stage.name, sort=stage.name),
+        Cell(text=label, sort=label),
+        cell(wanted, show),
+        cell(was, show),
+        cell(share, lambda value: f"{value:.2f}"),
+    ]
+
+
+def _expected(planned: Data, name: str) -> float | None:
+    """A number of the plan, which may stand with its bounds: {"value": 1, "low": ..., ...}."""
+    value = planned.get(name)
+    return as_number(as_dict(value).get("value") if isinstance(value, dict) else value)
+
+
+def _happened(stage: Stage, label: str) -> float | None:
+    card = stage.scorecard or {}
+    if label == "time":
+        return stage.seconds
+    if label == "memory":
+        return stage.peak_memory_bytes
+    return as_number(card.get("parameters" if label == "parameters" else "bytes"))

@@ -1,0 +1,297 @@
+"""The report's tables as plain strings: stages, tasks, metrics, completions, sources of text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from reports import words
+from reports.compare import headline_metrics
+from reports.quality_charts import main_perplexity, metric_number
+from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
+from reports.verdict import Judgement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One cell of a table. ``sort`` is what a sorted column goes by."""
+
+    text: str
+    note: str = ""
+    mark: str = ""
+    """A verdict of `reports.compare`, or empty."""
+    title: str = ""
+    sort: float | str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table whose first column heads the rows."""
+
+    name: str
+    caption: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    numeric: bool = True
+
+
+def stage_table(run: Run) -> Table | None:
+    """The waterfall: one row a stage, what it made, how good and fast that is, what it took."""
+    if not run.stages:
+        return None
+    key = main_perplexity([stage.scorecard for stage in run.measured if stage.scorecard])
+    return Table(
+        name="stages",
+        caption="What each stage made, and what it took. Tasks: mean share of right answers. Reads "
+        "and writes: tokens per second, for one sequence on this machine. Memory: what a process "
+        "with this model alone needs.",
+        columns=["stage", "parameters", "perplexity", "tasks", "reads", "writes", "memory", "took"],
+        rows=[_stage_row(stage, run.teacher or {}, key) for stage in run.stages],
+    )
+
+
+def _stage_row(stage: Stage, teacher: Data, key: tuple[str, str] | None) -> list[Cell]:
+    card = stage.scorecard or {}
+    speed = as_dict(card.get("speed"))
+    share = words.percent(words.ratio(card.get("parameters"), teacher.get("parameters")))
+    on_disk = as_number(card.get("bytes"))
+    first = as_number(speed.get("time_to_first_token_seconds"))
+    after = f"first after {words.duration(first)}" if first is not None else ""
+    used = as_number(card.get("peak_memory_bytes"))
+    before = as_number(as_dict(card.get("memory")).get("before_loading_bytes"))
+    grown = f"model {words.size(used - before)}" if used and before else ""
+    notes = [stage.kind if stage.kind != stage.name else "", stage.reason or ""]
+    if stage.state != "done":
+        notes.insert(0, stage.state)
+    return [
+        Cell(text=stage.name, note=" · ".join(filter(None, notes)), sort=stage.name),
+        cell(
+            as_number(card.get("parameters")),
+            words.count,
+            f"{share}, {words.size(on_disk)}" if on_disk else share,
+        ),
+        _perplexity_cell(card, key),
+        _mean_cell(card),
+        cell(as_number(speed.get("prefill_tokens_per_second")), words.significant, after),
+        cell(as_number(speed.get("decode_tokens_per_second")), words.significant),
+        cell(used, words.size, grown),
+        cell(stage.seconds, words.duration, f"in {words.size(stage.peak_memory_bytes)}"),
+    ]
+
+
+def _perplexity_cell(card: Data, key: tuple[str, str] | None) -> Cell:
+    value, error = metric_number(card, *key) if key and card else (None, None)
+    note = f"± {words.significant(error, 2)}" if error else ""
+    return cell(value, words.significant, note)
+
+
+def _mean_cell(card: Data) -> Cell:
+    """Mean share of right answers over the tasks that have them, with its standard error."""
+    found = [
+        metric_number(card, task, headline_metrics(task, results)[0])
+        for task, results in as_dict(card.get("results")).items()
+        if words.is_share(headline_metrics(task, results)[0])
+    ]
+    shares = [(value, error or 0.0) for value, error in found if value is not None]
+    if not shares:
+        return cell(None, words.percent)
+    mean = sum(value for value, _ in shares) / len(shares)
+    error = sum(error**2 for _, error in shares) ** 0.5 / len(shares)
+    tasks = "1 task" if len(shares) == 1 else f"{len(shares)} tasks"
+    return cell(mean, lambda v: words.percent(v, 1), f"± {100 * error:.1f}, {tasks}")
+
+
+def cell(value: float | None, show: Any, note: str = "") -> Cell:
+    """A number as ``show`` writes it; a dash, sorted first, where there is none."""
+    if value is None:
+        return Cell(text=words.MISSING, sort=float("-inf"))
+    return Cell(text=show(value), note=note, sort=float(value))
+
+
+def task_table(run: Run, judgement: Judgement) -> Table | None:
+    """Every task by every model: score, standard error, difference to the teacher, verdict."""
+    cards = [stage.scorecard for stage in run.measured if stage.scorecard]
+    if not cards:
+        return None
+    keys: dict[tuple[str, str], None] = {}
+    for card in cards:
+        for task, results in card["results"].items():
+            keys |= dict.fromkeys((task, metric) for metric in headline_metrics(task, results))
+    rows = [
+        [
+            Cell(text=task, note=words.metric_label(task, metric), sort=task),
+            *(_taskcell(stage, task, metric, judgement) for stage in run.measured),
+            *_floor_cells(cards, task, metric),
+        ]
+        for task, metric in keys
+    ]
+    return Table(
+        name="tasks",
+        caption="Tasks. Under each score: its difference to the teacher, from the same documents, "
+        "± standard error. “Within noise”: p ≥ 0.05 after Holm's correction for all rows.",
+        columns=["task", *(stage.name for stage in run.measured), "guessing", "documents"],
+        rows=rows,
+    )
+
+
+def _taskcell(stage: Stage, task: str, metric: str, judgement: Judgement) -> Cell:
+    card = stage.scorecard or {}
+    if task in card["skipped"]:
+        return Cell(text="skipped", title=str(card["skipped"][task]), sort=float("-inf"))
+    found = card["results"].get(task, {}).get(metric, {})
+    value, error = as_number(found.get("value")), as_number(found.get("stderr"))
+    text = words.score(metric, value, error)
+    entry = next(
+        (
+            comparison
+            for comparison in judgement.comparisons.get(stage.name, [])
+            if (comparison.task, comparison.metric) == (task, metric)
+        ),
+        None,
+    )
+    order = float("-inf") if value is None else value
+    if entry is None:
+        return Cell(text=text, sort=order)
+    if entry.difference is None:
+        return Cell(text=text, mark=entry.verdict, title=entry.reason or "", sort=order)
+    return Cell(
+        text=text,
+        note=words.difference(metric, entry.difference, entry.stderr),
+        mark=entry.verdict,
+        title=f"{entry.test}, {entry.documents} documents, p {_p(entry.p)}, "
+        f"after Holm's correction {_p(entry.p_adjusted)}",
+        sort=order,
+    )
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return words.MISSING
+    return "< 0.0001" if value < 0.0001 else f"= {words.significant(value, 2)}"
+
+
+def _floor_cells(cards: list[Data], task: str, metric: str) -> tuple[Cell, Cell]:
+    """What guessing scores, and how many documents (or windows) of how many were asked."""
+    facts: Data = next((card["tasks"][task] for card in cards if task in card["tasks"]), {})
+    chance = as_number(facts.get("chance")) if metric.startswith("acc") else None
+    constant = as_number(facts.get("constant")) if metric.startswith("acc") else None
+    guess = cell(chance, lambda value: words.percent(value, 1))
+    if constant is not None:
+        constant_answer = f"always the same: {words.percent(constant, 1)}"
+        guess = Cell(text=guess.text, note=constant_answer, sort=guess.sort)
+    if metric.startswith("token_perplexity"):
+        windows = as_number(facts.get("perplexity_windows"))
+        return guess, cell(windows, lambda value: f"{value:,.0f} windows")
+    asked, there = as_number(facts.get("samples")), as_number(facts.get("documents"))
+    of = f"of {there:,.0f}" if there is not None else ""
+    return guess, cell(asked, lambda value: f"{value:,.0f}", of)
+
+
+def metric_table(run: Run) -> Table | None:
+    """Every metric that lm-eval gave, for those who want them all."""
+    keys = {
+        (task, metric): None
+        for stage in run.measured
+        for task, results in (stage.scorecard or {})["results"].items()
+        for metric in results
+    }
+    if not keys:
+        return None
+    rows = []
+    for task, metric in keys:
+        row = [Cell(text=task, note=metric, sort=f"{task} {metric}")]
+        for stage in run.measured:
+            found = (stage.scorecard or {})["results"].get(task, {}).get(metric, {})
+            value, error = as_number(found.get("value")), as_number(found.get("stderr"))
+            row.append(cell(value, lambda v, m=metric, e=error: words.score(m, v, e)))
+        rows.append(row)
+    return Table(
+        name="metrics",
+        caption="All metrics, each with its standard error.",
+        columns=["task", *(stage.name for stage in run.measured)],
+        rows=rows,
+    )
+
+
+def completion_table(run: Run) -> Table | None:
+    """What each model writes after the same beginnings."""
+    prompts = {
+        str(entry.get("prompt")): None
+        for stage in run.measured
+        for entry in (stage.scorecard or {})["completions"]
+    }
+    if not prompts:
+        return None
+    rows = []
+    for prompt in prompts:
+        row = [Cell(text=prompt)]
+        for stage in run.measured:
+            texts = [
+                str(entry.get("text"))
+                for entry in (stage.scorecard or {})["completions"]
+                if str(entry.get("prompt")) == prompt
+            ]
+            row.append(Cell(text=texts[0] if texts else words.MISSING))
+        rows.append(row)
+    return Table(
+        name="completions",
+        caption="Completions: what each model writes after the same beginning, greedily.",
+        columns=["beginning", *(stage.name for stage in run.measured)],
+        rows=rows,
+        numeric=False,
+    )
+
+
+def source_table(run: Run) -> Table | None:
+    """Where the transfer set's text came from."""
+    sources = [as_dict(source) for source in as_list(_transfer(run).get("sources"))]
+    if not sources:
+        return None
+    rows = [
+        [
+            Cell(
+                text=str(source.get("name") or source.get("path") or "source"),
+                note=plain(source.get("notes")),
+            ),
+            *(
+                cell(as_number(source.get(key)), show)
+                for key, show in (
+                    ("documents", lambda v: f"{v:,.0f}"),
+                    ("tokens", lambda v: f"{v:,.0f}"),
+                    ("bytes", words.size),
+                    ("reserved", lambda v: f"{v:,.0f}"),
+                )
+            ),
+        ]
+        for source in sources
+    ]
+    return Table(
+        name="sources",
+        caption="Sources of the transfer set.",
+        columns=["source", "documents", "tokens", "bytes", "kept for benchmarks"],
+        rows=rows,
+    )
+
+
+def _transfer(run: Run) -> Data:
+    return next((stage.transfer_set for stage in run.stages if stage.transfer_set), {})
+
+
+def transfer_facts(run: Run) -> list[tuple[str, str]]:
+    """All plain numbers and texts of transfer_set.json."""
+    return [
+        (key.replace("_", " "), plain(value))
+        for key, value in _transfer(run).items()
+        if key not in ("schema", "sources") and isinstance(value, str | int | float)
+    ]
+
+
+def plain(value: Any) -> str:
+    """Any JSON value as a person would write it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(plain(entry) for entry in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return "" if value is None else str(value)

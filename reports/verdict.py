@@ -1,0 +1,166 @@
+"""The verdict: a run judged against its teacher, in a few sentences with their numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reports import words
+from reports.compare import Comparison, Recovery, compare_models, headline_metrics, recovered
+from reports.quality_charts import main_perplexity
+from reports.run_folder import Data, Run, Stage, as_number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """All comparisons of a run: each measured model against the teacher, and what was won back."""
+
+    comparisons: dict[str, list[Comparison]]
+    recoveries: list[Recovery]
+
+
+def judge(run: Run) -> Judgement:
+    """Compare every model with the teacher, and the last one with the first cut."""
+    teacher = run.teacher
+    students = [stage for stage in run.measured if stage.kind != "teacher" and stage.scorecard]
+    if teacher is None:
+        return Judgement(comparisons={}, recoveries=[])
+    compared = {
+        stage.name: compare_models(teacher, stage.scorecard)
+        for stage in students
+        if stage.scorecard
+    }
+    cut = next((stage.scorecard for stage in students if stage.kind == "prune"), None)
+    last = students[-1].scorecard if students else None
+    found = []
+    if cut is not None and last is not None and last is not cut:
+        for task, results in teacher["results"].items():
+            for metric in headline_metrics(task, results):
+                found.append(recovered(teacher, cut, last, task, metric))
+    return Judgement(
+        comparisons=compared, recoveries=[entry for entry in found if entry is not None]
+    )
+
+
+def last_student(run: Run) -> Stage | None:
+    students = [stage for stage in run.measured if stage.kind != "teacher"]
+    return students[-1] if students else None
+
+
+def _main_recovery(run: Run, judgement: Judgement) -> Recovery | None:
+    key = main_perplexity([stage.scorecard for stage in run.measured if stage.scorecard])
+    found = [entry for entry in judgement.recoveries if (entry.task, entry.metric) == key]
+    return found[0] if found else None
+
+
+def verdict(run: Run, judgement: Judgement) -> str:
+    """The run in a few sentences: size, speed, quality with its uncertainty, what came back."""
+    student, teacher = last_student(run), run.teacher
+    if student is None or student.scorecard is None:
+        if teacher is None:
+            return "No model has been measured yet, so there is nothing to judge."
+        size = words.count(teacher.get("parameters"))
+        return f"Only the teacher has been measured yet ({size} parameters)."
+    card = student.scorecard
+    if teacher is None:
+        return (
+            f"{student.name} has {words.count(card.get('parameters'))} parameters. The teacher has "
+            "not been measured, so there is nothing to compare it with."
+        )
+    parts = _size_and_speed(card, teacher) + _perplexity(judgement, student, teacher)
+    sentence = f"After {student.name}, {', '.join(parts[:-1])}, and {parts[-1]}"
+    if len(parts) == 1:
+        sentence = f"After {student.name}, {parts[0]}"
+    back = _main_recovery(run, judgement)
+    if back is not None:
+        sentence += (
+            f"; of what the cut had lost, {words.percent(back.share)} came back "
+            f"({words.percent(back.low)} to {words.percent(back.high)})"
+        )
+    return f"{sentence}."
+
+
+def _size_and_speed(card: Data, teacher: Data) -> list[str]:
+    share = words.ratio(card.get("parameters"), teacher.get("parameters"))
+    numbers = f"{words.count(card.get('parameters'))} of {words.count(teacher.get('parameters'))}"
+    parts = [f"{words.percent(share)} of the teacher's parameters are left ({numbers})"]
+    faster = _faster(card, teacher, "decode_tokens_per_second")
+    if faster is not None:
+        parts.append(f"the model writes {words.times(faster)} as fast")
+    return parts
+
+
+def _faster(card: Data, teacher: Data, speed: str) -> float | None:
+    return words.ratio(card["speed"].get(speed), teacher["speed"].get(speed))
+
+
+def _perplexity(judgement: Judgement, student: Stage, teacher: Data) -> list[str]:
+    key = main_perplexity([teacher, student.scorecard or {"results": {}}])
+    for entry in judgement.comparisons.get(student.name, []):
+        if (entry.task, entry.metric) == key and entry.difference is not None:
+            gap = words.difference(entry.metric, entry.difference, entry.stderr)
+            return [
+                f"its perplexity on {entry.task} is {words.score(entry.metric, entry.value)} "
+                f"instead of {words.score(entry.metric, entry.reference)} "
+                f"({gap}, {entry.verdict})"
+            ]
+    return []
+
+
+def verdict_details(run: Run, judgement: Judgement) -> list[str]:
+    """How the tasks with right answers came out, and where the scorecards can't be compared."""
+    student = last_student(run)
+    compared = judgement.comparisons.get(student.name, []) if student else []
+    shares = [entry for entry in compared if words.is_share(entry.metric)]
+    judged = [entry for entry in shares if entry.p is not None]
+    found = []
+    if judged:
+        verdicts = ["within noise" if e.verdict == "the same" else e.verdict for e in judged]
+        told = [
+            f"{verdicts.count(word)} {word}"
+            for word in ("better", "within noise", "worse")
+            if word in verdicts
+        ]
+        tasks = "one task" if len(judged) == 1 else f"{len(judged)} tasks"
+        found.append(f"Against the teacher on {tasks} with right answers: {', '.join(told)}.")
+    refused = [entry for entry in compared if entry.p is None and entry.reason]
+    found += [f"{entry.task} is not compared: {entry.reason}." for entry in refused]
+    return list(dict.fromkeys(found))
+
+
+def headline_facts(run: Run, judgement: Judgement) -> list[tuple[str, str, str]]:
+    """The four numbers that stand large at the top."""
+    student, teacher = last_student(run), run.teacher
+    if student is None or student.scorecard is None or teacher is None:
+        return []
+    card = student.scorecard
+    share = words.ratio(card.get("parameters"), teacher.get("parameters"))
+    facts = [(words.percent(share), "of the parameters", words.count(card.get("parameters")))]
+    faster = _faster(card, teacher, "decode_tokens_per_second")
+    if faster is not None:
+        written = as_number(card["speed"]["decode_tokens_per_second"]) or 0.0
+        facts.append((f"{faster:.2f}×", "as fast at writing", f"{written:.1f} tokens/s"))
+    key = main_perplexity([teacher, card])
+    for entry in judgement.comparisons.get(student.name, []):
+        if (entry.task, entry.metric) == key and entry.difference is not None:
+            gap = words.difference(entry.metric, entry.difference, entry.stderr)
+            facts.append((words.score(entry.metric, entry.value), f"perplexity on {key[0]}", gap))
+    back = _main_recovery(run, judgement)
+    if back is not None:
+        between = f"{words.percent(back.low)} to {words.percent(back.high)}"
+        facts.append((words.percent(back.share), "of the loss won back", between))
+    return facts
+
+
+def cost(run: Run) -> list[tuple[str, str]]:
+    """What the run took."""
+    seconds = [stage.seconds for stage in run.stages if stage.seconds is not None]
+    memory = [s.peak_memory_bytes for s in run.stages if s.peak_memory_bytes is not None]
+    tokens = [as_number(stage.summary.get("tokens")) for stage in run.models]
+    entries = [
+        ("stages, together", words.duration(sum(seconds)) if seconds else ""),
+        ("most memory in a stage", words.size(max(memory)) if memory else ""),
+        ("tokens taught on", words.count(sum(t for t in tokens if t)) if any(tokens) else ""),
+        ("started", words.moment(run.journal.get("started") or "")),
+        ("finished", words.moment(run.journal.get("finished") or "")),
+    ]
+    return [(name, value) for name, value in entries if value]
