@@ -3,8 +3,8 @@
 Only typer is imported here at the top: everything that loads torch, and everything that loads what
 loads torch, is imported inside the commands, so that `shearling --help` answers at once.
 
-Exit codes: 0 done; 1 a regression, or an unexpected error (its traceback is in error.log);
-2 a mistake that the user can mend; 130 interrupted.
+Exit codes: 0 done; 1 a regression, a watched run that failed, or an unexpected error (its
+traceback is in error.log); 2 a mistake that the user can mend; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -17,21 +17,26 @@ from typing import Annotated
 
 import typer
 
-from pipelines.commands import models, recipes, results, runs
+from pipelines.commands import machine, models, recipes, results, runs
 from pipelines.terminal import complain, log_traceback_in
 from shearling import ShearlingError, __version__
 
 EPILOG = (
-    "Exit codes: 0 done, 1 a regression or an unexpected error (see error.log), 2 a mistake to "
-    "mend, 130 interrupted."
+    "Exit codes: 0 done, 1 a regression, a watched run that failed, or an unexpected error (see "
+    "error.log), 2 a mistake to mend, 130 interrupted. "
+    "Completion of commands by the Tab key: shearling --install-completion."
 )
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "init": (recipes.init, "shearling init --teacher ./my-llama --out my-recipe.yaml"),
     "run": (runs.run, "shearling run quickstart --set distill.tokens=100000"),
+    "resume": (runs.resume, "shearling resume runs/quickstart"),
     "status": (runs.status, "shearling status runs/quickstart"),
-    "report": (results.report, "shearling report runs/quickstart"),
+    "watch": (runs.watch, "shearling watch runs/quickstart"),
+    "report": (results.report, "shearling report runs/quickstart runs/my-recipe"),
+    "serve": (results.serve, "shearling serve runs/quickstart --port 8573"),
     "eval": (results.evaluate, "shearling eval runs/quickstart/stages/distill --tasks wikitext2"),
     "families": (models.families, "shearling families llama-3.1-8b"),
+    "doctor": (machine.doctor, "shearling doctor --json"),
     "regress": (results.regress, "shearling regress --only regress-tiny"),
 }
 """Each command's function and an example of it, in the order of `shearling --help`."""

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Column
 from rich.text import Text
 
+from pipelines.journal import Pace
+
 _SHRINKS = Column(no_wrap=True, overflow="ellipsis")
 """On a narrow terminal the numbers are cut off, not the time left."""
 
@@ -27,7 +29,7 @@ class Display:
         self._live: Progress | None = None
         self._task: TaskID | None = None
         self._what = ""
-        self._started = 0.0
+        self._pace = Pace()
         self._printed = 0.0
 
     def __enter__(self) -> Display:
@@ -70,17 +72,18 @@ class Display:
         clock = time.monotonic()
         if what != self._what:
             self.step_ended()
-            self._what, self._started, self._printed = what, clock, clock
+            self._what, self._printed = what, clock
             if total <= 1 and done < total and not self._live:
                 # Work that can't be counted (a download) is announced, for it may take long.
                 self.line(f"  {name}: {what}")
+        left = self._pace.seconds_left(f"{name} {what}", done, total)
         if self._live:
             self._show_live(name, what, done, total, numbers)
         elif clock - self._printed >= PLAIN_SECONDS:
             self._printed = clock
-            left = time_left(clock - self._started, done, total)
             part = "" if what == name else f"{what} "
-            parts = [f"  {name}: {part}{done:,}/{total:,}", format_numbers(numbers), left]
+            parts = [f"  {name}: {part}{done:,}/{total:,}", format_numbers(numbers)]
+            parts += [f"{format_seconds(left)} left"] if left is not None else []
             self.line(" · ".join(part for part in parts if part))
 
     def _show_live(
@@ -140,12 +143,6 @@ def format_bytes(size: float) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
-
-
-def time_left(elapsed: float, done: int, total: int) -> str:
-    if done <= 0 or total <= done:
-        return ""
-    return f"{format_seconds(elapsed * (total - done) / done)} left"
 
 
 def headline(scorecard: Mapping[str, Any]) -> str:

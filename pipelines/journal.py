@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from reports.liveness import lock_owner, process_identity
-from shearling import ShearlingError, read_json, write_json
+from reports.run_folder import as_dict, as_list, as_number, file_name, read_scorecard
+from shearling import ShearlingError, read_json, without_secrets, write_text
 
 SCHEMA = 1
 RUN_FILE = "run.json"
@@ -25,6 +26,25 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+class Pace:
+    """Guesses the time left from how far the work came since it began (or went on)."""
+
+    def __init__(self) -> None:
+        self._what = ""
+        self._first = 0
+        self._began = 0.0
+
+    def seconds_left(self, what: str, done: int, total: int) -> float | None:
+        """None while there is nothing to go by. Clocks that are set do not matter."""
+        clock = time.monotonic()
+        if what != self._what or done < self._first:
+            self._what, self._first, self._began = what, done, clock
+        made = done - self._first
+        if made <= 0 or done >= total:
+            return None
+        return round((clock - self._began) * (total - done) / made, 1)
+
+
 class Journal:
     """Writes run.json. Rows of stages have the form that report.json has, without scorecards."""
 
@@ -32,6 +52,7 @@ class Journal:
         """``stages``: (name, kind) in order; ``again``: the command that repeats the run."""
         self.path = run / RUN_FILE
         self._written = 0.0
+        self._pace = Pace()
         self.at = ""
         before = _rows_before(self.path)
         self.data: dict[str, Any] = {
@@ -47,7 +68,7 @@ class Journal:
             "current": None,
             "stages": [_row(name, kind) for name, kind in stages],
         }
-        self._seconds_before = {row.get("key"): row.get("seconds") or 0.0 for row in before}
+        self._before = {row.get("key"): row for row in before}
         self.write()
 
     def row(self, stage: str) -> dict[str, Any]:
@@ -55,7 +76,11 @@ class Journal:
 
     def seconds_before(self, key: str) -> float:
         """Seconds that an interrupted run already spent on the artefact of this key."""
-        return float(self._seconds_before.get(key, 0.0))
+        return float(self._before.get(key, {}).get("seconds") or 0.0)
+
+    def resumes_before(self, key: str) -> list[Any]:
+        """Where the artefact of this key went on after earlier interruptions."""
+        return list(self._before.get(key, {}).get("resumes") or [])
 
     def begin(self, stage: str) -> None:
         """From now on this stage is the one at work."""
@@ -72,6 +97,7 @@ class Journal:
             "what": what,
             "done": done,
             "total": total,
+            "seconds_left": self._pace.seconds_left(f"{step} {what}", done, total),
             "numbers": {name: value for name, value in numbers.items() if value == value},
         }
         if time.monotonic() - self._written > _BETWEEN_WRITES:
@@ -90,7 +116,8 @@ class Journal:
 
     def write(self) -> None:
         self.data["updated"] = now()
-        write_json(self.path, self.data)
+        text = json.dumps(self.data, indent=2, ensure_ascii=False, allow_nan=False)
+        write_text(self.path, without_secrets(text) + "\n")
         self._written = time.monotonic()
 
 
@@ -108,10 +135,38 @@ def _row(name: str, kind: str) -> dict[str, Any]:
 
 def _rows_before(path: Path) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["stages"]
-        return [row for row in rows if isinstance(row, dict)]
-    except (OSError, ValueError, TypeError, KeyError):
+        rows = as_list(as_dict(json.loads(path.read_text(encoding="utf-8"))).get("stages"))
+    except (OSError, ValueError, RecursionError):
         return []  # a first run, or a journal that nobody can use any more
+    return [_known_row(row) for row in rows if isinstance(row, dict)]
+
+
+def _known_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as it should be, whatever the file says: what can't be used is None."""
+    texts = {name: _text(row.get(name)) for name in ("reason", "key")}
+    numbers = {name: as_number(row.get(name)) for name in ("seconds", "peak_memory_bytes")}
+    known = {name: str(row.get(name)) for name in ("name", "kind", "state")}
+    resumes = [entry for entry in as_list(row.get("resumes")) if isinstance(entry, dict)]
+    return {**known, **texts, **numbers, **({"resumes": resumes} if resumes else {})}
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _known_current(value: Any) -> dict[str, Any] | None:
+    current = as_dict(value)
+    numbers = as_dict(current.get("numbers"))
+    if not current:
+        return None
+    return {
+        "step": str(current.get("step")),
+        "what": str(current.get("what")),
+        "done": int(as_number(current.get("done")) or 0),
+        "total": int(as_number(current.get("total")) or 0),
+        "seconds_left": as_number(current.get("seconds_left")),
+        "numbers": {str(n): v for n, v in numbers.items() if as_number(v) is not None},
+    }
 
 
 def read_status(run: Path) -> dict[str, Any]:
@@ -129,20 +184,27 @@ def read_status(run: Path) -> dict[str, Any]:
             f"{run} is not a run: it has no {RUN_FILE}.",
             hint="Name the folder that `shearling run` wrote, as in runs/quickstart.",
         )
-    data = read_json(run / RUN_FILE)
+    data = as_dict(read_json(run / RUN_FILE))
+    if not isinstance(data.get("state"), str) or not isinstance(data.get("stages"), list):
+        raise ShearlingError(
+            f"{run / RUN_FILE} is damaged.",
+            hint=f"`shearling resume {run}` writes it anew; finished stages are kept.",
+        )
     state = data["state"]
     if state == "running" and lock_owner(run) is None:
         state = "interrupted"
-    rows = [_status_row(run, row, state) for row in data["stages"]]
+    found = [_known_row(row) for row in data["stages"] if isinstance(row, dict)]
+    rows = [_status_row(run, row, state) for row in found]
+    error = as_dict(data.get("error"))
     return {
         "schema": SCHEMA,
-        "recipe": data["recipe"],
+        "recipe": str(data.get("recipe")),
         "state": state,
-        "started": data["started"],
-        "updated": data["updated"],
-        "command": data["command"],
-        "error": data["error"],
-        "current": data["current"] if state == "running" else None,
+        "started": _text(data.get("started")),
+        "updated": _text(data.get("updated")),
+        "command": str(data.get("command")),
+        "error": {n: str(error.get(n) or "") for n in ("what", "hint")} if error else None,
+        "current": _known_current(data.get("current")) if state == "running" else None,
         # The transfer set makes no model, so it stands beside the stages, not among them.
         "stages": [row for row in rows if row["kind"] != "transfer_set"],
         "transfer_set": next((row for row in rows if row["kind"] == "transfer_set"), None),
@@ -153,9 +215,9 @@ def _status_row(run: Path, row: dict[str, Any], run_state: str) -> dict[str, Any
     shown = {name: value for name, value in row.items() if name != "key"}
     if shown["state"] == "running" and run_state != "running":
         shown["state"] = run_state
-    scorecard = run / "stages" / row["name"] / "scorecard.json"
-    finished = shown["state"] == "done" and scorecard.is_file()
-    return {**shown, "scorecard": _without_samples(read_json(scorecard)) if finished else None}
+    scorecard = run / "stages" / file_name(row["name"]) / "scorecard.json"
+    card = read_scorecard(scorecard, []) if shown["state"] == "done" else None
+    return {**shown, "scorecard": _without_samples(card) if card else None}
 
 
 def _without_samples(scorecard: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.metadata
 import os
 import platform
 import subprocess
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -53,6 +56,38 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
         self._look()
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_cpu")
+"""What PyTorch's RuntimeErrors say where it could not get memory."""
+LESS_MEMORY = {
+    "teacher": "Close other programs, or name a smaller teacher.",
+    "transfer_set": "Give the sources fewer `tokens`, as in --set transfer_set.sources.0.tokens=N.",
+    "benchmark": "Lower benchmark.batch_size, as in --set benchmark.batch_size=1.",
+    "prune": "Lower the stage's calibration_tokens, as in --set {stage}.calibration_tokens=4096.",
+    "distill": "Set {stage}.micro_batch_windows=1 or {stage}.gradient_checkpointing=true with "
+    "--set, or lower {stage}.chunk_tokens.",
+}
+"""By kind of stage: what to lower."""
+
+
+@contextlib.contextmanager
+def memory_errors(stage: str, kind: str) -> Iterator[None]:
+    """Turn running out of memory, on a CPU or an accelerator, into a ShearlingError."""
+    try:
+        yield
+    except Exception as error:
+        lacking = isinstance(error, MemoryError) or (
+            isinstance(error, (RuntimeError, OSError))
+            and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+        )
+        if not lacking and getattr(error, "errno", None) != errno.ENOMEM:
+            raise
+        remedy = LESS_MEMORY.get(kind, "Close other programs.").format(stage=stage)
+        raise ShearlingError(
+            f"Out of memory in stage {stage} ({kind}).",
+            hint=f"{remedy} Finished stages are kept; the same command goes on.",
+        ) from error
 
 
 def pick_device(wanted: str) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import sys
 import time
@@ -26,16 +25,17 @@ from pipelines import machine, preflight
 from pipelines.display import Display, format_bytes, format_seconds, headline
 from pipelines.journal import Journal, now
 from pipelines.locks import run_lock
+from pipelines.provenance import Provenance, check_locked, lock_data
 from pipelines.recipe import Recipe
 from pipelines.stages.context import Context
-from pipelines.steps import STAGES, Decision, Step, build_steps, decide
+from pipelines.steps import STAGES, Decision, Step, build_steps, decide_all
 from pipelines.store import STAGE_FILE, FileHashes, Store
 from shearling import (
     ShearlingError,
     disk_errors,
     folder_aside,
     read_json,
-    sha256_of_json,
+    without_secrets,
     write_json,
     write_text,
 )
@@ -59,6 +59,8 @@ class Options:
     """The command that repeats this run; shown when it is interrupted."""
     verify: bool = False
     """Compare the hash of every finished file before it is used again."""
+    locked: Path | None = None
+    """A lock.json that this run must agree with."""
 
 
 def check(recipe: Recipe, options: Options) -> list[Step]:
@@ -78,13 +80,17 @@ def check(recipe: Recipe, options: Options) -> list[Step]:
     return steps
 
 
-def decisions(steps: list[Step], options: Options) -> list[tuple[Step, Decision]]:
+def decisions(
+    steps: list[Step], options: Options, *, verify_inputs: bool = False
+) -> list[tuple[Step, Decision]]:
     """Every step with what would be done about it now, and why."""
-    store = Store(options.run / "store")
-    return [
-        (step, decide(step, store, _previous(options.run, step), verify=options.verify))
-        for step in steps
-    ]
+    return decide_all(
+        steps,
+        Store(options.run / "store"),
+        lambda step: _previous(options.run, step),
+        verify=options.verify,
+        verify_inputs=verify_inputs,
+    )
 
 
 def run_recipe(recipe: Recipe, options: Options, display: Display) -> None:
@@ -95,6 +101,9 @@ def run_recipe(recipe: Recipe, options: Options, display: Display) -> None:
         KeyboardInterrupt: if interrupted; the journal then says interrupted.
     """
     steps = check(recipe, options)
+    if options.locked:
+        here = lock_data(recipe, steps, device=machine.pick_device(recipe.device), command="")
+        check_locked(options.locked, here, steps)
     with disk_errors(options.run):
         (options.run / "store").mkdir(parents=True, exist_ok=True)
     with run_lock(options.run):
@@ -112,14 +121,17 @@ class _Run:
         self.run = options.run
         self.display = display
         self.store = Store(options.run / "store")
-        self.planned = decisions(steps, options)
+        self.planned = decisions(steps, options, verify_inputs=True)
         self.steps = {step.name: step for step in steps}
         self.device = machine.pick_device(recipe.device)
+        self.provenance = Provenance(options.run)
+        self.shown_new = False
 
     def go(self) -> None:
         """Write down what is to be done, then do it step by step."""
-        self._write_provenance()
-        _remove_old_stages(self.run / "stages", {step.stage for step, _ in self.planned})
+        steps = [step for step, _ in self.planned]
+        lock = lock_data(self.recipe, steps, device=self.device, command=self.options.again)
+        self.provenance.write(self.recipe, lock)
         rows = [(s.stage, s.kind) for s, _ in self.planned if s.kind != "benchmark"]
         self.journal = Journal(
             self.run, recipe=self.recipe.name, stages=rows, again=self.options.again
@@ -129,6 +141,7 @@ class _Run:
                 self._tell_leftovers()
                 for step, decision in self.planned:
                     self._do(step, decision)
+            _remove_old_stages(self.run / "stages", {step.stage for step in steps})
             self.journal.end("done")
             self._report()
         except KeyboardInterrupt:
@@ -136,6 +149,8 @@ class _Run:
             self._report_if_possible()
             raise
         except ShearlingError as error:
+            if not self.shown_new:  # a mistake: what is shown is still that of the run before
+                self.provenance.restore()
             self.journal.end("failed", {"what": error.what, "hint": error.hint})
             self._report_if_possible()
             raise
@@ -175,10 +190,17 @@ class _Run:
         stage = STAGES[step.kind]
         goes_on = step.resumable and self.store.partial(step.kind, step.key).exists()
         spent = self.journal.seconds_before(step.key) if goes_on else 0.0
+        resumes = self.journal.resumes_before(step.key) if goes_on else []
+        if resumes:
+            self.journal.set_row(step.stage, resumes=resumes)
         out = self.store.open_work(step.kind, step.key, resumable=step.resumable)
-        context = self._context(step, out, spent)
+        context = self._context(step, out, spent, resumes if goes_on else None)
         started, clock = now(), time.monotonic()
-        with machine.PeakMemory() as memory, disk_errors(out):
+        with (
+            machine.PeakMemory() as memory,
+            machine.memory_errors(step.stage, step.kind),
+            disk_errors(out),
+        ):
             summary = stage.run(step.settings, context)
         seconds = spent + time.monotonic() - clock
         record = {
@@ -195,6 +217,7 @@ class _Run:
             "inputs": dict(step.inputs),
             "settings": dict(step.slice),
             "code_version": step.code_version,
+            **({"resumes": resumes} if resumes else {}),
             "summary": summary,
         }
         self.display.step_ended()
@@ -202,7 +225,8 @@ class _Run:
         took = f"{format_seconds(seconds)}, peak memory {format_bytes(memory.bytes)}"
         self.display.line(f"  {step.name}: done in {took}", style="green")
 
-    def _context(self, step: Step, out: Path, spent: float) -> Context:
+    def _context(self, step: Step, out: Path, spent: float, resumes: list[Any] | None) -> Context:
+        """``resumes`` takes where the step goes on; None if it begins."""
         begun = time.monotonic()
 
         def progress(what: str, done: int, total: int, /, **numbers: float) -> None:
@@ -221,18 +245,26 @@ class _Run:
             device=self.device,
             cache=self.options.cache,
             progress=progress,
-            on_metrics=self._metrics_writer(step),
+            on_metrics=self._metrics_writer(step, resumes),
         )
 
     def _artefact(self, name: str) -> Path:
         step = self.steps[name]
         return self.store.artefact(step.kind, step.key)
 
-    def _metrics_writer(self, step: Step) -> Callable[[dict[str, Any]], None]:
+    def _metrics_writer(
+        self, step: Step, resumes: list[Any] | None
+    ) -> Callable[[dict[str, Any]], None]:
         """Append each line of metrics to the run's own file, so that it can be watched live."""
         self._collect_metrics(working=step)
+        first = resumes is not None
 
         def write(line: dict[str, Any]) -> None:
+            nonlocal first
+            if first and resumes is not None:
+                resumes.append({"step": max(0, int(line.get("step", 1)) - 1), "at": now()})
+                self.journal.set_row(step.stage, resumes=resumes)
+            first = False
             with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": step.stage, **line}, allow_nan=False) + "\n")
 
@@ -245,6 +277,8 @@ class _Run:
         artefact = self.store.artefact(step.kind, step.key)
         folder = self.run / "stages" / step.stage
         record = read_json(artefact / STAGE_FILE)
+        shown = folder / ("benchmark.json" if step.kind == "benchmark" else STAGE_FILE)
+        self.shown_new |= _key_shown(shown) != step.key
         if step.kind == "benchmark":
             scorecard = {**read_json(artefact / "scorecard.json"), "model": step.stage}
             write_json(folder / "scorecard.json", scorecard)
@@ -279,33 +313,6 @@ class _Run:
         if shape is not None:
             preflight.check_shapes(self.recipe, shape)
 
-    def _write_provenance(self) -> None:
-        """recipe.yaml and lock.json: what to do, and with what."""
-        recipe = self.recipe.model_dump(mode="json")
-        write_text(self.run / "recipe.yaml", self.recipe.to_yaml())
-        lock = {
-            "schema": SCHEMA,
-            "created": now(),
-            "recipe": self.recipe.name,
-            "recipe_sha256": sha256_of_json(recipe),
-            "seed": self.recipe.seed,
-            "command": self.options.again,
-            "git": machine.git_state(),
-            "python": platform.python_version(),
-            "packages": machine.package_versions(),
-            "hardware": machine.hardware(),
-            "device": self.device,
-            "code_versions": {kind: module.CODE_VERSION for kind, module in STAGES.items()},
-            "keys": {step.name: step.key for step, _ in self.planned},
-            "inputs": {
-                name: digest
-                for step, _ in self.planned
-                for name, digest in step.inputs.items()
-                if name not in step.needs
-            },
-        }
-        write_json(self.run / "lock.json", lock)
-
     def _report(self) -> None:
         from reports.page import write_report
 
@@ -335,7 +342,7 @@ def refresh_stage(folder: Path, artefact: Path, record: dict[str, Any]) -> None:
     same artefact stays until the benchmark's own step writes it again.
     """
     kept = ["benchmark.json"]  # the next benchmark tells by it what has changed
-    if _key_shown(folder) == record["key"]:
+    if _key_shown(folder / STAGE_FILE) == record["key"]:
         kept.append("scorecard.json")
     with folder_aside(folder) as aside:
         for name in LINKED:
@@ -348,9 +355,9 @@ def refresh_stage(folder: Path, artefact: Path, record: dict[str, Any]) -> None:
         write_json(aside / STAGE_FILE, record)
 
 
-def _key_shown(folder: Path) -> str | None:
+def _key_shown(record_file: Path) -> str | None:
     try:
-        record = json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+        record = json.loads(record_file.read_text(encoding="utf-8"))
         return str(record["key"])
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -391,5 +398,6 @@ def log_traceback(run: Path) -> str:
     """Append the current traceback to the run's error.log; returns the path as text."""
     path = run / ERROR_LOG
     with path.open("a", encoding="utf-8") as file:
-        file.write(f"--- {now()} {' '.join(sys.argv[1:])}\n{traceback.format_exc()}\n")
+        text = f"--- {now()} {' '.join(sys.argv[1:])}\n{traceback.format_exc()}\n"
+        file.write(without_secrets(text))
     return str(path)

@@ -22,7 +22,7 @@ def status_lines(status: dict[str, Any]) -> Iterator[Text | Table]:
         if row["scorecard"]:
             yield Text(f"{row['name']}: {headline(row['scorecard'])}")
     if status["current"]:
-        yield Text(_current(status["current"]))
+        yield Text(current_line(status["current"]))
     if status["error"]:
         yield Text(f"Error: {status['error']['what']}\n{status['error']['hint']}", style="red")
     if state in ("interrupted", "failed"):
@@ -47,7 +47,10 @@ def _table(status: dict[str, Any]) -> Table:
     return table
 
 
-def _current(current: dict[str, Any]) -> str:
+def current_line(current: dict[str, Any]) -> str:
+    """Where the step at work is: ``distill: distill 40/100 · loss 2.5 · 3 min 20 s left``."""
     text = f"{current['step']}: {current['what']} {current['done']:,}/{current['total']:,}"
-    numbers = format_numbers(current["numbers"])
-    return f"{text} · {numbers}" if numbers else text
+    left = current.get("seconds_left")
+    parts = [text, format_numbers(current["numbers"])]
+    parts += [f"{format_seconds(left)} left"] if left is not None else []
+    return " · ".join(part for part in parts if part)

@@ -8,7 +8,7 @@ own files, so what will be done and why is known before anything is done.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from typing import Any
 from pipelines.recipe import Recipe
 from pipelines.stages import benchmark, distill, prune, teacher, transfer_set
 from pipelines.store import Store, stage_key
+from reports.hub import NO_ANSWER, worth_another_try
 from reports.tasks import mirror_file
 from students.settings import Settings
 
@@ -103,6 +104,7 @@ class _Builder:
         files: Mapping[str, str] | None = None,
     ) -> None:
         slice_ = settings.model_dump(mode="json", exclude=set(leave_out))
+        _forget_places(slice_)
         needs = needs or {}
         inputs = {role: self.steps[need].key for role, need in needs.items()}
         inputs |= {FILES + path: digest for path, digest in (files or {}).items()}
@@ -168,6 +170,19 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
     return list(builder.steps.values())
 
 
+def _forget_places(slice_: dict[str, Any]) -> None:
+    """Put its ending in the place of each path that is here: its hash is among the inputs.
+
+    So moving a teacher or a text repeats no work. The ending stays, because readers go by it.
+    """
+    for owner in (slice_, *slice_.get("sources", ())):
+        for name in ("model", "path"):
+            value = owner.get(name)
+            if isinstance(value, str) and Path(value).expanduser().exists():
+                ending = "".join(Path(value).suffixes[-2:])
+                owner[name] = f"(here) {ending}".strip()
+
+
 def _hashes(paths: Mapping[str, str], fingerprint: Callable[[Path], str]) -> dict[str, str]:
     """Hashes of those paths that are on this disk; packages and hub ids are pinned by name."""
     local = {where: Path(path).expanduser() for where, path in paths.items()}
@@ -201,6 +216,9 @@ def decide(
         damage = store.damage(step.kind, step.key, verify=verify)
         if damage:
             return Decision(True, f"artefact damaged: {damage}")
+        missed = _missed_tasks(step, store)
+        if missed:
+            return Decision(True, f"can be measured now: {', '.join(missed)}")
         if changes:
             return Decision(False, f"done before with these settings ({'; '.join(changes)})")
         return Decision(False, "nothing changed")
@@ -212,18 +230,53 @@ def decide(
     return Decision(True, "; ".join(changes) or "its artefact is gone from the store")
 
 
+def decide_all(
+    steps: Sequence[Step],
+    store: Store,
+    previous: Callable[[Step], Mapping[str, Any] | None],
+    *,
+    verify: bool = False,
+    verify_inputs: bool = False,
+) -> list[tuple[Step, Decision]]:
+    """A decision for each step, in order.
+
+    ``verify`` hashes every finished artefact; ``verify_inputs`` those that a step that runs will
+    read, so that hours are not spent on weights in which a bit has flipped.
+    """
+    decided: dict[str, Decision] = {}
+    read: set[str] = set()
+    for step in reversed(steps):
+        hashed = verify or (verify_inputs and step.name in read)
+        decided[step.name] = decide(step, store, previous(step), verify=hashed)
+        if decided[step.name].runs:
+            read |= set(step.needs.values())
+    return [(step, decided[step.name]) for step in steps]
+
+
+def _missed_tasks(step: Step, store: Store) -> list[str]:
+    """Tasks that a finished benchmark skipped for want of the hub, if the hub is there now."""
+    if step.kind != "benchmark":
+        return []
+    summary = (store.read(step.kind, step.key) or {}).get("summary")
+    skipped = summary.get("skipped") if isinstance(summary, Mapping) else None
+    if not isinstance(skipped, Mapping) or not worth_another_try(skipped.values()):
+        return []
+    return [str(task) for task, reason in skipped.items() if str(reason).endswith(NO_ANSWER)]
+
+
 def differences(step: Step, previous: Mapping[str, Any]) -> list[str]:
     """What makes ``step`` another than the one that ``previous`` records, one phrase each."""
     old_version = previous.get("code_version")
     found = []
     if previous.get("kind") != step.kind:
         return [f"kind {previous.get('kind')} -> {step.kind}"]
-    old, new = dict(_leaves(previous.get("settings", {}))), dict(_leaves(step.slice))
+    old, new = dict(_leaves(previous.get("settings") or {})), dict(_leaves(step.slice))
     for path in dict.fromkeys([*new, *old]):
         if old.get(path) != new.get(path):
             where = path if path == "seed" else f"{step.recipe_path}.{path}"
             found.append(f"recipe.{where} {_shown(old, path)} -> {_shown(new, path)}")
-    old_inputs = previous.get("inputs", {})
+    old_inputs = previous.get("inputs")
+    old_inputs = old_inputs if isinstance(old_inputs, Mapping) else {}
     for role in dict.fromkeys([*step.inputs, *old_inputs]):
         if old_inputs.get(role) != step.inputs.get(role):
             found.append(_input_phrase(step, role))

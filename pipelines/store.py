@@ -89,6 +89,8 @@ class Store:
         if record is None or not isinstance(record.get("files"), dict) or record.get("key") != key:
             return f"{STAGE_FILE} can't be read"
         for name, known in record["files"].items():
+            if not isinstance(known, Mapping) or not {"size", "mtime_ns", "sha256"} <= set(known):
+                return f"{STAGE_FILE} can't be read"
             problem = self._file_damage(folder / name, known, verify=verify)
             if problem:
                 return f"{name} {problem}"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shearling import ShearlingError
+from shearling import ShearlingError, without_secrets
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,6 +43,7 @@ def complain(what: str, hint: str) -> None:
     """Say on stderr what is wrong and what to do about it."""
     from rich.text import Text
 
+    what, hint = without_secrets(what), without_secrets(hint)
     console = make_console(stderr=True)
     console.print(Text.assemble(("Error: ", "bold red"), what), highlight=False, soft_wrap=True)
     if hint:
@@ -81,11 +82,11 @@ def log_traceback_in(folder: Path) -> str:
 
 
 @contextmanager
-def stop_signals(again: str = "") -> Iterator[None]:
+def stop_signals(again: str = "", *, quiet: bool = False) -> Iterator[None]:
     """Ctrl-C and SIGTERM end the work cleanly and exit with 130; a second one ends it at once.
 
     Both are set by hand: a shell starts background jobs with SIGINT ignored. ``again`` is the
-    command that goes on.
+    command that goes on. ``quiet``: nothing was lost, so nothing is said.
     """
     stops = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in stops}
@@ -100,7 +101,8 @@ def stop_signals(again: str = "") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        complain("Interrupted.", f"Go on with: {again}" if again else "")
+        if not quiet:
+            complain("Interrupted.", f"Go on with: {again}" if again else "")
         raise typer.Exit(130) from None
     finally:
         for number, handler in before.items():

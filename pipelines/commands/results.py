@@ -1,4 +1,4 @@
-"""Commands that measure and show: report, eval, regress."""
+"""Commands that measure and show: report, serve, eval, regress."""
 
 from __future__ import annotations
 
@@ -18,13 +18,28 @@ from pipelines.terminal import (
 from shearling import write_json
 
 
-def report(run: RunArgument) -> None:
-    """Write report.html and report.json anew from the files of a run."""
-    from pipelines.journal import read_status
+def report(
+    run: RunArgument,
+    rivals: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of other runs, to hold this one against.", metavar="[RIVAL]"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write here instead of into the run's folder.", metavar="DIR"),
+    ] = None,
+) -> None:
+    """Write report.html, report.md and report.json anew from the JSON of a run.
+
+    Also of a run that is at work or broke off. With more than one run the models of all stand in
+    the charts of quality, and the last students are compared by paired tests.
+    """
+    from pipelines.preflight import check_parents
     from reports.page import write_report
 
-    read_status(run)  # says what is wrong with a folder that is no run
-    print(write_report(run))
+    if out:
+        check_parents(out / "report.html")
+    print(write_report(run, *(rivals or []), out=out))
 
 
 def evaluate(
@@ -85,3 +100,20 @@ def regress(
         )
     if not whole:
         raise typer.Exit(1)
+
+
+def serve(
+    run: RunArgument,
+    port: Annotated[
+        int, typer.Option(help="The port on 127.0.0.1; 0: any that is free.", min=0, max=65535)
+    ] = 8573,
+) -> None:
+    """Show the report of a run in a browser on this machine; it follows a run that is at work.
+
+    Listens on 127.0.0.1 only and writes nothing. Ctrl-C ends it.
+    """
+    from pipelines.serve import make_server
+
+    with make_server(run.expanduser(), port) as server, stop_signals(quiet=True):
+        print(f"The report: http://127.0.0.1:{server.server_port}/", flush=True)
+        server.serve_forever()

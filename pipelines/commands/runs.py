@@ -1,10 +1,10 @@
-"""Commands that make a run or look at one: run, status."""
+"""Commands that make a run or look at one: run, resume, status, watch."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,10 @@ from pipelines.terminal import (
     print_json,
     stop_signals,
 )
+
+if TYPE_CHECKING:
+    from pipelines.recipe import Recipe
+    from pipelines.runner import Options
 
 SetOption = Annotated[
     list[str] | None,
@@ -40,14 +44,17 @@ def run(
     verify: Annotated[
         bool, typer.Option("--verify", help="Hash every finished file before it is used again.")
     ] = False,
+    locked: Annotated[
+        Path | None,
+        typer.Option(help="Refuse unless all is as this lock.json says.", metavar="LOCK.JSON"),
+    ] = None,
 ) -> None:
     """Run a recipe, or go on with a run that was interrupted.
 
     A stage whose recipe, inputs and code have not changed is not run again.
     """
-    from pipelines.display import Display
     from pipelines.recipe import load_recipe
-    from pipelines.runner import Options, check, decisions, run_recipe
+    from pipelines.runner import Options, check, decisions
 
     loaded = load_recipe(recipe, overrides or [])
     folder = out or Path("runs") / loaded.name
@@ -56,14 +63,43 @@ def run(
         cache=download_cache(),
         again=_run_command(recipe, overrides, out),
         verify=verify,
+        locked=locked,
     )
     if dry_run:
         for step, decision in decisions(check(loaded, options), options):
             print(f"{step.name}: {decision}")
         return
+    _go(loaded, options)
+
+
+def resume(
+    run: RunArgument,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Hash every finished file before it is used again.")
+    ] = False,
+) -> None:
+    """Go on with a run that was interrupted, as its own recipe.yaml says.
+
+    For when the command that began it is not at hand; the recipe's file may be gone.
+    """
+    from pipelines.journal import read_status
+    from pipelines.recipe import load_recipe
+    from pipelines.runner import Options
+
+    read_status(run)  # says what is wrong with a folder that is no run
+    again = shlex.join(["shearling", "resume", str(run)])
+    options = Options(run=run.expanduser(), cache=download_cache(), again=again, verify=verify)
+    _go(load_recipe(str(options.run / "recipe.yaml")), options)
+
+
+def _go(recipe: Recipe, options: Options) -> None:
+    """Run a recipe in sight of the user."""
+    from pipelines.display import Display
+    from pipelines.runner import run_recipe
+
     console = make_console()
     with stop_signals(options.again), log_unexpected(options.run):
-        run_recipe(loaded, options, Display(console))
+        run_recipe(recipe, options, Display(console))
     console.print(f"The report: {options.run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
@@ -89,3 +125,20 @@ def status(run: RunArgument, as_json: JsonOption = False) -> None:
     console = make_console()
     for line in status_lines(found):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def watch(
+    run: RunArgument,
+    every: Annotated[float, typer.Option(help="Seconds between two looks.", min=0.1)] = 1.0,
+) -> None:
+    """Show a run while it is at work, until it ends.
+
+    On a terminal the view stays in place; elsewhere a line is printed when something changes.
+    Exits with 1 if the run failed or was interrupted.
+    """
+    from pipelines.watch import watch_run
+
+    with stop_signals(quiet=True):
+        state = watch_run(run.expanduser(), make_console(), every=every)
+    if state != "done":
+        raise typer.Exit(1)

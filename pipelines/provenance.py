@@ -1,0 +1,155 @@
+"""recipe.yaml and lock.json: what a run did, and with what; and `run --locked`, which insists."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines import machine
+from pipelines.journal import now
+from pipelines.recipe import Recipe
+from pipelines.steps import STAGES, Step, differences
+from shearling import (
+    ShearlingError,
+    read_json,
+    sha256_of_json,
+    without_secrets,
+    write_text,
+)
+
+SCHEMA = 1
+RECIPE_FILE = "recipe.yaml"
+LOCK_FILE = "lock.json"
+SAME_HARDWARE = ("processor", "threads", "accelerators")
+"""What of the hardware can change the bits of a result."""
+
+
+def lock_data(
+    recipe: Recipe, steps: Sequence[Step], *, device: str, command: str
+) -> dict[str, Any]:
+    """The content of lock.json: all that the results are a function of."""
+    return {
+        "schema": SCHEMA,
+        "created": now(),
+        "recipe": recipe.name,
+        "recipe_sha256": sha256_of_json(recipe.model_dump(mode="json")),
+        "seed": recipe.seed,
+        "command": command,
+        "git": machine.git_state(),
+        "python": platform.python_version(),
+        "packages": machine.package_versions(),
+        "hardware": machine.hardware(),
+        "device": device,
+        "code_versions": {kind: module.CODE_VERSION for kind, module in STAGES.items()},
+        "keys": {step.name: step.key for step in steps},
+        "steps": {step.name: _facts(step) for step in steps},
+        "inputs": {
+            name: digest
+            for step in steps
+            for name, digest in step.inputs.items()
+            if name not in step.needs
+        },
+    }
+
+
+def _facts(step: Step) -> dict[str, Any]:
+    return {
+        "kind": step.kind,
+        "settings": dict(step.slice),
+        "inputs": dict(step.inputs),
+        "code_version": step.code_version,
+    }
+
+
+class Provenance:
+    """The two files in a run's folder, and what stood there before."""
+
+    def __init__(self, run: Path) -> None:
+        self._paths = (run / RECIPE_FILE, run / LOCK_FILE)
+        self._before = [_text(path) for path in self._paths]
+
+    def write(self, recipe: Recipe, lock: Mapping[str, Any]) -> None:
+        texts = (recipe.to_yaml(), json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
+        for path, text in zip(self._paths, texts, strict=True):
+            write_text(path, without_secrets(text))
+
+    def restore(self) -> None:
+        """Put back what described the results that are still shown."""
+        for path, text in zip(self._paths, self._before, strict=True):
+            if text is not None:
+                write_text(path, text)
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+# --- run --locked -------------------------------------------------------------------------------
+
+
+def check_locked(file: Path, now_: Mapping[str, Any], steps: Sequence[Step]) -> None:
+    """Refuse to run if anything that can change a result is not as ``file`` says.
+
+    Raises:
+        ShearlingError: with every difference.
+    """
+    wanted = read_json(file)
+    if not isinstance(wanted, dict) or not isinstance(wanted.get("steps"), dict):
+        raise ShearlingError(
+            f"{file} is not a lock.json that can be held to: it has no steps.",
+            hint="Name the lock.json in the folder of a run that this version made.",
+        )
+    found = list(dict.fromkeys([*_around(wanted, now_), *_steps(wanted["steps"], steps)]))
+    if found:
+        raise ShearlingError(
+            f"This run would not be the one that {file} locks:\n"
+            + "\n".join(f"  - {difference}" for difference in found),
+            hint="Mend what differs, or run without --locked.",
+        )
+
+
+def _around(wanted: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("python", "device"):
+        yield from _differing(name, wanted.get(name), here[name])
+    for group, names in (("packages", None), ("hardware", SAME_HARDWARE)):
+        old, new = _mapping(wanted.get(group)), here[group]
+        for name in names or dict.fromkeys([*old, *new]):
+            yield from _differing(name, old.get(name), new.get(name))
+    old_git, new_git = _mapping(wanted.get("git")), _mapping(here["git"])
+    if old_git and new_git:
+        yield from _differing("git commit", old_git.get("commit"), new_git["commit"])
+    if new_git and not new_git["clean"]:
+        yield "the checkout has changes that are not committed"
+
+
+def _steps(wanted: Mapping[str, Any], steps: Sequence[Step]) -> Iterator[str]:
+    for step in steps:
+        if not isinstance(wanted.get(step.name), dict):
+            yield f"{step.name} is not in the lock"
+            continue
+        for difference in differences(step, wanted[step.name]):
+            if not difference.startswith("its input "):  # told at the step that makes it
+                yield f"{step.name}: {difference}"
+    for name in wanted.keys() - {step.name for step in steps}:
+        yield f"{name} is in the lock, not in the recipe"
+
+
+def _differing(name: str, old: Any, new: Any) -> Iterator[str]:
+    if old != new:
+        yield f"{name} {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
