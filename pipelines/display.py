@@ -76,7 +76,7 @@ class Display:
             if total <= 1 and done < total and not self._live:
                 # Work that can't be counted (a download) is announced, for it may take long.
                 self.line(f"  {name}: {what}")
-        left = self._pace.seconds_left(f"{name} {what}", done, total)
+        left = self._pace.seconds_left(f"{name} {what}", done, total, clock=clock)
         if self._live:
             self._show_live(name, what, done, total, numbers)
         elif clock - self._printed >= PLAIN_SECONDS:

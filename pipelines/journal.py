@@ -34,9 +34,11 @@ class Pace:
         self._first = 0
         self._began = 0.0
 
-    def seconds_left(self, what: str, done: int, total: int) -> float | None:
-        """None while there is nothing to go by. Clocks that are set do not matter."""
-        clock = time.monotonic()
+    def seconds_left(
+        self, what: str, done: int, total: int, *, clock: float | None = None
+    ) -> float | None:
+        """None while there is nothing to go by. ``clock``: the monotonic time, if it is known."""
+        clock = time.monotonic() if clock is None else clock
         if what != self._what or done < self._first:
             self._what, self._first, self._began = what, done, clock
         made = done - self._first

@@ -17,7 +17,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from shearling import disk_errors, sha256_of_file, sha256_of_json, sync, write_json
+from shearling import (
+    disk_errors,
+    sha256_of_file,
+    sha256_of_json,
+    sync,
+    without_secrets,
+    write_json,
+)
 from teachers.file_memory import FileMemory
 
 SCHEMA = 1
@@ -61,7 +68,8 @@ class Store:
         work, final = self.partial(kind, key), self.artefact(kind, key)
         with disk_errors(final):
             _sync_tree(work)
-            write_json(work / STAGE_FILE, {**record, "files": self.list_files(work)})
+            told = json.loads(without_secrets(json.dumps(record)))
+            write_json(work / STAGE_FILE, {**told, "files": self.list_files(work)})
             sync(work)
             if final.exists():  # only a damaged one is ever made again
                 shutil.rmtree(final)
@@ -89,7 +97,7 @@ class Store:
         if record is None or not isinstance(record.get("files"), dict) or record.get("key") != key:
             return f"{STAGE_FILE} can't be read"
         for name, known in record["files"].items():
-            if not isinstance(known, Mapping) or not {"size", "mtime_ns", "sha256"} <= set(known):
+            if not _is_known(known):
                 return f"{STAGE_FILE} can't be read"
             problem = self._file_damage(folder / name, known, verify=verify)
             if problem:
@@ -129,6 +137,14 @@ class Store:
                     "sha256": sha256_of_file(path),
                 }
         return listed
+
+
+def _is_known(facts: Any) -> bool:
+    """Whether these are a file's facts as `Store.list_files` writes them."""
+    return isinstance(facts, Mapping) and all(
+        isinstance(facts.get(name), kind)
+        for name, kind in (("size", int), ("mtime_ns", int), ("sha256", str))
+    )
 
 
 class FileHashes:

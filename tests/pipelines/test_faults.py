@@ -295,3 +295,38 @@ def test_a_mistake_inside_a_stage_leaves_the_description_of_what_is_shown(
     assert "blank.txt" in status["error"]["what"]
     page = json.loads((run / "report.json").read_text())
     assert [stage["scorecard"] is not None for stage in page["stages"]] == [True, True, True]
+
+
+# --- secrets ------------------------------------------------------------------------------------
+
+TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsT"
+
+
+def test_secrets_reach_no_file_of_a_run(
+    run: Path, recipe_file: Path, shearling: Shearling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token in an error, an option and the environment: in no log, lock, report or message."""
+    monkeypatch.setenv("HF_TOKEN", "a token of another form")
+
+    def fail(settings: Any, context: Any) -> Any:
+        raise RuntimeError(f"https://me:secret-word@hub/x: {TOKEN}; a token of another form")
+
+    monkeypatch.setattr(STAGES["distill"], "run", fail)
+    revision = ("--set", f"teacher.revision={TOKEN}", "--set", "distill.tokens=2048")
+    done = shearling("run", recipe_file, "--out", run, *revision)
+    assert done.returncode == 1
+    secrets = (TOKEN, "secret-word", "a token of another form")
+    assert "hf_***" in done.stderr
+    assert not any(secret in done.stdout + done.stderr for secret in secrets)
+    texts = {
+        path: path.read_text(encoding="utf-8")
+        for path in run.rglob("*")
+        if path.is_file() and path.suffix in (".json", ".yaml", ".log", ".html", ".md", ".jsonl")
+    }
+    assert run / "error.log" in texts
+    told = [
+        str(path.relative_to(run))
+        for path, text in texts.items()
+        if any(secret in text for secret in secrets)
+    ]
+    assert told == []

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +215,52 @@ def test_a_preset_is_a_proportion_of_the_teacher_after_any_cut() -> None:
     assert student_shape("like-3b", teacher=teacher, newest=middle) == middle
     cut = student_shape({"num_hidden_layers": 2}, teacher=teacher, newest=middle)
     assert (cut.num_hidden_layers, cut.hidden_size) == (2, middle.hidden_size)
+
+
+def test_moving_files_repeats_nothing(
+    recipe_data: dict[str, Any], store: Store, tmp_path: Path
+) -> None:
+    """Their hashes are in the keys, where they lie is not; but a reader goes by the ending."""
+    moved = copy.deepcopy(recipe_data)
+    model, text = moved["teacher"]["model"], moved["transfer_set"]["sources"][0]["path"]
+    moved["teacher"]["model"] = str(shutil.copytree(model, tmp_path / "elsewhere" / "llama"))
+    there = shutil.copy(text, tmp_path / "elsewhere" / "other name.jsonl")
+    moved["transfer_set"]["sources"][0]["path"] = str(there)
+    before, after = steps_of(recipe_data, store), steps_of(moved, store)
+    assert {name: step.key for name, step in before.items()} == {
+        name: step.key for name, step in after.items()
+    }
+    assert str(tmp_path) not in json.dumps([dict(step.slice) for step in after.values()])
+    renamed = shutil.copy(text, tmp_path / "elsewhere" / "as.txt")
+    moved["transfer_set"]["sources"][0]["path"] = str(renamed)
+    assert steps_of(moved, store)["transfer_set"].key != before["transfer_set"].key
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """Something that accepts connections where the hub should be."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        yield server
+
+
+def test_a_task_that_missed_the_hub_is_measured_when_it_answers(
+    recipe_data: dict[str, Any],
+    store: Store,
+    hub: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = steps_of(recipe_data, store)["teacher/benchmark"]
+    reasons = {
+        "piqa": "its data are on the Hugging Face hub, which doesn't answer here",
+        "boolq": "its data are on the Hugging Face hub, and loading them failed: no such thing",
+    }
+    (store.open_work(step.kind, step.key, resumable=False) / "file").write_text("done")
+    store.publish(step.kind, step.key, record(step) | {"summary": {"skipped": reasons}})
+    found = decide(step, store, record(step))
+    assert (found.runs, found.reason) == (True, "can be measured now: piqa")
+    hub.close()
+    assert not decide(step, store, record(step)).runs
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert not decide(step, store, record(step)).runs
