@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test bench soak picture lint clean
+.PHONY: quickstart test coverage bench soak picture lint clean
 
 quickstart: $(INSTALLED)
 	$(BIN)/shearling run quickstart
@@ -19,6 +19,11 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest tests/bench -o python_files='bench_*.py' -s
+
+# Lines that the tests run, by package; slower than `make test`, so apart from it.
+coverage: $(INSTALLED)
+	$(BIN)/python -m pytest --cov=pipelines --cov=reports --cov=teachers --cov=students \
+	  --cov=compress --cov-report=term-missing:skip-covered
 
 # Kills and other faults on whole runs, hundreds of them; docs/RELIABILITY.md has the numbers.
 soak: $(INSTALLED)

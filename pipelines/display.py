@@ -13,6 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from pipelines.journal import Pace
+from shearling import without_secrets
 
 _SHRINKS = Column(no_wrap=True, overflow="ellipsis")
 """On a narrow terminal the numbers are cut off, not the time left."""
@@ -61,7 +62,8 @@ class Display:
 
     def line(self, text: str, style: str = "") -> None:
         """Print one line; nothing in ``text`` is read as markup."""
-        self.console.print(Text(text, style=style), highlight=False, soft_wrap=True)
+        shown = Text(without_secrets(text), style=style)
+        self.console.print(shown, highlight=False, soft_wrap=True)
 
     def decision(self, name: str, decision: str) -> None:
         line = Text.assemble((f"{name}: ", "bold"), decision)

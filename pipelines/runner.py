@@ -81,7 +81,11 @@ def check(recipe: Recipe, options: Options) -> list[Step]:
 
 
 def decisions(
-    steps: list[Step], options: Options, *, verify_inputs: bool = False
+    steps: list[Step],
+    options: Options,
+    *,
+    verify_inputs: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[tuple[Step, Decision]]:
     """Every step with what would be done about it now, and why."""
     return decide_all(
@@ -90,6 +94,7 @@ def decisions(
         lambda step: _previous(options.run, step),
         verify=options.verify,
         verify_inputs=verify_inputs,
+        tell=tell,
     )
 
 
@@ -121,7 +126,7 @@ class _Run:
         self.run = options.run
         self.display = display
         self.store = Store(options.run / "store")
-        self.planned = decisions(steps, options, verify_inputs=True)
+        self.planned = decisions(steps, options, verify_inputs=True, tell=display.line)
         self.steps = {step.name: step for step in steps}
         self.device = machine.pick_device(recipe.device)
         self.provenance = Provenance(options.run)

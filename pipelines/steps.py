@@ -19,6 +19,7 @@ from pipelines.stages import benchmark, distill, prune, teacher, transfer_set
 from pipelines.store import Store, stage_key
 from reports.hub import NO_ANSWER, worth_another_try
 from reports.tasks import mirror_file
+from shearling import without_secrets
 from students.settings import Settings
 
 STAGES: dict[str, ModuleType] = {
@@ -29,6 +30,9 @@ STAGES: dict[str, ModuleType] = {
     "benchmark": benchmark,
 }
 """One module a kind: ``run(settings, context)``, ``CODE_VERSION``, ``RESUMABLE``."""
+
+TELL_HASHING = 1e9
+"""Bytes of an artefact from which on its hashing is announced."""
 
 FILES = "files of "
 """Prefix of inputs that are hashes of the user's own files, not keys of artefacts."""
@@ -237,8 +241,9 @@ def decide_all(
     *,
     verify: bool = False,
     verify_inputs: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[tuple[Step, Decision]]:
-    """A decision for each step, in order.
+    """A decision for each step, in order. ``tell`` hears of hashing that takes a while.
 
     ``verify`` hashes every finished artefact; ``verify_inputs`` those that a step that runs will
     read, so that hours are not spent on weights in which a bit has flipped.
@@ -247,6 +252,9 @@ def decide_all(
     read: set[str] = set()
     for step in reversed(steps):
         hashed = verify or (verify_inputs and step.name in read)
+        size = store.size(step.kind, step.key) if hashed else 0
+        if size > TELL_HASHING:
+            tell(f"{step.name}: reading its {size / 1e9:.1f} GB, to see that no bit has changed")
         decided[step.name] = decide(step, store, previous(step), verify=hashed)
         if decided[step.name].runs:
             read |= set(step.needs.values())
@@ -310,4 +318,5 @@ def _shown(leaves: Mapping[str, Any], path: str) -> str:
         return "(not set)"
     value = leaves[path]
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = without_secrets(text)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -104,6 +104,12 @@ class Store:
                 return f"{name} {problem}"
         return None
 
+    def size(self, kind: str, key: str) -> int:
+        """Bytes of a finished artefact, as its record says; 0 if there is none."""
+        files = (self.read(kind, key) or {}).get("files")
+        known = files.values() if isinstance(files, Mapping) else ()
+        return sum(facts["size"] for facts in known if _is_known(facts))
+
     def _file_damage(self, path: Path, known: Mapping[str, Any], *, verify: bool) -> str | None:
         try:
             stat = path.stat()

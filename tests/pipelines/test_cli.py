@@ -62,6 +62,20 @@ def test_version(shearling: Shearling) -> None:
     assert shearling("--version").stdout == f"shearling {__version__}\n"
 
 
+def test_the_shell_completes_commands() -> None:
+    """What a shell asks after `shearling --install-completion`, when Tab is pressed."""
+    code = "from pipelines.cli import app; app(prog_name='shearling')"
+    asked = {
+        "_SHEARLING_COMPLETE": "complete_bash",
+        "COMP_WORDS": "shearling re",
+        "COMP_CWORD": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(**asked), capture_output=True, text=True
+    )
+    assert done.stdout.split() == [name for name in COMMANDS if name.startswith("re")]
+
+
 def test_colours_only_on_a_terminal(shearling: Shearling) -> None:
     done = shearling("run", "nothing")
     assert done.returncode == 2

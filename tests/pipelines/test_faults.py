@@ -112,6 +112,7 @@ def test_weights_are_hashed_before_hours_are_spent_on_them(
     run: Path, recipe_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A flipped bit in a large file with its old time is found because the file will be read."""
+    import pipelines.steps
     import pipelines.store
     from pipelines.recipe import check_recipe
 
@@ -123,7 +124,10 @@ def test_weights_are_hashed_before_hours_are_spent_on_them(
     stages = [dict(stage) for stage in recipe_data["stages"]]
     stages[1]["tokens"] = 2048
     longer = build_steps(check_recipe({**recipe_data, "stages": stages}), fingerprint)
-    decided = decide_all(longer, store, lambda _: None, verify_inputs=True)
+    monkeypatch.setattr(pipelines.steps, "TELL_HASHING", 0)
+    told: list[str] = []
+    decided = decide_all(longer, store, lambda _: None, verify_inputs=True, tell=told.append)
+    assert any(line.startswith("prune: reading its ") for line in told)
     assert {step.name for step, decision in decided if decision.runs} == {
         "prune",
         "distill",
