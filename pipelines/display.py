@@ -149,7 +149,7 @@ def format_bytes(size: float) -> str:
 
 def headline(scorecard: Mapping[str, Any]) -> str:
     """One line of a scorecard: its size and the first metric of each task."""
-    parts = [f"{scorecard.get('parameters', 0) / 1e6:,.1f}M parameters"]
+    parts = [f"{(scorecard.get('parameters') or 0) / 1e6:,.1f}M parameters"]
     for task, metrics in scorecard.get("results", {}).items():
         for metric, number in list(metrics.items())[:1]:
             value, stderr = number.get("value"), number.get("stderr")

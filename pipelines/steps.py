@@ -108,7 +108,8 @@ class _Builder:
         files: Mapping[str, str] | None = None,
     ) -> None:
         slice_ = settings.model_dump(mode="json", exclude=set(leave_out))
-        _forget_places(slice_)
+        if files:
+            _forget_places(slice_)
         needs = needs or {}
         inputs = {role: self.steps[need].key for role, need in needs.items()}
         inputs |= {FILES + path: digest for path, digest in (files or {}).items()}
