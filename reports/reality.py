@@ -12,7 +12,7 @@ _LOOKED_AT: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("time", ("seconds",), words.duration),
     ("memory", ("peak_memory_bytes", "memory_bytes"), words.size),
     ("parameters", ("parameters",), words.count),
-    ("on disk", ("bytes", "disk_bytes", "model_bytes"), words.size),
+    ("on disk", ("disk_bytes", "bytes"), words.size),
 )
 
 
@@ -57,9 +57,11 @@ def _expected(planned: Data, name: str) -> float | None:
 
 
 def _happened(stage: Stage, label: str) -> float | None:
-    card = stage.scorecard or {}
     if label == "time":
         return stage.seconds
     if label == "memory":
         return stage.peak_memory_bytes
-    return as_number(card.get("parameters" if label == "parameters" else "bytes"))
+    if label == "parameters":
+        return as_number((stage.scorecard or {}).get("parameters"))
+    files = as_dict(stage.record.get("files")).values()
+    return sum(as_number(as_dict(file).get("size")) or 0.0 for file in files) or None

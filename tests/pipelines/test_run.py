@@ -200,7 +200,7 @@ def start(recipe: Path, run: Path, *extra: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(run: Path, condition: Callable[[Status], bool], seconds: float = 120) -> Status:
+def wait_for(run: Path, condition: Callable[[Status], bool], seconds: float = 600) -> Status:
     """Poll the status of a run, as a program beside it would, until it is as wanted."""
     from pipelines.journal import read_status
 
@@ -210,7 +210,7 @@ def wait_for(run: Path, condition: Callable[[Status], bool], seconds: float = 12
             status = read_status(run)
             if condition(status):
                 return status
-        time.sleep(0.05)
+        time.sleep(0.1)
     raise AssertionError("the run never came to where the test wants it")
 
 
@@ -234,7 +234,7 @@ def test_interrupted_runs_end_cleanly_and_go_on(
     assert [row["state"] for row in status["stages"]] == ["done", "done", "running"]
     assert status["stages"][1]["scorecard"]["model"] == "prune"
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     assert process.returncode == 130, output
     assert "Go on with: shearling run" in output
     after = json.loads(shearling("status", run, "--json").stdout)
@@ -244,7 +244,7 @@ def test_interrupted_runs_end_cleanly_and_go_on(
     process = start(recipe_file, run, *LONG)
     wait_for(run, distilling)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=300)
     found = decisions(output)
     assert found["prune"] == found["teacher/benchmark"] == "not run again: nothing changed"
     assert found["distill"] == "runs: goes on where it was interrupted"
