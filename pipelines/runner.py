@@ -247,6 +247,7 @@ class _Run:
             out=out,
             run=self.run,
             seed=self.recipe.seed,
+            benchmark=self.recipe.benchmark,
             device=self.device,
             cache=self.options.cache,
             progress=progress,

@@ -104,12 +104,14 @@ class _Builder:
         name: str | None = None,
         seeded: bool = True,
         leave_out: frozenset[str] = frozenset(),
+        also: Mapping[str, Any] | None = None,
         needs: Mapping[str, str] | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
         slice_ = settings.model_dump(mode="json", exclude=set(leave_out))
         if files:
             _forget_places(slice_)
+        slice_ |= also or {}
         needs = needs or {}
         inputs = {role: self.steps[need].key for role, need in needs.items()}
         inputs |= {FILES + path: digest for path, digest in (files or {}).items()}
@@ -140,14 +142,18 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
         files=_hashes({"teacher.model": recipe.teacher.model}, fingerprint),
     )
     sources = {f"transfer_set.sources.{s.name}.path": s.path for s in recipe.transfer_set.sources}
+    mirror = _mirror_files(recipe, fingerprint)
+    clean = recipe.transfer_set.clean
+    # What is taken out of the text then depends on the questions.
+    cleared = clean is not None and clean.benchmarks
     builder.add(
         "transfer_set",
         recipe.transfer_set,
         stage="transfer_set",
+        also={"benchmark_tasks": list(recipe.benchmark.tasks)} if cleared else None,
         needs={"teacher": "teacher"},
-        files=_hashes(sources, fingerprint),
+        files=_hashes(sources, fingerprint) | (mirror if cleared else {}),
     )
-    mirror = _mirror_files(recipe, fingerprint)
 
     def measure(stage: str) -> None:
         builder.add(

@@ -244,7 +244,7 @@ def completion_table(run: Run) -> Table | None:
 
 def source_table(run: Run) -> Table | None:
     """Where the transfer set's text came from."""
-    sources = [as_dict(source) for source in as_list(_transfer(run).get("sources"))]
+    sources = [as_dict(source) for source in as_list(transfer(run).get("sources"))]
     if not sources:
         return None
     rows = [
@@ -273,7 +273,8 @@ def source_table(run: Run) -> Table | None:
     )
 
 
-def _transfer(run: Run) -> Data:
+def transfer(run: Run) -> Data:
+    """The run's transfer_set.json, empty if there is none."""
     return next((stage.transfer_set for stage in run.stages if stage.transfer_set), {})
 
 
@@ -281,7 +282,7 @@ def transfer_facts(run: Run) -> list[tuple[str, str]]:
     """All plain numbers and texts of transfer_set.json."""
     return [
         (key.replace("_", " "), plain(value))
-        for key, value in _transfer(run).items()
+        for key, value in transfer(run).items()
         if key not in ("schema", "sources") and isinstance(value, str | int | float)
     ]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from reports import words
 from reports.chart import Chart
 from reports.charts import make_charts
+from reports.cleaning import cleaning_tables
 from reports.pruning_charts import pruned
 from reports.reality import reality_table
 from reports.rivals import rival_table
@@ -23,6 +24,7 @@ from reports.tables import (
     source_table,
     stage_table,
     task_table,
+    transfer,
     transfer_facts,
 )
 from reports.verdict import Judgement, cost, headline_facts, verdict, verdict_details
@@ -51,6 +53,7 @@ class View:
     completions: Table | None = None
     transfer_set: Table | None = None
     transfer_facts: list[tuple[str, str]] = field(default_factory=list)
+    cleaning: list[Table] = field(default_factory=list)
     reality: Table | None = None
     recipe: str = ""
     versions: list[tuple[str, str]] = field(default_factory=list)
@@ -80,6 +83,7 @@ def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> Vie
         completions=completion_table(run),
         transfer_set=source_table(run),
         transfer_facts=transfer_facts(run),
+        cleaning=cleaning_tables(transfer(run)),
         reality=reality_table(run),
         recipe=run.recipe_text,
         versions=versions(run),

@@ -122,6 +122,12 @@ class Tokenised:
             self, starts=self.starts[which], lengths=self.lengths[which], bytes=self.bytes[which]
         )
 
+    def replaced(self, which: NDArray[np.int64], new: Tokenised) -> Tokenised:
+        """These documents exchanged for new ones, which stand in the same (longer) file."""
+        starts, lengths, sizes = self.starts.copy(), self.lengths.copy(), self.bytes.copy()
+        starts[which], lengths[which], sizes[which] = new.starts, new.lengths, new.bytes
+        return Tokenised(new.ids, starts, lengths, sizes, new.learn)
+
     def cut(self, order: NDArray[np.int64], tokens: int) -> Tokenised:
         """The first documents in ``order`` that make ``tokens`` tokens; the last one is cut."""
         ends = np.cumsum(self.lengths[order])
@@ -132,6 +138,14 @@ class Tokenised:
             sizes[-1] = sizes[-1] * (lengths[-1] - excess) // lengths[-1]
             lengths[-1] -= excess
         return replace(self, starts=self.starts[chosen], lengths=lengths, bytes=sizes)
+
+
+def lengths_of(taken: list[Tokenised]) -> dict[str, int]:
+    """Documents by length: lower bounds in tokens, each twice the one before -> how many."""
+    lengths = np.concatenate([one.lengths for one in taken])
+    lengths = lengths[lengths > 0]
+    bounds, counts = np.unique(np.floor(np.log2(lengths)).astype(np.int64), return_counts=True)
+    return {str(1 << int(b)): int(c) for b, c in zip(bounds, counts, strict=True)}
 
 
 class Aside(Protocol):
@@ -182,20 +196,26 @@ def tokenise(
     answers: bool = False,
     enough: int | None = None,
     aside: Aside | None = None,
+    append: bool = False,
     progress: tuple[Progress, str, int] = (silent, "", 0),
 ) -> Tokenised:
-    """Write the ids of documents to ``path``, stopping once ``enough`` tokens are there."""
+    """Write the ids of documents to ``path``, stopping once ``enough`` tokens are there.
+
+    With ``append`` they come after what the file holds.
+    """
     show, name, total = progress
     lengths, sizes, count = array("q"), array("q"), 0
+    mode = "ab" if append else "wb"
     learn_path = path.with_suffix(".learn")
     if aside is not None:
         aside.restart()
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_errors(path))
-        file = stack.enter_context(path.open("wb"))
+        file = stack.enter_context(path.open(mode))
+        first = file.tell() // np.dtype(np.uint32).itemsize
         learn_file: IO[bytes] | None = None
         if answers:
-            learn_file = stack.enter_context(learn_path.open("wb"))
+            learn_file = stack.enter_context(learn_path.open(mode))
         for batch, encoded in _encoded(source, encoder, answers):
             # Plain writes: tofile hides the errno of a full disk.
             file.write(np.concatenate([one.ids for one in encoded]).data)
@@ -213,7 +233,8 @@ def tokenise(
     ids = np.memmap(path, np.uint32, "r") if count else np.empty(0, np.uint32)
     learn = np.memmap(learn_path, np.uint8, "r") if count and answers else None
     length = np.array(lengths, np.int64)
-    return Tokenised(ids, np.cumsum(length) - length, length, np.array(sizes, np.int64), learn)
+    starts = first + np.cumsum(length) - length
+    return Tokenised(ids, starts, length, np.array(sizes, np.int64), learn)
 
 
 def _learn(encoded: Encoded) -> Learn:

@@ -79,6 +79,79 @@ class SourceSettings(Settings):
         return self
 
 
+class ClassifierSettings(Settings):
+    """A small classifier that has learnt from the teacher which text is good."""
+
+    score: Literal["perplexity", "prompt"] = Field(
+        default="perplexity",
+        description="How the teacher scores its sample: by how far a text's perplexity lies from "
+        "what is usual, or by how likely it answers yes when asked whether the text is good (for "
+        "teachers tuned on instructions).",
+    )
+    sample: int = Field(default=1000, ge=100, description="Documents that the teacher scores.")
+    keep: float = Field(
+        default=0.9, gt=0, lt=1, description="Part of the documents that is kept, the best ones."
+    )
+
+
+class CleanSettings(Settings):
+    """What is removed from the text; each part is off until it is named."""
+
+    benchmarks: bool = Field(
+        default=True,
+        description="Remove documents that hold questions of the recipe's own benchmarks "
+        "(13 words in a row).",
+    )
+    languages: tuple[str, ...] = Field(
+        default=(), description="Languages to keep (en, de, ...); by default all."
+    )
+    language_model: Literal["py3langid", "fasttext"] = Field(
+        default="py3langid",
+        description="What tells languages: py3langid comes with its model; fasttext (datatrove's "
+        "own) is downloaded.",
+    )
+    language_threshold: float = Field(
+        default=0.5, ge=0, le=1, description="How sure the model must be of a kept language."
+    )
+    repetition: bool = Field(
+        default=False, description="Remove texts that repeat themselves (Gopher's rules)."
+    )
+    quality: tuple[Literal["gopher", "c4", "fineweb"], ...] = Field(
+        default=(),
+        description="Sets of rules for web text. c4 also removes single lines; all are made for "
+        "prose of some length.",
+    )
+    unsafe: Literal["off", "words", "c4"] = Field(
+        default="off",
+        description="Remove texts full of obscene words: by the lists that come with datatrove, or "
+        "by C4's list, which is downloaded.",
+    )
+    exact_duplicates: bool = Field(
+        default=False, description="Of equal texts (but for case and spaces) keep one."
+    )
+    near_duplicates: bool = Field(
+        default=False,
+        description="Of texts that share about three quarters of their 5-grams of words keep one "
+        "(MinHash).",
+    )
+    semantic_duplicates: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Of texts whose mean hidden states in the teacher have at least this cosine "
+        "keep one; 0.95 is careful.",
+    )
+    classifier: ClassifierSettings | None = Field(
+        default=None, description="Remove what a classifier taught by the teacher finds worst."
+    )
+    oversample: float = Field(
+        default=3.0,
+        ge=1,
+        description="Of a source with a share, at most this many times the share is read and "
+        "cleaned.",
+    )
+
+
 class TransferSetSettings(Settings):
     """The text on which the teacher teaches."""
 
@@ -92,6 +165,9 @@ class TransferSetSettings(Settings):
     window: int = Field(default=256, ge=8, description="Tokens in one training window.")
     heldout_windows: int = Field(
         default=16, ge=1, description="Windows kept out of training, to evaluate on."
+    )
+    clean: CleanSettings | None = Field(
+        default=None, description="What is removed from the text before it is drawn from."
     )
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -32,11 +32,14 @@ from shearling import (
     silent,
     write_json,
 )
-from teachers.encoding import Encoder, Tokenised
+from teachers.encoding import Encoder, Tokenised, lengths_of
 from teachers.packing import hold_out, shuffled, write_loss_mask, write_windows
-from teachers.settings import SourceSettings, TransferSetSettings
+from teachers.settings import CleanSettings, SourceSettings, TransferSetSettings
 from teachers.sources import Source, tokenise_source
 from teachers.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from teachers.cleaned import Cleaner, Questions
 
 SCHEMA = 1
 _ARRAYS = ("tokens", "document_starts", "heldout_tokens", "heldout_document_starts")
@@ -53,11 +56,15 @@ def build_transfer_set(
     *,
     seed: int,
     cache: Path,
+    questions: Questions | None = None,
+    device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Read, tokenise, shuffle and pack the recipe's text into ``out``; returns the facts.
+    """Read, tokenise, clean, shuffle and pack the recipe's text into ``out``; returns the facts.
 
-    The result is a function of the settings, the texts, the tokenizer and the seed.
+    The result is a function of the settings, the texts, the tokenizer and the seed. ``questions``
+    are the benchmarks' (task -> documents -> texts), which the text is cleared of. The weights
+    beside the tokenizer are only opened for what ``clean`` wants a teacher for.
 
     Raises:
         ShearlingError: unreadable, empty or too little text; with file and line where it can.
@@ -65,19 +72,43 @@ def build_transfer_set(
     out = Path(out)
     encoder = Encoder(load_tokenizer(Path(tokenizer_dir)), Path(tokenizer_dir))
     shares = _shares(settings)
+    cleaning: dict[str, Any] = {}
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".tokenise-") as aside:
-            sources, taken, draws = [], [], []
-            for number, source_settings in enumerate(settings.sources):
-                # A source's draw must not change when another source is put before it.
-                own_seed = _source_seed(seed, source_settings)
-                sources.append(Source(source_settings, cache, own_seed))
-                draws.append(np.random.default_rng([own_seed, 1]))
-                path, share = Path(aside) / f"{number}.ids", shares[number]
-                taken.append(
-                    tokenise_source(sources[-1], encoder, path, draws[-1], progress, share=share)
+            # A source's draw must not change when another source is put before it.
+            seeds = [_source_seed(seed, source) for source in settings.sources]
+            sources = [
+                Source(source, cache, own)
+                for source, own in zip(settings.sources, seeds, strict=True)
+            ]
+            draws = [np.random.default_rng([own, 1]) for own in seeds]
+            paths = [Path(aside) / f"{number}.ids" for number in range(len(sources))]
+            cleaner = None
+            if settings.clean is not None:
+                cleaner = _open_cleaner(
+                    settings.clean,
+                    Path(aside),
+                    questions=questions or {},
+                    teacher=Path(tokenizer_dir),
+                    device=device,
+                    seed=seed,
+                    progress=progress,
                 )
+            taken = [
+                tokenise_source(
+                    source,
+                    encoder,
+                    path,
+                    draw,
+                    progress,
+                    share=cleaner.share(share) if cleaner else share,
+                    aside=cleaner.aside() if cleaner else None,
+                )
+                for source, path, draw, share in zip(sources, paths, draws, shares, strict=True)
+            ]
+            if cleaner:
+                taken, cleaning = cleaner.clean(taken, paths, encoder)
             shares = _balanced(settings, shares, taken)
             taken = [_cut(*each) for each in zip(taken, shares, draws, strict=True)]
             told = [_source_facts(*each) for each in zip(sources, shares, taken, strict=True)]
@@ -90,12 +121,25 @@ def build_transfer_set(
         "vocabulary": encoder.vocabulary,
         "tokenizer_sha256": tokenizer_fingerprint(Path(tokenizer_dir)),
         **sizes,
+        "lengths": lengths_of(taken),
         "sources": told,
         "notes": [note for source in told for note in source["notes"]],
+        **({"cleaning": cleaning} if cleaning else {}),
         "sha256": sha256_of_json([sha256_of_file(file) for file in array_files(out)]),
     }
     write_json(out / "transfer_set.json", facts)
     return facts
+
+
+def _open_cleaner(settings: CleanSettings, work: Path, **more: Any) -> Cleaner:
+    try:
+        from teachers.cleaned import Cleaner
+    except ModuleNotFoundError as error:
+        raise ShearlingError(
+            f"transfer_set.clean needs the package {error.name}, which is not installed.",
+            hint="Run `pip install 'shearling[clean]'`, or remove transfer_set.clean.",
+        ) from error
+    return Cleaner(settings, work, **more)
 
 
 def array_files(folder: Path) -> list[Path]:
@@ -185,6 +229,8 @@ def _source_facts(source: Source, share: int | None, taken: Tokenised) -> dict[s
         notes.append(
             f"{settings.name}: {share:,} tokens were asked for, all of the text makes {tokens:,}."
         )
+    if not len(taken):
+        notes.append(f"{settings.name}: cleaning left nothing of it.")
     if source.empty:
         notes.append(f"{settings.name}: {source.empty:,} empty documents were left out.")
     return {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reports.settings import BenchmarkSettings
 from shearling import Progress
 
 
@@ -23,6 +24,8 @@ class Context:
     run: Path
     """The run folder; only for messages."""
     seed: int
+    benchmark: BenchmarkSettings
+    """What every model is measured on; the transfer set is cleared of its questions."""
     device: str
     """cpu, cuda, cuda:N or mps; never auto."""
     cache: Path

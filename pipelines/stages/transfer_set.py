@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.stages.context import Context
-from shearling import ShearlingError, read_json
+from shearling import ShearlingError, read_json, write_json
 from teachers.settings import TransferSetSettings
 
 CODE_VERSION = 1
@@ -24,11 +24,29 @@ def run(settings: TransferSetSettings, context: Context) -> dict[str, Any]:
             "tokens at most.",
             hint=f"Set transfer_set.window to {longest} or less.",
         )
-    return build_transfer_set(
+    questions, unread = _questions(settings, context)
+    facts = build_transfer_set(
         settings,
         context.inputs["teacher"] / "model",
         context.out,
         seed=context.seed,
         cache=context.cache,
+        questions=questions,
+        device=context.device,
         progress=context.progress,
     )
+    if unread:
+        facts["cleaning"]["benchmarks_not_read"] = unread
+        write_json(context.out / "transfer_set.json", facts)
+    return facts
+
+
+def _questions(
+    settings: TransferSetSettings, context: Context
+) -> tuple[dict[str, list[list[str]]], dict[str, str]]:
+    """The benchmarks' questions, and why those of a task could not be read."""
+    if settings.clean is None or not settings.clean.benchmarks:
+        return {}, {}
+    from reports.questions import questions_of
+
+    return questions_of(context.benchmark, context.cache, context.progress)

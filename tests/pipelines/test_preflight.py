@@ -11,6 +11,7 @@ from pipelines.preflight import check_parents, known_teacher_shape
 from pipelines.recipe import check_recipe
 from pipelines.stages import transfer_set
 from pipelines.stages.context import Context
+from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, silent
 from teachers.settings import SourceSettings, TransferSetSettings
 
@@ -35,6 +36,7 @@ def test_a_window_longer_than_the_teachers_context(tmp_path: Path) -> None:
         out=tmp_path,
         run=tmp_path,
         seed=0,
+        benchmark=BenchmarkSettings(),
         device="cpu",
         cache=tmp_path,
         progress=silent,

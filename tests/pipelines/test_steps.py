@@ -97,6 +97,22 @@ def test_what_a_change_makes_run_again(recipe_data: dict[str, Any], store: Store
     assert changed_by(recipe_data, store, words) == set()
 
 
+def test_a_text_cleared_of_questions_depends_on_the_benchmarks(
+    recipe_data: dict[str, Any], store: Store
+) -> None:
+    def tasks(data: dict[str, Any]) -> None:
+        data["benchmark"]["tasks"] = ["copa", "wikitext2"]
+
+    assert "transfer_set" not in changed_by(recipe_data, store, tasks)
+    data = copy.deepcopy(recipe_data)
+    data["transfer_set"]["clean"] = {}
+    step = steps_of(data, store)["transfer_set"]
+    assert any("mirror" in role for role in step.inputs)
+    assert "transfer_set" in changed_by(data, store, tasks)
+    data["transfer_set"]["clean"] = {"benchmarks": False}
+    assert "transfer_set" not in changed_by(data, store, tasks)
+
+
 def test_renaming_a_stage_repeats_nothing(recipe_data: dict[str, Any], store: Store) -> None:
     other = copy.deepcopy(recipe_data)
     other["stages"][0]["name"] = "cut"

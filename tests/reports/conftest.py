@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hostile import HOSTILE, hostile_cleaning
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import reports.tasks.wikitext
@@ -22,7 +23,6 @@ from shearling import read_json, write_json
 
 STEPS = 12
 KEPT_LAYERS = [0, 1, 3]
-HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}]]><!--"
 COMMAND = "shearling run tiny --set distill.tokens=6144"
 
 
@@ -251,7 +251,12 @@ def hostile_run(run: Path) -> Path:
     write_json(run / "run.json", journal)
     write_json(
         run / "stages" / "transfer_set" / "transfer_set.json",
-        {"schema": 1, HOSTILE: HOSTILE, "sources": [{"name": HOSTILE, "documents": 1}]},
+        {
+            "schema": 1,
+            HOSTILE: HOSTILE,
+            "sources": [{"name": HOSTILE, "documents": 1}],
+            "cleaning": hostile_cleaning(),
+        },
     )
     quoted = json.dumps(HOSTILE)
     recipe = f"name: {quoted}\ndescription: {quoted}\n"
