@@ -21,6 +21,16 @@ def channel_energy(activations_BTD: Tensor) -> Tensor:
     return activations_BTD.abs().mean(1).double().square().sum(0)
 
 
+def relative_energy(stream_BTE: Tensor) -> Tensor:
+    """Energy of each hidden dim in the stream divided by the stream's size, [E], float64.
+
+    A sum over windows and positions but the first, whose huge values all windows share. That is
+    what a norm hands on before its weights, so a dim counts as much as the layers can see of it.
+    """
+    size_BT = stream_BTE.square().mean(-1, keepdim=True).clamp_min(1e-12)
+    return (stream_BTE.square() / size_BT)[:, 1:].double().sum((0, 1))
+
+
 def cosine_distance(before_BTD: Tensor, after_BTD: Tensor) -> Tensor:
     """1 - cos(before, after), summed over all positions: how much a layer turns the stream.
 

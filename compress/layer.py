@@ -23,6 +23,10 @@ from teachers.checkpoint import Checkpoint
 BATCH_TOKENS = 4096
 """Positions that pass a layer at one time."""
 
+FIRST_POSITION_WEIGHT = 0.1
+"""The first position is the attention sink: its stream is a hundred times larger than all others
+and the same in every window. It stays in each fit, but doesn't decide it."""
+
 LayerWeights = dict[str, Tensor]
 """A layer's parameters by their name inside it: ``self_attn.q_proj.weight`` and so on."""
 
@@ -121,6 +125,13 @@ class LayerMath:
             _, parts = self.read(block, stream_BTD, weights)
             stream_BTD = stream_BTD + self.linear(self.mix(block, parts), weights, block.output)
         return stream_BTD
+
+
+def position_weights(stream_BTD: Tensor) -> Tensor:
+    """How much each position of a batch counts in a fit, [B, T]."""
+    weight_BT = torch.ones(stream_BTD.shape[:2], device=stream_BTD.device)
+    weight_BT[:, 0] = FIRST_POSITION_WEIGHT
+    return weight_BT
 
 
 def batches(stream_BTD: Tensor) -> Iterator[slice]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,21 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from compress.checkpointing import load_checkpoint, save_checkpoint
 from compress.memory import reuse_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.selection import choose, to_json
 from compress.settings import PruneSettings
-from compress.survey import take_survey
+from compress.survey import Survey, take_survey
 from compress.walk import Walk
-from shearling import Progress, ShearlingError, silent, write_json
+from shearling import (
+    Progress,
+    ShearlingError,
+    disk_errors,
+    sha256_of_json,
+    silent,
+    write_json,
+)
 from students.shape import Shape
 from teachers.checkpoint import open_checkpoint
 from teachers.tokenizer import copy_tokenizer
@@ -58,11 +68,35 @@ def prune(
             "Merging them is not supported yet.",
             hint="Give the axes in `shape` instead of a name, with tie_word_embeddings: false.",
         )
-    windows = TransferSet(transfer_set).calibration(settings.calibration_tokens, seed)
-    place = torch.device(device)
-    precision = fast_dtype(place, settings.precision)
-    with torch.no_grad():
-        survey = take_survey(source, windows, place, precision.dtype, progress)
+    text = TransferSet(transfer_set)
+    windows = text.calibration(settings.calibration_tokens, seed)
+    place, resume = torch.device(device), out / "resume"
+    identity = sha256_of_json(
+        [
+            settings.model_dump(exclude={"save_every_seconds", "stream_memory_gb"}),
+            shape.to_dict(),
+            seed,
+            source.fingerprint(),
+            text.facts["sha256"],
+        ]
+    )
+    saved = load_checkpoint(resume)
+    if saved and saved.state["identity"] != identity:
+        raise ShearlingError(
+            f"{resume} holds a checkpoint of another cut.",
+            hint=f"Delete {resume} to start this stage from its beginning.",
+        )
+    # What was measured then, lest a busy machine change the arithmetic now.
+    precision = (
+        PrecisionChoice(**saved.state["precision"])
+        if saved
+        else fast_dtype(place, settings.precision)
+    )
+    with torch.no_grad(), disk_errors(out):
+        if saved:
+            survey = Survey.from_tensors(saved.tensors["survey"])
+        else:
+            survey = take_survey(source, shape, windows, settings, place, precision.dtype, progress)
         plan = choose(survey, shape, settings)
         walk = Walk(
             source,
@@ -74,8 +108,11 @@ def prune(
             dtype=precision.dtype,
             folder=out / "model",
         )
+        facts = {"identity": identity, "precision": precision.to_dict()}
+        if saved:
+            walk.restore(saved)
         try:
-            reconstruction = walk.run(progress)
+            walk.run(progress, Saving(resume, walk, survey, facts, settings.save_every_seconds))
         except FloatingPointError as error:
             raise ShearlingError(
                 f"Pruning met numbers that are not finite: {error}.",
@@ -86,9 +123,34 @@ def prune(
         logit_error = _gate(walk, out / "model", shape)
     write_json(
         out / "selection.json",
-        to_json(plan) | {"importance": survey.to_json(), "reconstruction": reconstruction},
+        to_json(plan) | {"importance": survey.to_json(), "reconstruction": walk.errors},
     )
-    return _summary(walk, windows, precision, reconstruction, logit_error)
+    shutil.rmtree(out / "streams", ignore_errors=True)
+    return _summary(walk, shape, windows, precision, logit_error)
+
+
+class Saving:
+    """Called between two layers: saves the walk when it is time, so a killed one can go on."""
+
+    def __init__(
+        self, folder: Path, walk: Walk, survey: Survey, facts: Mapping[str, Any], seconds: float
+    ) -> None:
+        self.folder, self.walk, self.survey, self.facts = folder, walk, survey, facts
+        self.seconds, self._saved = seconds, time.monotonic()
+
+    def __call__(self) -> None:
+        if time.monotonic() - self._saved < self.seconds:
+            return
+        state = self.walk.state()
+        save_checkpoint(
+            self.folder,
+            replace(
+                state,
+                state={**self.facts, **state.state},
+                tensors={**state.tensors, "survey": self.survey.to_tensors()},
+            ),
+        )
+        self._saved = time.monotonic()
 
 
 def _copy_companions(teacher: Path, folder: Path) -> None:
@@ -124,21 +186,17 @@ def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
 
 
 def _summary(
-    walk: Walk,
-    windows_BT: Tensor,
-    precision: PrecisionChoice,
-    reconstruction: Sequence[Mapping[str, float]],
-    logit_error: float,
+    walk: Walk, shape: Shape, windows_BT: Tensor, precision: PrecisionChoice, logit_error: float
 ) -> dict[str, Any]:
-    dropped = sorted(set(range(walk.source.shape.num_hidden_layers)) - set(walk.plan.layers))
+    dropped = sorted(set(range(walk.source.shape.num_hidden_layers)) - set(walk.slicer.plan.layers))
     return {
-        "shape": walk.shape.to_dict(),
-        "parameters": walk.shape.parameters,
+        "shape": shape.to_dict(),
+        "parameters": shape.parameters,
         "teacher_parameters": walk.source.shape.parameters,
         "calibration_tokens": windows_BT.numel(),
         "dropped_layers": dropped,
         "refit": walk.settings.refit,
-        "stream_error": reconstruction[-1].get("stream_after_down_proj"),
+        "stream_error": walk.errors[-1].get("stream_after_down_proj"),
         "reload_logit_error": logit_error,
         "precision": precision.to_dict(),
     }

@@ -164,23 +164,25 @@ def scale_of_norm(student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor) -> t
 def final_norm_refit(
     student_gram_DD: Tensor,
     cross_DE: Tensor,
-    head_VD: Tensor,
-    teacher_head_VE: Tensor,
+    metric_DE: Tensor,
+    hidden_D: Tensor,
     start_D: Tensor,
     ridge: float,
 ) -> Tensor:
-    """The final norm's weights g, [D], for which the student's logits are nearest the teacher's.
+    """The final norm's weights g, [D], for which the student's output is nearest the teacher's.
 
-        g* = argmin_g  Σ_n w_n ‖H diag(g) z_n - H' a_n‖²  +  λ ‖g - g₀‖²
+        g* = argmin_g  Σ_n w_n ‖S diag(g) z_n - a_n‖²_F  +  λ ‖g - g₀‖²
 
     with z the student's and a the teacher's normed final hidden states (a with the teacher's norm
-    weights in it), H and H' the output heads. The normal matrix is (HᵀH) ∘ Σ w z zᵀ, so no logit
-    is ever computed. ``student_gram_DD`` is Σ w z zᵀ and ``cross_DE`` is Σ w z aᵀ. g₀ is
-    ``start_D`` times the factor that suits best, λ ``ridge`` times the mean of the diagonal.
+    weights in it), S the map from the kept dims ``hidden_D`` into all of the teacher's, and F the
+    metric in which the teacher's head sees a distance (``compress.last``); ``metric_DE`` is its
+    kept rows. The normal matrix is (Sᵀ F S) ∘ Σ w z zᵀ, so no logit is ever computed.
+    ``student_gram_DD`` is Σ w z zᵀ and ``cross_DE`` is Σ w z aᵀ. g₀ is ``start_D`` times the
+    factor that suits best, λ ``ridge`` times the mean of the diagonal.
     """
-    head, other = head_VD.double(), teacher_head_VE.double()
-    normal_DD = (head.T @ head) * student_gram_DD.double()
-    wanted_D = ((head.T @ other) * cross_DE.double()).sum(1)
+    metric_DE = metric_DE.double()
+    normal_DD = metric_DE[:, hidden_D] * student_gram_DD.double()
+    wanted_D = (metric_DE * cross_DE.double()).sum(1)
     start = start_D.double()
     start = start * (wanted_D @ start) / (start @ normal_DD @ start)
     strength = ridge * normal_DD.diagonal().mean()

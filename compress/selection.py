@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from compress.settings import PruneSettings
-from compress.survey import Survey
 from shearling import ShearlingError
 from students.shape import Shape
+
+if TYPE_CHECKING:
+    from compress.survey import Survey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,22 +118,19 @@ class Plan:
 
 
 def choose(survey: Survey, shape: Shape, settings: PruneSettings) -> Plan:
-    """Turn importances into the selection that has exactly the student's shape."""
+    """Turn what the survey found into the selection that has exactly the student's shape."""
     layers = choose_layers(survey.distances, shape.num_hidden_layers, settings.depth)
-    chosen, bases = [], []
-    for layer in layers:
-        gram_KCC = survey.value_gram_LKCC[layer]
-        heads, groups = choose_heads(
-            survey.heads_LH[layer],
-            len(gram_KCC),
-            shape.num_key_value_heads,
-            shape.num_attention_heads,
-        )
-        neurons = top(survey.neurons_LF[layer], shape.intermediate_size)
-        chosen.append(LayerSelection(heads=heads, key_value_heads=groups, neurons=neurons))
-        bases.append(_value_basis(gram_KCC[groups], shape.head_dim))
-    hidden = top(survey.hidden_E, shape.hidden_size)
-    return Plan(layers=layers, hidden=hidden, chosen=chosen, value_basis_KCc=bases)
+    chosen = [survey.chosen[layer] for layer in layers]
+    grams = [
+        survey.value_gram_LKCC[layer][kept.key_value_heads]
+        for layer, kept in zip(layers, chosen, strict=True)
+    ]
+    return Plan(
+        layers=layers,
+        hidden=top(survey.hidden_E, shape.hidden_size),
+        chosen=chosen,
+        value_basis_KCc=[_value_basis(gram_KCC, shape.head_dim) for gram_KCC in grams],
+    )
 
 
 def _value_basis(gram_KCC: Tensor, head_dim: int) -> Tensor | None:

@@ -22,6 +22,12 @@ class PruneSettings(Settings):
         description="Which layers stay: the ones that change the residual stream most (cosine), "
         "all but the least-changing run of neighbours (contiguous), or a list of layer numbers.",
     )
+    importance: Literal["activation", "greedy"] = Field(
+        default="greedy",
+        description="How heads and neurons are chosen: by the size of what they add to the stream "
+        "(activation), or removed one after another where the others, refitted, can best do "
+        "without (greedy).",
+    )
     refit: bool = Field(
         default=True,
         description="Refit the kept weights to the teacher's activations by least squares "
@@ -35,6 +41,21 @@ class PruneSettings(Settings):
     )
     precision: Precision = Field(
         default="auto", description="Arithmetic of the teacher's forward pass; auto measures."
+    )
+    stream_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="How the two residual streams of all windows are kept."
+    )
+    stream_memory_gb: float = Field(
+        default=4.0,
+        ge=0,
+        description="Streams that need more than this lie in files beside the student and are "
+        "read as the walk passes over them.",
+    )
+    save_every_seconds: float = Field(
+        default=300.0,
+        ge=0,
+        description="Seconds between checkpoints of the walk, taken between two layers; 0 takes "
+        "one after each.",
     )
 
 

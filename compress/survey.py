@@ -1,4 +1,4 @@
-"""The survey: the teacher alone passes over some windows, and its activations are scored.
+"""The survey: the teacher alone passes over some windows, and what stays of each layer is chosen.
 
 Legend: B windows, T positions, E teacher hidden, H query heads, K key/value heads, C head dim,
 Q query rows, F neurons, L layers.
@@ -6,19 +6,32 @@ Q query rows, F neurons, L layers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.greedy import keep_heads, keep_inputs
 from compress.importance import (
     channel_energy,
     cosine_distance,
     head_importance,
     neuron_importance,
+    relative_energy,
 )
-from compress.layer import ATTENTION, MLP, LayerMath, LayerWeights, batches, normed, read_layer
+from compress.layer import (
+    ATTENTION,
+    MLP,
+    LayerMath,
+    LayerWeights,
+    batches,
+    position_weights,
+    read_layer,
+)
+from compress.selection import LayerSelection, choose_heads, top
+from compress.settings import PruneSettings
 from shearling import Progress, silent
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint
@@ -31,17 +44,20 @@ SURVEY_TOKENS = 16384
 class Survey:
     """What the teacher's activations say about each part; see ``compress.importance``.
 
+    ``chosen`` is what each of the teacher's layers keeps, if it is kept itself.
     ``value_gram_LKCC`` holds, for each key/value head, the second moments of what its query heads
     hand to o_proj.
     """
 
     hidden_E: Tensor
-    heads_LH: list[Tensor] = field(default_factory=list)
-    neurons_LF: list[Tensor] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
+    heads_LH: list[Tensor] = field(default_factory=list)
+    chosen: list[LayerSelection] = field(default_factory=list)
     value_gram_LKCC: list[Tensor] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
+        """The part of ``selection.json`` that says what the teacher's parts were worth."""
+
         def rounded(scores: Tensor) -> list[float]:
             return [float(f"{score:.4g}") for score in scores.tolist()]
 
@@ -51,58 +67,135 @@ class Survey:
             "heads": [rounded(scores) for scores in self.heads_LH],
         }
 
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All of it as named tensors, for a walk that goes on in another process."""
+        return {
+            "hidden": self.hidden_E,
+            "distances": torch.tensor(self.distances, dtype=torch.float64),
+            "heads": torch.stack(self.heads_LH),
+            "value_gram": torch.stack(self.value_gram_LKCC),
+            "kept_heads": torch.stack([kept.heads for kept in self.chosen]),
+            "kept_key_value_heads": torch.stack([kept.key_value_heads for kept in self.chosen]),
+            "kept_neurons": torch.stack([kept.neurons for kept in self.chosen]),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Survey:
+        """What ``to_tensors`` gave."""
+        kept = zip(
+            tensors["kept_heads"],
+            tensors["kept_key_value_heads"],
+            tensors["kept_neurons"],
+            strict=True,
+        )
+        return cls(
+            hidden_E=tensors["hidden"],
+            distances=tensors["distances"].tolist(),
+            heads_LH=list(tensors["heads"]),
+            chosen=[
+                LayerSelection(heads=heads, key_value_heads=groups, neurons=neurons)
+                for heads, groups, neurons in kept
+            ],
+            value_gram_LKCC=list(tensors["value_gram"]),
+        )
+
 
 def take_survey(
     source: Checkpoint,
+    target: Shape,
     windows_BT: Tensor,
+    settings: PruneSettings,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress = silent,
 ) -> Survey:
-    """Pass the teacher over the first windows and add up every part's importance."""
+    """Pass the teacher over the first windows; score its parts and choose inside its layers."""
     windows_BT = windows_BT[: max(1, SURVEY_TOKENS // windows_BT.shape[1])]
     shape = source.shape
     maths = LayerMath(source.config, windows_BT.shape[1], device, dtype)
-    stream_BTE = source.tensor("model.embed_tokens.weight", torch.float32)[windows_BT]
+    stream_BTE = source.tensor("model.embed_tokens.weight")[windows_BT].float()
     survey = Survey(torch.zeros(shape.hidden_size, dtype=torch.float64, device=device))
     for number in range(shape.num_hidden_layers):
         progress("survey", number, shape.num_hidden_layers)
-        _survey_layer(survey, maths, shape, stream_BTE, read_layer(source, number, device))
-    final_norm_E = source.tensor("model.norm.weight", torch.float32).to(device)
-    for rows in batches(stream_BTE):
-        last_BTE = normed(stream_BTE[rows].to(device), maths.eps) * final_norm_E
-        survey.hidden_E += channel_energy(last_BTE)
+        weights = read_layer(source, number, device)
+        layer = LayerSurvey(maths, shape, weights, settings.importance == "greedy")
+        for rows in batches(stream_BTE):
+            before = stream_BTE[rows].to(device)
+            stream_BTE[rows] = layer.add(before).to(stream_BTE)
+        survey.hidden_E += layer.hidden_E
+        survey.distances.append(float(layer.distance) / stream_BTE[..., 0].numel())
+        survey.heads_LH.append(layer.head_scores().cpu())
+        survey.value_gram_LKCC.append(layer.gram_KCC.cpu())
+        survey.chosen.append(layer.choose(target))
     survey.hidden_E = survey.hidden_E.sqrt().cpu()
     return survey
 
 
-def _survey_layer(
-    survey: Survey, maths: LayerMath, shape: Shape, stream_BTE: Tensor, weights: LayerWeights
-) -> None:
-    """One layer over all windows; advances the stream in place and appends to ``survey``."""
-    device = survey.hidden_E.device
-    query_Q = torch.zeros(shape.query_size, dtype=torch.float64, device=device)
-    neurons_F = torch.zeros(shape.intermediate_size, dtype=torch.float64, device=device)
-    split = (shape.num_key_value_heads, shape.group_size, shape.head_dim)
-    gram_KCC = torch.zeros(split[0], split[2], split[2], device=device)
-    distance = torch.zeros((), dtype=torch.float64, device=device)
-    for rows in batches(stream_BTE):
-        before = stream_BTE[rows].to(device)
-        input_BTE, parts = maths.read(ATTENTION, before, weights)
+class LayerSurvey:
+    """One layer of the teacher: sums over positions, and the choice that follows from them."""
+
+    def __init__(self, maths: LayerMath, shape: Shape, weights: LayerWeights, greedy: bool) -> None:
+        self.maths, self.shape, self.weights, self.greedy = maths, shape, weights, greedy
+
+        def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=maths.device)
+
+        self.query_Q = zeros(shape.query_size, dtype=torch.float64)
+        self.neurons_F = zeros(shape.intermediate_size, dtype=torch.float64)
+        self.hidden_E = zeros(shape.hidden_size, dtype=torch.float64)
+        self.distance = zeros(dtype=torch.float64)
+        self.gram_KCC = zeros(shape.num_key_value_heads, shape.head_dim, shape.head_dim)
+        if greedy:
+            self.gram_QQ = zeros(shape.query_size, shape.query_size)
+            self.gram_FF = zeros(shape.intermediate_size, shape.intermediate_size)
+
+    def add(self, before_BTE: Tensor) -> Tensor:
+        """Take in a batch; returns the stream behind the layer."""
+        maths, weights = self.maths, self.weights
+        _, parts = maths.read(ATTENTION, before_BTE, weights)
         mixed = maths.mix(ATTENTION, parts)
-        middle = before + maths.linear(mixed, weights, ATTENTION.output)
-        post_BTE, parts = maths.read(MLP, middle, weights)
+        middle = before_BTE + maths.linear(mixed, weights, ATTENTION.output)
+        _, parts = maths.read(MLP, middle, weights)
         active = maths.mix(MLP, parts)
         after = middle + maths.linear(active, weights, MLP.output)
-        survey.hidden_E += channel_energy(input_BTE) + channel_energy(post_BTE)
-        query_Q += channel_energy(mixed)
-        neurons_F += channel_energy(active)
-        by_group = mixed.view(-1, *split)
-        gram_KCC += torch.einsum("nkgc,nkgd->kcd", by_group, by_group)
-        distance += cosine_distance(before, after)
-        stream_BTE[rows] = after.to(stream_BTE.device)
-    survey.distances.append(float(distance) / stream_BTE[..., 0].numel())
-    output, down = weights[f"{ATTENTION.output}.weight"], weights[f"{MLP.output}.weight"]
-    survey.heads_LH.append(head_importance(query_Q.sqrt(), output, shape.head_dim).cpu())
-    survey.neurons_LF.append(neuron_importance(neurons_F.sqrt(), down).cpu())
-    survey.value_gram_LKCC.append(gram_KCC.cpu())
+        for stream in (before_BTE, middle):
+            self.hidden_E += relative_energy(stream)
+        self.query_Q += channel_energy(mixed)
+        self.neurons_F += channel_energy(active)
+        by_group = mixed.view(-1, len(self.gram_KCC), self.shape.group_size, self.shape.head_dim)
+        self.gram_KCC += torch.einsum("nkgc,nkgd->kcd", by_group, by_group)
+        self.distance += cosine_distance(before_BTE, after)
+        if self.greedy:
+            # As the refits will judge: relative to the stream, the first position hardly.
+            for gram_II, inputs, stream in (
+                (self.gram_QQ, mixed, middle),
+                (self.gram_FF, active, after),
+            ):
+                size_BT = stream.square().mean(-1).clamp_min(1e-12)
+                weight_BT = position_weights(stream) / size_BT
+                weighted_NI = (inputs * weight_BT.sqrt()[..., None]).flatten(0, 1)
+                gram_II.addmm_(weighted_NI.T, weighted_NI)
+        return after
+
+    def head_scores(self) -> Tensor:
+        """Activation importance of each query head, [H]."""
+        output = self.weights[f"{ATTENTION.output}.weight"]
+        return head_importance(self.query_Q.sqrt(), output, self.shape.head_dim)
+
+    def choose(self, target: Shape) -> LayerSelection:
+        """What this layer keeps."""
+        output = self.weights[f"{ATTENTION.output}.weight"]
+        down = self.weights[f"{MLP.output}.weight"]
+        sizes = (
+            self.shape.num_key_value_heads,
+            target.num_key_value_heads,
+            target.num_attention_heads,
+        )
+        if self.greedy:
+            heads, groups = keep_heads(self.gram_QQ, output, self.shape.head_dim, *sizes)
+            neurons = keep_inputs(self.gram_FF, down, target.intermediate_size)
+        else:
+            heads, groups = choose_heads(self.head_scores().cpu(), *sizes)
+            scores_F = neuron_importance(self.neurons_F.sqrt(), down)
+            neurons = top(scores_F.cpu(), target.intermediate_size)
+        return LayerSelection(heads=heads, key_value_heads=groups, neurons=neurons)

@@ -10,14 +10,16 @@ O outputs, K key/value heads, C teacher head dim, c student head dim.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from compress.coupling import HIDDEN, KEY_VALUE, NEURONS, QUERY, derive_coupling
+from compress.checkpointing import TrainingState
+from compress.coupling import derive_coupling
+from compress.last import METRIC_POSITIONS, final_map, fisher_metric
 from compress.layer import (
     ATTENTION,
     BLOCKS,
@@ -27,6 +29,7 @@ from compress.layer import (
     LayerWeights,
     batches,
     normed,
+    position_weights,
     read_layer,
 )
 from compress.reconstruct import (
@@ -36,19 +39,19 @@ from compress.reconstruct import (
     final_norm_refit,
     scale_of_norm,
 )
-from compress.selection import Plan, rotary_channels, rows_of_heads
+from compress.selection import Plan
 from compress.settings import PruneSettings
+from compress.slicing import Slicer
+from compress.streams import DTYPES, Streams
 from shearling import Progress, silent
 from students.build import StudentWriter, student_config
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint
 
-FIRST_POSITION_WEIGHT = 0.1
-"""The first position is the attention sink: its stream is a hundred times larger than all others
-and the same in every window. It stays in each fit, but doesn't decide it."""
-
 FINAL_NORM_RIDGE = 0.01
 """The final norm has a number a hidden dim and every token to fit it, so it needs little."""
+
+FINAL_MAP_RIDGE = 0.001
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -61,7 +64,8 @@ class Walk:
     """Teacher and student side by side; ``run`` takes them from the embedding to the last norm.
 
     Afterwards ``probe_logits`` holds what the student's weights, in memory and in float32, say
-    about ``probe_tokens``.
+    about ``probe_tokens``. Between two layers ``state`` gives all that a walk needs to go on in
+    another process, and ``restore`` puts it back.
     """
 
     def __init__(
@@ -76,53 +80,95 @@ class Walk:
         dtype: torch.dtype,
         folder: Path,
     ) -> None:
-        self.source, self.shape, self.plan, self.settings = source, shape, plan, settings
-        self.device = device
-        self.coupling = derive_coupling(source.config)
+        self.source, self.settings, self.device = source, settings, device
+        self.slicer = Slicer(
+            teacher=source.shape,
+            student=shape,
+            plan=plan,
+            coupling=derive_coupling(source.config),
+        )
         config = student_config(source.config, shape)
         self.teacher_math = LayerMath(source.config, windows_BT.shape[1], device, dtype)
         self.student_math = LayerMath(config, windows_BT.shape[1], device, dtype)
-        embedding_VE = source.tensor(EMBEDDING, torch.float32)
-        self.embedding_VD = embedding_VE[:, plan.hidden]
         self.writer = StudentWriter(folder, config, source.tensor(FINAL_NORM).dtype)
         walked = windows_BT if settings.refit else windows_BT[:0]  # slicing looks at nothing
-        self.teacher_stream = embedding_VE[walked]
-        self.student_stream = self.embedding_VD[walked]
+        streams = Streams(
+            folder.parent / "streams",
+            DTYPES[settings.stream_dtype],
+            int(settings.stream_memory_gb * 1024**3),
+        )
+        embedding_VE = source.tensor(EMBEDDING)
+        self.teacher_stream = streams.embedded("teacher", embedding_VE, walked)
+        self.student_stream = streams.empty("student", (*walked.shape, shape.hidden_size))
+        for rows in batches(self.teacher_stream):
+            self.student_stream[rows] = self.slicer.kept(self.teacher_stream[rows])
         self.probe_tokens = windows_BT[:1, :64]
         self.probe_math = LayerMath(config, self.probe_tokens.shape[1], device, torch.float32)
-        self.probe_stream = self._stored(self.embedding_VD)[self.probe_tokens].to(device)
+        probe_BTE = embedding_VE[self.probe_tokens].float()
+        self.probe_stream = self._stored(self.slicer.kept(probe_BTE)).to(device)
         self.probe_logits = torch.empty(0)
+        self.errors: list[dict[str, float]] = []
 
     def _stored(self, tensor: Tensor) -> Tensor:
         """As the tensor will be read back: rounded to the stored dtype."""
         return tensor.to(self.writer.dtype).float()
 
-    def run(self, progress: Progress = silent) -> list[dict[str, float]]:
-        """Make and write every layer; returns each layer's reconstruction errors."""
-        errors = []
-        self.writer.add(EMBEDDING, self.embedding_VD)
-        for number, layer in enumerate(self.plan.layers):
-            progress("walk", number, len(self.plan.layers))
-            weights, error = self._layer(number, layer)
+    def state(self) -> TrainingState:
+        """Where the walk is, the written layers safe on the disk."""
+        return TrainingState(
+            step=len(self.errors),
+            state={"errors": self.errors, "shards": self.writer.checkpoint()},
+            tensors={
+                "streams": {
+                    "teacher": self.teacher_stream,
+                    "student": self.student_stream,
+                    "probe": self.probe_stream,
+                }
+            },
+        )
+
+    def restore(self, saved: TrainingState) -> None:
+        """Go on where ``state`` was taken."""
+        streams = saved.tensors["streams"]
+        self.teacher_stream.copy_(streams["teacher"])
+        self.student_stream.copy_(streams["student"])
+        self.probe_stream = streams["probe"].to(self.device)
+        self.errors = list(saved.state["errors"])
+        self.writer.restore(saved.state["shards"])
+
+    def run(self, progress: Progress = silent, between: Callable[[], None] = lambda: None) -> None:
+        """Make and write the layers that are left; ``between`` is called after each of them.
+
+        ``errors`` then holds each layer's reconstruction errors.
+        """
+        layers = self.slicer.plan.layers
+        if not self.errors:
+            embedding_VE = self.source.tensor(EMBEDDING)
+            self.writer.add(EMBEDDING, self.slicer.outside_layers(EMBEDDING, embedding_VE))
+        for number in range(len(self.errors), len(layers)):
+            progress("walk", number, len(layers))
+            weights, error = self._layer(number)
             for name, weight in weights.items():
                 self.writer.add(f"model.layers.{number}.{name}", weight)
             self.probe_stream = self.probe_math.layer(self.probe_stream, weights)
-            errors.append({"layer": layer} | error)
+            self.errors.append({"layer": layers[number]} | error)
+            between()
         self._finish()
-        progress("walk", len(errors), len(errors))
-        return errors
+        progress("walk", len(layers), len(layers))
 
-    def _layer(self, number: int, layer: int) -> tuple[LayerWeights, dict[str, float]]:
-        """The student's layer ``number``, cut from the teacher's ``layer``; the streams pass it."""
-        teacher = read_layer(self.source, layer, self.device)
-        student = self._sliced(number, teacher)
+    def _layer(self, number: int) -> tuple[LayerWeights, dict[str, float]]:
+        """The student's layer ``number``; both streams pass it."""
+        plan = self.slicer.plan
+        teacher = read_layer(self.source, plan.layers[number], self.device)
+        student = self.slicer.layer(number, teacher)
         error: dict[str, float] = {}
         if self.settings.refit:
             for block in BLOCKS:
                 error |= self._fit_inputs(number, block, teacher, student)
                 if block is MLP:
                     self._pass_dropped_layers(number)
-                error |= self._fit_output(block, student)
+                last = block is MLP and number == len(plan.layers) - 1
+                error |= self._fit_output(block, student, self._end_map() if last else None)
         return {name: self._stored(weight) for name, weight in student.items()}, error
 
     def _fit_inputs(
@@ -131,15 +177,15 @@ class Walk:
         """Refit the maps that read the stream; the teacher's stream passes the block."""
         fit = InputFit(student, block)
         for rows in batches(self.teacher_stream):
-            before = self.teacher_stream[rows].to(self.device)
+            before = self._read(self.teacher_stream, rows)
             input_BTE, parts = self.teacher_math.read(block, before, teacher)
             targets = [
-                self._target(number, name, _flat(part))
+                self.slicer.target(number, name, _flat(part))
                 for name, part in zip(block.inputs, parts, strict=True)
             ]
             fit.add(
                 self._student_normed(rows),
-                self._kept(input_BTE),
+                self.slicer.kept(input_BTE),
                 targets,
                 _weights(before),
                 _held_out(rows, before),
@@ -147,7 +193,7 @@ class Walk:
             written = self.teacher_math.linear(
                 self.teacher_math.mix(block, parts), teacher, block.output
             )
-            self.teacher_stream[rows] = (before + written).to(self.teacher_stream.device)
+            self.teacher_stream[rows] = (before + written).to(self.teacher_stream)
         return fit.solve(student, self.settings.ridge)
 
     def _pass_dropped_layers(self, number: int) -> None:
@@ -155,28 +201,36 @@ class Walk:
 
         The down projection before the gap is then fitted to the stream behind it.
         """
-        layers = [*self.plan.layers, self.source.shape.num_hidden_layers]
+        layers = [*self.slicer.plan.layers, self.source.shape.num_hidden_layers]
         for layer in range(layers[number] + 1, layers[number + 1]):
             weights = read_layer(self.source, layer, self.device)
             for rows in batches(self.teacher_stream):
-                passed = self.teacher_math.layer(self.teacher_stream[rows].to(self.device), weights)
-                self.teacher_stream[rows] = passed.to(self.teacher_stream.device)
+                passed = self.teacher_math.layer(self._read(self.teacher_stream, rows), weights)
+                self.teacher_stream[rows] = passed.to(self.teacher_stream)
 
-    def _fit_output(self, block: Block, student: LayerWeights) -> dict[str, float]:
+    def _fit_output(
+        self, block: Block, student: LayerWeights, map_DE: Tensor | None
+    ) -> dict[str, float]:
         """Refit the map that writes into the stream; the student's stream passes the block.
 
-        The target is the teacher's stream minus the student's, so earlier errors are corrected.
+        The target is the teacher's stream minus the student's, so earlier errors are corrected:
+        the kept dims of the teacher's, or what ``map_DE`` makes of all of them.
         """
+
+        def wanted_stream(rows: slice) -> Tensor:
+            stream = self._read(self.teacher_stream, rows)
+            return self.slicer.kept(stream) if map_DE is None else stream @ map_DE.T
+
         weight_name, bias = f"{block.output}.weight", student.get(f"{block.output}.bias")
         sliced_OI = student[weight_name]
         moments = SplitMoments(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
         mixed: list[Tensor] = []  # kept for the second loop, in the dtype that it multiplies in
         for rows in batches(self.student_stream):
-            stream = self.student_stream[rows].to(self.device)
+            stream = self._read(self.student_stream, rows)
             _, parts = self.student_math.read(block, stream, student)
             mixed_BTI = self.student_math.mix(block, parts)
             mixed.append(mixed_BTI.to("cpu", self.student_math.dtype))
-            wanted = self._kept(self.teacher_stream[rows].to(self.device))
+            wanted = wanted_stream(rows)
             target_NO = _flat(wanted - stream)
             if bias is not None:
                 target_NO = target_NO - bias
@@ -188,11 +242,11 @@ class Walk:
         student[weight_name] = refit.weight_OI
         wrong = 0.0
         for rows, mixed_BTI in zip(batches(self.student_stream), mixed, strict=True):
-            stream = self.student_stream[rows].to(self.device)
+            stream = self._read(self.student_stream, rows)
             written = self.student_math.linear(mixed_BTI.to(self.device), student, block.output)
             after = stream + written
-            self.student_stream[rows] = after.to(self.student_stream.device)
-            wrong += _relative_distance(after, self._kept(self.teacher_stream[rows].to(after)))
+            self.student_stream[rows] = after.to(self.student_stream)
+            wrong += _relative_distance(after, wanted_stream(rows))
         short = block.output.rpartition(".")[2]
         return {
             f"{short}_sliced": refit.sliced_error,
@@ -201,105 +255,59 @@ class Walk:
             f"stream_after_{short}": wrong / self.student_stream[..., 0].numel(),
         }
 
+    def _read(self, stream_BTD: Tensor, rows: slice) -> Tensor:
+        """Some windows of a stream, where they are computed, in float32."""
+        return stream_BTD[rows].to(self.device, torch.float32)
+
     def _student_normed(self, rows: slice) -> Tensor:
-        return _flat(normed(self.student_stream[rows].to(self.device), self.student_math.eps))
+        return _flat(normed(self._read(self.student_stream, rows), self.student_math.eps))
 
-    def _kept(self, stream_BTE: Tensor) -> Tensor:
-        return stream_BTE.index_select(-1, self.plan.hidden.to(stream_BTE.device))
+    @cached_property
+    def _norm_E(self) -> Tensor:
+        return self.source.tensor(FINAL_NORM, torch.float32).to(self.device)
 
-    def _sliced(self, number: int, teacher: LayerWeights) -> LayerWeights:
-        """The teacher's layer cut to the student's shape, not yet refitted."""
-        chosen, basis = self.plan.chosen[number], self.plan.value_basis_KCc[number]
-        wide = self.source.shape.head_dim
-        rotary = rotary_channels(wide, self.shape.head_dim)
-        every = torch.arange(wide)
-        kept = {HIDDEN: self.plan.hidden, NEURONS: chosen.neurons}
-        rotated = kept | {
-            QUERY: rows_of_heads(chosen.heads, rotary, wide),
-            KEY_VALUE: rows_of_heads(chosen.key_value_heads, rotary, wide),
-        }
-        whole = kept | {
-            QUERY: rows_of_heads(chosen.heads, every, wide),
-            KEY_VALUE: rows_of_heads(chosen.key_value_heads, every, wide),
-        }
-        student = {}
-        for name, tensor in teacher.items():
-            side = rotated if name.startswith(ATTENTION.inputs[:2]) else whole
-            student[name] = self.coupling.cut(name, tensor, side)
-        if basis is not None:
-            self._narrow_heads(student, basis.to(self.device))
-        return student
+    @cached_property
+    def _metric_EE(self) -> Tensor:
+        """How far a final hidden state is from another, in the eyes of the output head."""
+        step = max(1, self.teacher_stream[..., 0].numel() // METRIC_POSITIONS)
+        final_NE = _flat(self.teacher_stream)[::step].to(self.device, torch.float32)
+        final_NE = normed(final_NE, self.teacher_math.eps) * self._norm_E
+        head_VE = self.source.tensor(HEAD).to(self.device)
+        return fisher_metric(final_NE, head_VE, self.teacher_math.dtype)
 
-    def _narrow_heads(self, student: LayerWeights, basis_KCc: Tensor) -> None:
-        """Project values onto their basis and let the queries carry the change of softmax scale.
-
-        A stock model divides scores by the square root of its own, smaller head dim.
-        """
-        wide, narrow = basis_KCc.shape[1:]
-        scale = math.sqrt(narrow / wide)
-        for name in [n for n in student if n.startswith(ATTENTION.inputs[0])]:
-            student[name] = student[name] * scale
-        for name in [n for n in student if n.startswith(ATTENTION.inputs[2])]:
-            value = student[name].view(len(basis_KCc), wide, -1)
-            projected = torch.einsum("kci,kcd->kdi", value, basis_KCc).flatten(0, 1)
-            student[name] = projected.reshape(-1, *student[name].shape[1:])
-        name = f"{ATTENTION.output}.weight"
-        output = student[name].view(-1, len(basis_KCc), self.shape.group_size, wide)
-        student[name] = torch.einsum("ekgc,kcd->ekgd", output, basis_KCc).flatten(1)
-
-    def _target(self, number: int, name: str, output_NO: Tensor) -> Tensor:
-        """What the teacher's q, k, v, gate or up output becomes in the student's shape."""
-        chosen, basis = self.plan.chosen[number], self.plan.value_basis_KCc[number]
-        if name in MLP.inputs:
-            return output_NO[:, chosen.neurons]
-        wide = self.source.shape.head_dim
-        heads = chosen.heads if name == ATTENTION.inputs[0] else chosen.key_value_heads
-        if name == ATTENTION.inputs[2]:
-            value = output_NO.view(len(output_NO), -1, wide)[:, heads]
-            if basis is not None:
-                value = torch.einsum("nkc,kcd->nkd", value, basis.to(value))
-            return value.flatten(1)
-        rows = rows_of_heads(heads, rotary_channels(wide, self.shape.head_dim), wide)
-        target = output_NO[:, rows.to(output_NO.device)]
-        if name == ATTENTION.inputs[0]:
-            target = target * math.sqrt(self.shape.head_dim / wide)
-        return target
+    def _end_map(self) -> Tensor:
+        """What the last layer aims at; the teacher's stream must have passed its last layer."""
+        hidden = self.slicer.plan.hidden.to(self.device)
+        return final_map(self._metric_EE, self._norm_E, hidden, FINAL_MAP_RIDGE)
 
     def _finish(self) -> None:
         """The final norm and, untied, the output head; then the folder is complete."""
-        kept = {HIDDEN: self.plan.hidden}
-        norm_E = self.source.tensor(FINAL_NORM, torch.float32).to(self.device)
-        head_VE = self.source.tensor(HEAD, torch.float32).to(self.device)
-        norm_D = self.coupling.cut(FINAL_NORM, norm_E, kept)
-        head_VD = self.embedding_VD.to(self.device)
-        if not self.shape.tie_word_embeddings:
-            head_VD = self.coupling.cut(HEAD, head_VE, kept)
+        norm_D = self.slicer.outside_layers(FINAL_NORM, self._norm_E)
+        head_VD = self.slicer.outside_layers(HEAD, self.source.tensor(HEAD))
+        if not self.student_math.config.tie_word_embeddings:
             self.writer.add(HEAD, head_VD)
         if self.settings.refit:
-            norm_D = self._fit_final_norm(norm_E, head_VE, norm_D, head_VD)
+            norm_D = self._fit_final_norm(norm_D)
         self.writer.add(FINAL_NORM, norm_D)
-        last = normed(self.probe_stream, self.probe_math.eps) * self._stored(norm_D)
-        self.probe_logits = last @ self._stored(head_VD).T
+        last_BTD = normed(self.probe_stream, self.probe_math.eps) * self._stored(norm_D)
+        self.probe_logits = last_BTD @ self._stored(head_VD).to(self.device).T
         self.writer.finish()
 
-    def _fit_final_norm(
-        self, norm_E: Tensor, head_VE: Tensor, norm_D: Tensor, head_VD: Tensor
-    ) -> Tensor:
-        moments = Moments.zeros(len(norm_D), len(norm_E), self.device)
+    def _fit_final_norm(self, norm_D: Tensor) -> Tensor:
+        moments = Moments.zeros(len(norm_D), len(self._norm_E), self.device)
         for rows in batches(self.teacher_stream):
-            before = self.teacher_stream[rows].to(self.device)
-            target_NE = _flat(normed(before, self.teacher_math.eps) * norm_E)
+            before = self._read(self.teacher_stream, rows)
+            target_NE = _flat(normed(before, self.teacher_math.eps) * self._norm_E)
             moments.add(self._student_normed(rows), target_NE, _weights(before))
+        hidden = self.slicer.plan.hidden.to(self.device)
+        metric_DE = self._metric_EE[hidden]
         return final_norm_refit(
-            moments.gram_II, moments.cross_IO, head_VD, head_VE, norm_D, FINAL_NORM_RIDGE
+            moments.gram_II, moments.cross_IO, metric_DE, hidden, norm_D, FINAL_NORM_RIDGE
         )
 
 
 def _weights(stream_BTD: Tensor) -> Tensor:
-    """How much each position of a batch counts, [N]."""
-    weight_BT = torch.ones(stream_BTD.shape[:2], device=stream_BTD.device)
-    weight_BT[:, 0] = FIRST_POSITION_WEIGHT
-    return weight_BT.flatten()
+    return position_weights(stream_BTD).flatten()
 
 
 def _held_out(rows: slice, stream_BTD: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
 from shearling import write_json
 from students.shape import Shape
 
-SHARD_BYTES = 2 * 1024**3
+SHARD_BYTES = 1024**3
 
 
 def student_config(teacher: LlamaConfig, shape: Shape) -> LlamaConfig:
@@ -42,7 +42,6 @@ class StudentWriter:
         self._pending: dict[str, Tensor] = {}
         self._shards: list[list[str]] = []
         self._bytes = 0
-        self.parameters = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -55,10 +54,21 @@ class StudentWriter:
         if not bool(torch.isfinite(stored).all()):  # also what is too large for a float16
             raise FloatingPointError(f"{name} is not finite as {self.dtype}")
         self._pending[name] = stored
-        self.parameters += stored.numel()
         self._bytes += stored.nbytes
         if sum(pending.nbytes for pending in self._pending.values()) >= self.shard_bytes:
             self._flush()
+
+    def checkpoint(self) -> list[list[str]]:
+        """Put what was added so far on the disk; ``restore`` takes the answer."""
+        if self._pending:
+            self._flush()
+        return [list(names) for names in self._shards]
+
+    def restore(self, shards: list[list[str]]) -> None:
+        """Go on behind the shards of a ``checkpoint`` that is on the disk."""
+        self._shards = [list(names) for names in shards]
+        paths = [self._shard_path(number) for number in range(1, len(shards) + 1)]
+        self._bytes = sum(tensor.nbytes for path in paths for tensor in load_file(path).values())
 
     def finish(self) -> None:
         """Write what is left, the index if there are several shards, and the configuration."""

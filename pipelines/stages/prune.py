@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,14 @@ from students.shape import Shape, resolve_shape
 if TYPE_CHECKING:
     from pipelines.recipe import PruneStage
 
-CODE_VERSION = 2
-RESUMABLE = False
+CODE_VERSION = 3
+RESUMABLE = True
 TEACHER_SELECTION = "teacher_selection.json"
 """What a student kept of the *teacher*; ``selection.json`` is about the model that was cut."""
 
 
 def run(settings: PruneStage, context: Context) -> dict[str, Any]:
-    """Write ``out/model`` and ``out/selection.json``; returns the walk's summary."""
+    """Write ``out/model`` and ``out/selection.json``; goes on from ``out/resume`` where it is."""
     from compress.prune import prune
 
     newest = context.inputs["model"]
@@ -42,6 +43,7 @@ def run(settings: PruneStage, context: Context) -> dict[str, Any]:
     if (newest / TEACHER_SELECTION).is_file():
         selection = joined_selection(read_json(newest / TEACHER_SELECTION), selection)
     write_json(context.out / TEACHER_SELECTION, selection)
+    shutil.rmtree(context.out / "resume", ignore_errors=True)
     return summary
 
 

@@ -135,14 +135,14 @@ def test_the_ridge_is_chosen_by_what_held_out_positions_say() -> None:
 def test_final_norm_refit_minimises_the_logits_distance() -> None:
     torch.manual_seed(0)
     student, teacher = torch.randn(200, 4), torch.randn(200, 6)
-    head, teacher_head = torch.randn(9, 4), torch.randn(9, 6)
+    head, hidden = torch.randn(9, 6), torch.tensor([0, 2, 3, 5])
 
     def distance(norm: Tensor) -> Tensor:
-        return ((student * norm) @ head.T - teacher @ teacher_head.T).square().sum()
+        return ((student * norm) @ head[:, hidden].T - teacher @ head.T).square().sum()
 
-    start = torch.ones(4)
+    start, metric = torch.ones(4), (head.T @ head)[hidden]
     found = final_norm_refit(
-        student.T @ student, student.T @ teacher, head, teacher_head, start, 1e-12
+        student.T @ student, student.T @ teacher, metric, hidden, start, 1e-12
     ).requires_grad_()
     (slope,) = torch.autograd.grad(distance(found), found)
     assert float(slope.abs().max()) < 1e-3 * float(distance(start))
@@ -379,3 +379,90 @@ def test_refit_beats_slicing_on_a_trained_model(shared_data: Path, tmp_path: Pat
             model = load(tmp_path / str(refit) / "model")
             loss[refit] = float(model(heldout, labels=heldout).loss)
     assert loss[True] < loss[False] - 0.5
+
+
+# --- the walk, interrupted and in files
+
+
+AXES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40}
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_killed_walk_goes_on_to_the_same_bits(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    cut(tiny_llama, tmp_path / "whole", tiny_transfer_set, AXES)
+    shape = replace(Checkpoint(tiny_llama).shape, **AXES)
+    settings = PruneSettings(calibration_tokens=2048, precision="float32", save_every_seconds=0)
+    walked: list[int] = []
+
+    def kill(task: str, done: int, total: int, **shown: Any) -> None:
+        walked.extend([done] if task == "walk" else [])
+        if task == "walk" and done == 2:
+            raise Killed
+
+    def go_on(progress: Any) -> None:
+        prune(
+            tiny_llama,
+            tmp_path / "killed",
+            shape,
+            tiny_transfer_set,
+            settings,
+            seed=0,
+            progress=progress,
+        )
+
+    with pytest.raises(Killed):
+        go_on(kill)
+    assert walked == [0, 1, 2]
+    seen: list[tuple[str, int]] = []
+    go_on(lambda task, done, total, **shown: seen.append((task, done)))
+    assert seen == [("walk", 2), ("walk", 3)]  # no second survey, no layer twice
+    assert (
+        files_of(tmp_path / "killed/model").items()
+        >= {
+            name: content
+            for name, content in files_of(tmp_path / "whole/model").items()
+            if not name.startswith("model")  # one shard there, several here
+        }.items()
+    )
+    whole, resumed = load(tmp_path / "whole/model"), load(tmp_path / "killed/model")
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    selections = [read_json(tmp_path / run / "selection.json") for run in ("whole", "killed")]
+    assert selections[0] == selections[1]
+
+
+def test_a_checkpoint_of_another_cut_is_refused(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    shape = replace(Checkpoint(tiny_llama).shape, **AXES)
+    settings = PruneSettings(calibration_tokens=2048, precision="float32", save_every_seconds=0)
+    prune(tiny_llama, tmp_path, shape, tiny_transfer_set, settings, seed=0)
+    with pytest.raises(ShearlingError, match="another cut"):
+        prune(tiny_llama, tmp_path, shape, tiny_transfer_set, settings, seed=1)
+
+
+def test_streams_in_files_change_no_bit(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    cut(tiny_llama, tmp_path / "memory", tiny_transfer_set, AXES)
+    cut(tiny_llama, tmp_path / "files", tiny_transfer_set, AXES, stream_memory_gb=0)
+    assert files_of(tmp_path / "memory/model") == files_of(tmp_path / "files/model")
+    assert not (tmp_path / "files/streams").exists()
+
+
+def test_narrow_streams_are_nearly_as_good(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    wide = cut(tiny_llama, tmp_path / "wide", tiny_transfer_set, AXES)
+    narrow = cut(tiny_llama, tmp_path / "narrow", tiny_transfer_set, AXES, stream_dtype="bfloat16")
+    assert narrow["stream_error"] == pytest.approx(wide["stream_error"], rel=0.05)
+    assert narrow["stream_error"] != wide["stream_error"]

@@ -1,0 +1,95 @@
+"""Cut a layer of the teacher to the student's shape, its weights as well as what it says.
+
+Legend: N positions, O outputs, K key/value heads, C teacher head dim, c student head dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.coupling import HIDDEN, KEY_VALUE, NEURONS, QUERY, Coupling
+from compress.layer import ATTENTION, MLP, LayerWeights
+from compress.selection import Plan, rotary_channels, rows_of_heads
+from students.shape import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slicer:
+    """From the teacher's shape to the student's, as the plan says."""
+
+    teacher: Shape
+    student: Shape
+    plan: Plan
+    coupling: Coupling
+
+    def kept(self, stream_BTE: Tensor) -> Tensor:
+        """The student's dims of a teacher's stream."""
+        return stream_BTE.index_select(-1, self.plan.hidden.to(stream_BTE.device))
+
+    def outside_layers(self, name: str, tensor: Tensor) -> Tensor:
+        """The embedding, the final norm or the output head without the dropped hidden dims."""
+        return self.coupling.cut(name, tensor, {HIDDEN: self.plan.hidden})
+
+    def layer(self, number: int, teacher: LayerWeights) -> LayerWeights:
+        """The student's layer ``number``, sliced and not yet refitted."""
+        chosen, basis = self.plan.chosen[number], self.plan.value_basis_KCc[number]
+        wide = self.teacher.head_dim
+        rotary = rotary_channels(wide, self.student.head_dim)
+        every = torch.arange(wide)
+        kept = {HIDDEN: self.plan.hidden, NEURONS: chosen.neurons}
+        rotated = kept | {
+            QUERY: rows_of_heads(chosen.heads, rotary, wide),
+            KEY_VALUE: rows_of_heads(chosen.key_value_heads, rotary, wide),
+        }
+        whole = kept | {
+            QUERY: rows_of_heads(chosen.heads, every, wide),
+            KEY_VALUE: rows_of_heads(chosen.key_value_heads, every, wide),
+        }
+        student = {}
+        for name, tensor in teacher.items():
+            side = rotated if name.startswith(ATTENTION.inputs[:2]) else whole
+            student[name] = self.coupling.cut(name, tensor, side)
+        if basis is not None:
+            self._narrow_heads(student, basis)
+        return student
+
+    def _narrow_heads(self, student: LayerWeights, basis_KCc: Tensor) -> None:
+        """Project values onto their basis and let the queries carry the change of softmax scale.
+
+        A stock model divides scores by the square root of its own, smaller head dim.
+        """
+        wide, narrow = basis_KCc.shape[1:]
+        scale = math.sqrt(narrow / wide)
+        for name in [n for n in student if n.startswith(ATTENTION.inputs[0])]:
+            student[name] = student[name] * scale
+        for name in [n for n in student if n.startswith(ATTENTION.inputs[2])]:
+            basis = basis_KCc.to(student[name])
+            value = student[name].view(len(basis), wide, -1)
+            projected = torch.einsum("kci,kcd->kdi", value, basis).flatten(0, 1)
+            student[name] = projected.reshape(-1, *student[name].shape[1:])
+        name = f"{ATTENTION.output}.weight"
+        output = student[name].view(-1, len(basis_KCc), self.student.group_size, wide)
+        narrowed = torch.einsum("ekgc,kcd->ekgd", output, basis_KCc.to(output))
+        student[name] = narrowed.flatten(1)
+
+    def target(self, number: int, name: str, output_NO: Tensor) -> Tensor:
+        """What the teacher's q, k, v, gate or up output becomes in the student's shape."""
+        chosen, basis = self.plan.chosen[number], self.plan.value_basis_KCc[number]
+        if name in MLP.inputs:
+            return output_NO[:, chosen.neurons]
+        wide = self.teacher.head_dim
+        heads = chosen.heads if name == ATTENTION.inputs[0] else chosen.key_value_heads
+        if name == ATTENTION.inputs[2]:
+            value = output_NO.view(len(output_NO), -1, wide)[:, heads]
+            if basis is not None:
+                value = torch.einsum("nkc,kcd->nkd", value, basis.to(value))
+            return value.flatten(1)
+        rows = rows_of_heads(heads, rotary_channels(wide, self.student.head_dim), wide)
+        target = output_NO[:, rows.to(output_NO.device)]
+        if name == ATTENTION.inputs[0]:
+            target = target * math.sqrt(self.student.head_dim / wide)
+        return target

@@ -1,0 +1,45 @@
+"""Residual streams of all calibration windows: in memory, or in a memory map when they are large.
+
+Legend: B windows, T positions, D hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Streams:
+    """Makes the streams of one walk, in ``dtype``.
+
+    What doesn't fit into ``limit_bytes`` any more lies in files under ``folder``: the operating
+    system reads and writes their pages as the walk passes over the windows, in order.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype, limit_bytes: int) -> None:
+        self.folder, self.dtype = folder, dtype
+        self._left = limit_bytes
+
+    def embedded(self, name: str, embedding_VD: Tensor, tokens_BT: Tensor) -> Tensor:
+        """The stream at the model's entrance, [B, T, D]: every token's embedding."""
+        stream_BTD = self.empty(name, (*tokens_BT.shape, embedding_VD.shape[1]))
+        for window, tokens_T in enumerate(tokens_BT):
+            stream_BTD[window] = embedding_VD[tokens_T]
+        return stream_BTD
+
+    def empty(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of this shape, in memory while there is room and in a file from then on."""
+        size = math.prod(shape) * self.dtype.itemsize
+        if size <= self._left or size == 0:
+            self._left -= size
+            return torch.empty(shape, dtype=self.dtype)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.stream"
+        path.unlink(missing_ok=True)
+        mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self.dtype)
+        return mapped.view(shape)
