@@ -14,10 +14,13 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compress.checkpointing import load_checkpoint, save_checkpoint
+from compress.coupling import derive_coupling
+from compress.ends import student_ends
 from compress.memory import reuse_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.selection import choose, to_json
 from compress.settings import PruneSettings
+from compress.slicing import Slicer
 from compress.survey import Survey, take_survey
 from compress.walk import Walk
 from shearling import (
@@ -62,12 +65,6 @@ def prune(
             "The student's shape does not fit: " + "; ".join(problems) + ".",
             hint="Change `shape` in the recipe's prune stage.",
         )
-    if shape.tie_word_embeddings and not source.shape.tie_word_embeddings:
-        raise ShearlingError(
-            "The teacher's input and output embeddings are two matrices, the shape asks for one. "
-            "Merging them is not supported yet.",
-            hint="Give the axes in `shape` instead of a name, with tie_word_embeddings: false.",
-        )
     text = TransferSet(transfer_set)
     windows = text.calibration(settings.calibration_tokens, seed)
     place, resume = torch.device(device), out / "resume"
@@ -97,11 +94,19 @@ def prune(
             survey = Survey.from_tensors(saved.tensors["survey"])
         else:
             survey = take_survey(source, shape, windows, settings, place, precision.dtype, progress)
-        plan = choose(survey, shape, settings)
+        slicer = Slicer(
+            teacher=source.shape,
+            student=shape,
+            plan=choose(survey, shape, settings),
+            coupling=derive_coupling(source.config),
+        )
+        ends = student_ends(
+            source, slicer, survey.final_NE.to(place), settings.merge, precision.dtype
+        )
         walk = Walk(
             source,
-            shape,
-            plan,
+            slicer,
+            ends,
             windows,
             settings,
             device=place,
@@ -123,7 +128,7 @@ def prune(
         logit_error = _gate(walk, out / "model", shape)
     write_json(
         out / "selection.json",
-        to_json(plan) | {"importance": survey.to_json(), "reconstruction": walk.errors},
+        to_json(slicer.plan) | {"importance": survey.to_json(), "reconstruction": walk.errors},
     )
     shutil.rmtree(out / "streams", ignore_errors=True)
     return _summary(walk, shape, windows, precision, logit_error)

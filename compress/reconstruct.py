@@ -164,25 +164,24 @@ def scale_of_norm(student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor) -> t
 def final_norm_refit(
     student_gram_DD: Tensor,
     cross_DE: Tensor,
+    metric_DD: Tensor,
     metric_DE: Tensor,
-    hidden_D: Tensor,
     start_D: Tensor,
     ridge: float,
 ) -> Tensor:
     """The final norm's weights g, [D], for which the student's output is nearest the teacher's.
 
-        g* = argmin_g  Σ_n w_n ‖S diag(g) z_n - a_n‖²_F  +  λ ‖g - g₀‖²
+        g* = argmin_g  Σ_n w_n ‖K diag(g) z_n - H a_n‖²_F  +  λ ‖g - g₀‖²
 
     with z the student's and a the teacher's normed final hidden states (a with the teacher's norm
-    weights in it), S the map from the kept dims ``hidden_D`` into all of the teacher's, and F the
-    metric in which the teacher's head sees a distance (``compress.last``); ``metric_DE`` is its
-    kept rows. The normal matrix is (Sᵀ F S) ∘ Σ w z zᵀ, so no logit is ever computed.
+    weights in it), K and H their output heads, and ‖·‖_F the norm in which a distance between
+    logits counts by the divergence it causes. ``metric_DD`` and ``metric_DE`` are K's columns with
+    themselves and with H's in that metric (``compress.ends``), so no logit is ever computed.
     ``student_gram_DD`` is Σ w z zᵀ and ``cross_DE`` is Σ w z aᵀ. g₀ is ``start_D`` times the
     factor that suits best, λ ``ridge`` times the mean of the diagonal.
     """
-    metric_DE = metric_DE.double()
-    normal_DD = metric_DE[:, hidden_D] * student_gram_DD.double()
-    wanted_D = (metric_DE * cross_DE.double()).sum(1)
+    normal_DD = metric_DD.double() * student_gram_DD.double()
+    wanted_D = (metric_DE.double() * cross_DE.double()).sum(1)
     start = start_D.double()
     start = start * (wanted_D @ start) / (start @ normal_DD @ start)
     strength = ridge * normal_DD.diagonal().mean()

@@ -28,6 +28,12 @@ class PruneSettings(Settings):
         "(activation), or removed one after another where the others, refitted, can best do "
         "without (greedy).",
     )
+    merge: Literal["split", "least_squares"] = Field(
+        default="least_squares",
+        description="How one matrix comes to serve as embedding and output head where the "
+        "teacher has two: half of the hidden dims for each end (split), or the directions in "
+        "which both lie best (least_squares).",
+    )
     refit: bool = Field(
         default=True,
         description="Refit the kept weights to the teacher's activations by least squares "

@@ -27,6 +27,7 @@ from compress.layer import (
     LayerMath,
     LayerWeights,
     batches,
+    normed,
     position_weights,
     read_layer,
 )
@@ -38,6 +39,8 @@ from teachers.checkpoint import Checkpoint
 
 SURVEY_TOKENS = 16384
 """Importances are means over positions and settle early; refits want all calibration windows."""
+FINAL_POSITIONS = 4096
+"""Final hidden states that are kept: the output head's metric has E² numbers, each a mean."""
 
 
 @dataclass
@@ -46,10 +49,11 @@ class Survey:
 
     ``chosen`` is what each of the teacher's layers keeps, if it is kept itself.
     ``value_gram_LKCC`` holds, for each key/value head, the second moments of what its query heads
-    hand to o_proj.
+    hand to o_proj. ``final_NE`` are some of the final hidden states as the output head reads them.
     """
 
     hidden_E: Tensor
+    final_NE: Tensor = field(default_factory=lambda: torch.empty(0))
     distances: list[float] = field(default_factory=list)
     heads_LH: list[Tensor] = field(default_factory=list)
     chosen: list[LayerSelection] = field(default_factory=list)
@@ -71,6 +75,7 @@ class Survey:
         """All of it as named tensors, for a walk that goes on in another process."""
         return {
             "hidden": self.hidden_E,
+            "final": self.final_NE,
             "distances": torch.tensor(self.distances, dtype=torch.float64),
             "heads": torch.stack(self.heads_LH),
             "value_gram": torch.stack(self.value_gram_LKCC),
@@ -90,6 +95,7 @@ class Survey:
         )
         return cls(
             hidden_E=tensors["hidden"],
+            final_NE=tensors["final"],
             distances=tensors["distances"].tolist(),
             heads_LH=list(tensors["heads"]),
             chosen=[
@@ -128,6 +134,10 @@ def take_survey(
         survey.value_gram_LKCC.append(layer.gram_KCC.cpu())
         survey.chosen.append(layer.choose(target))
     survey.hidden_E = survey.hidden_E.sqrt().cpu()
+    final_NE = stream_BTE.flatten(0, 1)
+    final_NE = final_NE[:: max(1, len(final_NE) // FINAL_POSITIONS)]
+    norm_E = source.tensor("model.norm.weight", torch.float32)
+    survey.final_NE = normed(final_NE, maths.eps) * norm_E
     return survey
 
 

@@ -11,15 +11,13 @@ O outputs, K key/value heads, C teacher head dim, c student head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.checkpointing import TrainingState
-from compress.coupling import derive_coupling
-from compress.last import METRIC_POSITIONS, final_map, fisher_metric
+from compress.ends import EMBEDDING, FINAL_NORM, HEAD, Ends
 from compress.layer import (
     ATTENTION,
     BLOCKS,
@@ -39,21 +37,15 @@ from compress.reconstruct import (
     final_norm_refit,
     scale_of_norm,
 )
-from compress.selection import Plan
 from compress.settings import PruneSettings
 from compress.slicing import Slicer
 from compress.streams import DTYPES, Streams
 from shearling import Progress, silent
 from students.build import StudentWriter, student_config
-from students.shape import Shape
 from teachers.checkpoint import Checkpoint
 
 FINAL_NORM_RIDGE = 0.01
 """The final norm has a number a hidden dim and every token to fit it, so it needs little."""
-
-FINAL_MAP_RIDGE = 0.001
-
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
 
 def _flat(activations_BTD: Tensor) -> Tensor:
@@ -71,8 +63,8 @@ class Walk:
     def __init__(
         self,
         source: Checkpoint,
-        shape: Shape,
-        plan: Plan,
+        slicer: Slicer,
+        ends: Ends,
         windows_BT: Tensor,
         settings: PruneSettings,
         *,
@@ -81,13 +73,8 @@ class Walk:
         folder: Path,
     ) -> None:
         self.source, self.settings, self.device = source, settings, device
-        self.slicer = Slicer(
-            teacher=source.shape,
-            student=shape,
-            plan=plan,
-            coupling=derive_coupling(source.config),
-        )
-        config = student_config(source.config, shape)
+        self.slicer, self.ends = slicer, ends
+        config = student_config(source.config, slicer.student)
         self.teacher_math = LayerMath(source.config, windows_BT.shape[1], device, dtype)
         self.student_math = LayerMath(config, windows_BT.shape[1], device, dtype)
         self.writer = StudentWriter(folder, config, source.tensor(FINAL_NORM).dtype)
@@ -97,15 +84,11 @@ class Walk:
             DTYPES[settings.stream_dtype],
             int(settings.stream_memory_gb * 1024**3),
         )
-        embedding_VE = source.tensor(EMBEDDING)
-        self.teacher_stream = streams.embedded("teacher", embedding_VE, walked)
-        self.student_stream = streams.empty("student", (*walked.shape, shape.hidden_size))
-        for rows in batches(self.teacher_stream):
-            self.student_stream[rows] = self.slicer.kept(self.teacher_stream[rows])
+        self.teacher_stream = streams.embedded("teacher", source.tensor(EMBEDDING), walked)
+        self.student_stream = streams.embedded("student", ends.embedding_VD, walked)
         self.probe_tokens = windows_BT[:1, :64]
         self.probe_math = LayerMath(config, self.probe_tokens.shape[1], device, torch.float32)
-        probe_BTE = embedding_VE[self.probe_tokens].float()
-        self.probe_stream = self._stored(self.slicer.kept(probe_BTE)).to(device)
+        self.probe_stream = self._stored(ends.embedding_VD[self.probe_tokens]).to(device)
         self.probe_logits = torch.empty(0)
         self.errors: list[dict[str, float]] = []
 
@@ -143,8 +126,7 @@ class Walk:
         """
         layers = self.slicer.plan.layers
         if not self.errors:
-            embedding_VE = self.source.tensor(EMBEDDING)
-            self.writer.add(EMBEDDING, self.slicer.outside_layers(EMBEDDING, embedding_VE))
+            self.writer.add(EMBEDDING, self.ends.embedding_VD)
         for number in range(len(self.errors), len(layers)):
             progress("walk", number, len(layers))
             weights, error = self._layer(number)
@@ -167,8 +149,7 @@ class Walk:
                 error |= self._fit_inputs(number, block, teacher, student)
                 if block is MLP:
                     self._pass_dropped_layers(number)
-                last = block is MLP and number == len(plan.layers) - 1
-                error |= self._fit_output(block, student, self._end_map() if last else None)
+                error |= self._fit_output(block, student, self._aim(number, block))
         return {name: self._stored(weight) for name, weight in student.items()}, error
 
     def _fit_inputs(
@@ -262,47 +243,38 @@ class Walk:
     def _student_normed(self, rows: slice) -> Tensor:
         return _flat(normed(self._read(self.student_stream, rows), self.student_math.eps))
 
-    @cached_property
-    def _norm_E(self) -> Tensor:
-        return self.source.tensor(FINAL_NORM, torch.float32).to(self.device)
-
-    @cached_property
-    def _metric_EE(self) -> Tensor:
-        """How far a final hidden state is from another, in the eyes of the output head."""
-        step = max(1, self.teacher_stream[..., 0].numel() // METRIC_POSITIONS)
-        final_NE = _flat(self.teacher_stream)[::step].to(self.device, torch.float32)
-        final_NE = normed(final_NE, self.teacher_math.eps) * self._norm_E
-        head_VE = self.source.tensor(HEAD).to(self.device)
-        return fisher_metric(final_NE, head_VE, self.teacher_math.dtype)
-
-    def _end_map(self) -> Tensor:
-        """What the last layer aims at; the teacher's stream must have passed its last layer."""
-        hidden = self.slicer.plan.hidden.to(self.device)
-        return final_map(self._metric_EE, self._norm_E, hidden, FINAL_MAP_RIDGE)
+    def _aim(self, number: int, block: Block) -> Tensor | None:
+        """What the stream behind a block should be of the teacher's; None: its kept dims."""
+        if block is not MLP:
+            number -= 1  # attention of a layer still aims where the layer before it did
+        layers = len(self.slicer.plan.layers)
+        return self.ends.target_map(number, layers, self.slicer.plan.hidden)
 
     def _finish(self) -> None:
         """The final norm and, untied, the output head; then the folder is complete."""
-        norm_D = self.slicer.outside_layers(FINAL_NORM, self._norm_E)
-        head_VD = self.slicer.outside_layers(HEAD, self.source.tensor(HEAD))
-        if not self.student_math.config.tie_word_embeddings:
-            self.writer.add(HEAD, head_VD)
-        if self.settings.refit:
-            norm_D = self._fit_final_norm(norm_D)
+        ends = self.ends
+        if not self.slicer.student.tie_word_embeddings:
+            self.writer.add(HEAD, ends.head_VD)
+        norm_D = self._fit_final_norm() if self.settings.refit else ends.norm_D
         self.writer.add(FINAL_NORM, norm_D)
         last_BTD = normed(self.probe_stream, self.probe_math.eps) * self._stored(norm_D)
-        self.probe_logits = last_BTD @ self._stored(head_VD).to(self.device).T
+        self.probe_logits = last_BTD @ self._stored(ends.head_VD).to(self.device).T
         self.writer.finish()
 
-    def _fit_final_norm(self, norm_D: Tensor) -> Tensor:
-        moments = Moments.zeros(len(norm_D), len(self._norm_E), self.device)
+    def _fit_final_norm(self) -> Tensor:
+        ends = self.ends
+        moments = Moments.zeros(len(ends.norm_D), len(ends.norm_E), self.device)
         for rows in batches(self.teacher_stream):
             before = self._read(self.teacher_stream, rows)
-            target_NE = _flat(normed(before, self.teacher_math.eps) * self._norm_E)
+            target_NE = _flat(normed(before, self.teacher_math.eps) * ends.norm_E)
             moments.add(self._student_normed(rows), target_NE, _weights(before))
-        hidden = self.slicer.plan.hidden.to(self.device)
-        metric_DE = self._metric_EE[hidden]
         return final_norm_refit(
-            moments.gram_II, moments.cross_IO, metric_DE, hidden, norm_D, FINAL_NORM_RIDGE
+            moments.gram_II,
+            moments.cross_IO,
+            ends.metric_DD,
+            ends.metric_DE,
+            ends.norm_D,
+            FINAL_NORM_RIDGE,
         )
 
 

@@ -142,7 +142,7 @@ def test_final_norm_refit_minimises_the_logits_distance() -> None:
 
     start, metric = torch.ones(4), (head.T @ head)[hidden]
     found = final_norm_refit(
-        student.T @ student, student.T @ teacher, metric, hidden, start, 1e-12
+        student.T @ student, student.T @ teacher, metric[:, hidden], metric, start, 1e-12
     ).requires_grad_()
     (slope,) = torch.autograd.grad(distance(found), found)
     assert float(slope.abs().max()) < 1e-3 * float(distance(start))
@@ -333,11 +333,28 @@ def test_an_untied_teacher_keeps_its_own_head(
     )
 
 
-def test_a_tied_shape_of_an_untied_teacher_is_refused(
-    tiny_llama_untied: Path, tiny_transfer_set: Path, tmp_path: Path
+@pytest.mark.parametrize("way", ["least_squares", "split"])
+def test_an_untied_teacher_makes_a_tied_student(
+    tiny_llama_untied: Path, tiny_transfer_set: Path, tmp_path: Path, way: str
 ) -> None:
-    with pytest.raises(ShearlingError, match="two matrices"):
-        cut(tiny_llama_untied, tmp_path, tiny_transfer_set, {"tie_word_embeddings": True})
+    axes = AXES | {"tie_word_embeddings": True}
+    cut(tiny_llama_untied, tmp_path, tiny_transfer_set, axes, merge=way)  # through the gate
+    student = load(tmp_path / "model")
+    assert student.config.tie_word_embeddings
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_two_equal_matrices_merge_into_that_one(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    def untie(model: LlamaForCausalLM) -> None:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.clone())
+
+    teacher = edited(tiny_llama, tmp_path / "teacher", untie)
+    cut(teacher, tmp_path / "out", tiny_transfer_set, {"tie_word_embeddings": True})
+    ours, theirs = logits(tmp_path / "out/model"), logits(teacher)
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
 def test_the_same_seed_gives_the_same_bits(

@@ -1,0 +1,186 @@
+"""The student's two ends: its embedding, its output head, and what its last layer aims at.
+
+What the output head makes of a hidden state is what counts there, so distances between hidden
+states are measured by the divergence they cause. To second order
+
+    KL(p_a || p_{a+d})  ≈  ½ dᵀ F d,      F = Hᵀ (diag(p) - p pᵀ) H
+
+with the teacher's probabilities p at that position; F is averaged over calibration positions.
+Source: Amari, "Natural Gradient Works Efficiently in Learning", 1998 (the Fisher metric).
+
+Legend: N positions, V vocabulary, D student hidden, E teacher hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compress.slicing import Slicer
+from teachers.checkpoint import Checkpoint
+
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+MAP_RIDGE = 0.001
+"""Keeps small what a dropped dim adds where the metric hardly sees it."""
+MERGED_LAYERS = 4
+"""A merged head speaks another language than the stream: every fourth of the layers, the last
+ones, turn the stream toward it step by step."""
+MERGED_FLOOR = 0.5
+"""Least singular value of the kept dims in the joint subspace, as a share of the mean."""
+
+_CHUNK = 512
+_ROWS = 16384
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """Embedding and head of the student, and how its last hidden states become the teacher's.
+
+    ``map_DE`` is what the stream behind the last layer should be of the teacher's. With a sliced
+    head the ramp is one layer long; a merged head takes more of the last layers.
+    """
+
+    embedding_VD: Tensor
+    head_VD: Tensor
+    norm_E: Tensor
+    norm_D: Tensor
+    metric_DD: Tensor
+    metric_DE: Tensor
+    map_DE: Tensor
+    ramp: int
+
+    def target_map(self, number: int, layers: int, hidden_D: Tensor) -> Tensor | None:
+        """What layer ``number`` of ``layers`` aims at, [D, E]; None is the kept dims."""
+        share = (number + 1 - (layers - self.ramp)) / self.ramp
+        if share <= 0:
+            return None
+        slicing_DE = torch.eye(self.map_DE.shape[1]).to(self.map_DE)[hidden_D]
+        return slicing_DE.lerp(self.map_DE, share)
+
+
+def student_ends(
+    source: Checkpoint,
+    slicer: Slicer,
+    final_NE: Tensor,
+    way: Literal["split", "least_squares"],
+    dtype: torch.dtype,
+) -> Ends:
+    """The ends of the student that ``slicer`` cuts; ``final_NE`` are final hidden states of the
+    teacher as its head reads them. ``way`` is how two matrices become one, where they have to."""
+    device, hidden_D = final_NE.device, slicer.plan.hidden
+    norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
+    head_VE = source.tensor(HEAD).to(device)
+    embedding_VD = slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
+    head_VD, norm_D = slicer.outside_layers(HEAD, head_VE), norm_E[hidden_D]
+    ramp = 1
+    merged = slicer.student.tie_word_embeddings and not slicer.teacher.tie_word_embeddings
+    if merged:
+        merge = MERGES[way]
+        embedding_VD, norm_D = merge(
+            source.tensor(EMBEDDING).float(), head_VE.float() * norm_E, hidden_D
+        )
+        head_VD = embedding_VD
+        ramp = max(1, slicer.student.num_hidden_layers // MERGED_LAYERS)
+    metric_DD, metric_DE = fisher_metric(final_NE, head_VE, head_VD.to(device), dtype)
+    hidden = None if merged else hidden_D
+    return Ends(
+        embedding_VD=embedding_VD,
+        head_VD=head_VD,
+        norm_E=norm_E,
+        norm_D=norm_D,
+        metric_DD=metric_DD,
+        metric_DE=metric_DE,
+        map_DE=final_map(metric_DD, metric_DE, norm_D, norm_E, hidden),
+        ramp=ramp,
+    )
+
+
+def fisher_metric(
+    normed_NE: Tensor, head_VE: Tensor, student_VD: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The metric between columns of the student's head, [D, D], and the teacher's, [D, E].
+
+    The mean over the rows of ``normed_NE`` of Kᵀ (diag(p) - p pᵀ) H with the teacher's head H,
+    its probabilities p, and for K the student's head; float32, products in ``dtype``.
+    """
+    mean_V = torch.zeros(len(head_VE), device=head_VE.device)
+    students, teachers = student_VD.shape[1], head_VE.shape[1]
+    outer_DX = torch.zeros(students, students + teachers, device=head_VE.device)
+    narrow_VE, narrow_VD = head_VE.to(dtype), student_VD.to(dtype)
+    for part_NE in torch.split(normed_NE, _CHUNK):
+        probability_NV = torch.softmax((part_NE.to(dtype) @ narrow_VE.T).float(), dim=-1)
+        mean_V += probability_NV.sum(0)
+        narrow_NV = probability_NV.to(dtype)
+        expected_NX = torch.cat([narrow_NV @ narrow_VD, narrow_NV @ narrow_VE], 1).float()
+        outer_DX += expected_NX[:, :students].T @ expected_NX
+    metric_DX = -outer_DX
+    for first in range(0, len(head_VE), _ROWS):  # the heads in float32 a part at a time
+        rows = slice(first, first + _ROWS)
+        ours, theirs = student_VD[rows].float(), head_VE[rows].float()
+        metric_DX += (ours * mean_V[rows, None]).T @ torch.cat([ours, theirs], 1)
+    metric_DD, metric_DE = torch.split(metric_DX / len(normed_NE), [students, teachers], dim=1)
+    return metric_DD, metric_DE
+
+
+def final_map(
+    metric_DD: Tensor, metric_DE: Tensor, norm_D: Tensor, norm_E: Tensor, hidden_D: Tensor | None
+) -> Tensor:
+    """What the student's last hidden state should be of the teacher's, [D, E].
+
+    The map T with K diag(norm_D) T x nearest to H diag(norm_E) x for every x, in the metric; K is
+    the student's head, H the teacher's. Where K is a part of H's columns, ``hidden_D``, T is the
+    identity on the kept dims, and lets them say what the dropped ones said as well as they can.
+    """
+    scaled_DD = (norm_D[:, None] * metric_DD * norm_D).double()
+    rows_DE = (norm_D[:, None] * metric_DE * norm_E).double()
+    damping = MAP_RIDGE * scaled_DD.diagonal().mean() * torch.eye(len(scaled_DD)).to(scaled_DD)
+    map_DE: Tensor = torch.linalg.solve(scaled_DD + damping, rows_DE)
+    if hidden_D is not None:
+        map_DE[:, hidden_D] = torch.eye(len(hidden_D)).to(map_DE)
+    return map_DE.float()
+
+
+# --- one matrix out of two ---------------------------------------------------------------------
+
+
+def split_ends(embedding_VE: Tensor, head_VE: Tensor, hidden_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Half of the kept dims for the input, half for the output: matrix [V, D] and final norm [D].
+
+    Each half takes the dims that matter more at its end. Output dims hold the head's columns,
+    shrunk to the embedding's size, and the norm stretches them again; it silences input dims.
+    """
+    kept_in, kept_out = embedding_VE[:, hidden_D], head_VE[:, hidden_D]
+    favour_D = kept_out.norm(dim=0) / kept_in.norm(dim=0).clamp_min(1e-12)
+    output_D = torch.zeros(len(hidden_D), dtype=torch.bool)
+    output_D[favour_D.argsort(descending=True)[: len(hidden_D) // 2]] = True
+    shrink = kept_in.norm() / kept_out.norm()
+    merged_VD = torch.where(output_D, kept_out * shrink, kept_in)
+    return merged_VD, output_D.float() / shrink
+
+
+def joint_ends(embedding_VE: Tensor, head_VE: Tensor, hidden_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares over both ends: matrix [V, D] and a constant final norm [D].
+
+    The D directions of vocabulary space in which both matrices, each at size one, lie best (their
+    leading left singular vectors) hold both ends; in them the matrix is the one nearest to the
+    kept dims of the embedding, so that the stream keeps the teacher's basis. Its small singular
+    values are raised: the head needs those directions too.
+    """
+    both_VX = torch.cat([embedding_VE / embedding_VE.norm(), head_VE / head_VE.norm()], 1)
+    values, vectors_XX = torch.linalg.eigh((both_VX.T @ both_VX).double())
+    count = len(hidden_D)
+    leading_XD = vectors_XX[:, -count:] / values[-count:].clamp_min(1e-12).sqrt()
+    basis_VD = both_VX @ leading_XD.float()
+    kept_VD = embedding_VE[:, hidden_D]
+    left, sizes_D, right = torch.linalg.svd(basis_VD.T @ kept_VD)
+    raised_D = sizes_D.clamp_min(float(MERGED_FLOOR * sizes_D.mean()))
+    merged_VD = basis_VD @ ((left * raised_D) @ right)
+    constant = head_VE.norm() / merged_VD.norm()
+    return merged_VD, torch.full((count,), float(constant))
+
+
+MERGES = {"split": split_ends, "least_squares": joint_ends}
