@@ -97,7 +97,7 @@ def prune(
         slicer = Slicer(
             teacher=source.shape,
             student=shape,
-            plan=choose(survey, shape, settings),
+            plan=choose(survey, shape),
             coupling=derive_coupling(source.config),
         )
         ends = student_ends(

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from compress.settings import PruneSettings
 from shearling import ShearlingError
 from students.shape import Shape
 
 if TYPE_CHECKING:
     from compress.survey import Survey
+
+
+Depth = Literal["cosine", "contiguous", "divergence"] | list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +36,12 @@ def top(scores: Tensor, count: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-def choose_layers(
-    distances: Sequence[float], count: int, depth: Literal["cosine", "contiguous"] | list[int]
-) -> list[int]:
+def choose_layers(distances: Sequence[float], count: int, depth: Depth) -> list[int]:
     """Numbers of the layers that stay, ascending.
 
     ``distances[i]`` says how much layer i changes the residual stream. ``cosine`` keeps the
     largest; ``contiguous`` drops the run of neighbours with the smallest sum; a list is taken as
-    it is.
+    it is. (``divergence`` needs the model itself: ``compress.depth``.)
 
     Raises:
         ShearlingError: a given list doesn't fit the number of layers.
@@ -59,7 +59,7 @@ def choose_layers(
                 hint="Correct `depth` or `shape.num_hidden_layers` in the recipe's prune stage.",
             )
         return depth
-    if depth == "cosine":
+    if depth != "contiguous":
         kept: list[int] = top(torch.tensor(distances), count).tolist()
         return kept
     dropped = total - count
@@ -117,16 +117,15 @@ class Plan:
     value_basis_KCc: list[Tensor | None]
 
 
-def choose(survey: Survey, shape: Shape, settings: PruneSettings) -> Plan:
+def choose(survey: Survey, shape: Shape) -> Plan:
     """Turn what the survey found into the selection that has exactly the student's shape."""
-    layers = choose_layers(survey.distances, shape.num_hidden_layers, settings.depth)
-    chosen = [survey.chosen[layer] for layer in layers]
+    chosen = [survey.chosen[layer] for layer in survey.layers]
     grams = [
         survey.value_gram_LKCC[layer][kept.key_value_heads]
-        for layer, kept in zip(layers, chosen, strict=True)
+        for layer, kept in zip(survey.layers, chosen, strict=True)
     ]
     return Plan(
-        layers=layers,
+        layers=survey.layers,
         hidden=top(survey.hidden_E, shape.hidden_size),
         chosen=chosen,
         value_basis_KCc=[_value_basis(gram_KCC, shape.head_dim) for gram_KCC in grams],

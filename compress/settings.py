@@ -17,10 +17,12 @@ class PruneSettings(Settings):
     calibration_tokens: int = Field(
         default=32768, gt=0, description="Tokens of the transfer set that pruning looks at."
     )
-    depth: Literal["cosine", "contiguous"] | list[int] = Field(
+    depth: Literal["cosine", "contiguous", "divergence"] | list[int] = Field(
         default="cosine",
         description="Which layers stay: the ones that change the residual stream most (cosine), "
-        "all but the least-changing run of neighbours (contiguous), or a list of layer numbers.",
+        "all but the least-changing run of neighbours (contiguous), those without which the "
+        "teacher's answers diverge most, one removed after another (divergence), or a list of "
+        "layer numbers.",
     )
     importance: Literal["activation", "greedy"] = Field(
         default="greedy",

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.depth import layers_by_divergence
 from compress.greedy import keep_heads, keep_inputs
 from compress.importance import (
     channel_energy,
@@ -31,7 +32,7 @@ from compress.layer import (
     position_weights,
     read_layer,
 )
-from compress.selection import LayerSelection, choose_heads, top
+from compress.selection import LayerSelection, choose_heads, choose_layers, top
 from compress.settings import PruneSettings
 from shearling import Progress, silent
 from students.shape import Shape
@@ -47,13 +48,15 @@ FINAL_POSITIONS = 4096
 class Survey:
     """What the teacher's activations say about each part; see ``compress.importance``.
 
-    ``chosen`` is what each of the teacher's layers keeps, if it is kept itself.
+    ``layers`` are the numbers of those that stay; ``chosen`` is what each of the teacher's layers
+    keeps, if it is kept itself.
     ``value_gram_LKCC`` holds, for each key/value head, the second moments of what its query heads
     hand to o_proj. ``final_NE`` are some of the final hidden states as the output head reads them.
     """
 
     hidden_E: Tensor
     final_NE: Tensor = field(default_factory=lambda: torch.empty(0))
+    layers: list[int] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
     heads_LH: list[Tensor] = field(default_factory=list)
     chosen: list[LayerSelection] = field(default_factory=list)
@@ -76,6 +79,7 @@ class Survey:
         return {
             "hidden": self.hidden_E,
             "final": self.final_NE,
+            "layers": torch.tensor(self.layers),
             "distances": torch.tensor(self.distances, dtype=torch.float64),
             "heads": torch.stack(self.heads_LH),
             "value_gram": torch.stack(self.value_gram_LKCC),
@@ -96,6 +100,7 @@ class Survey:
         return cls(
             hidden_E=tensors["hidden"],
             final_NE=tensors["final"],
+            layers=tensors["layers"].tolist(),
             distances=tensors["distances"].tolist(),
             heads_LH=list(tensors["heads"]),
             chosen=[
@@ -138,6 +143,12 @@ def take_survey(
     final_NE = final_NE[:: max(1, len(final_NE) // FINAL_POSITIONS)]
     norm_E = source.tensor("model.norm.weight", torch.float32)
     survey.final_NE = normed(final_NE, maths.eps) * norm_E
+    if settings.depth == "divergence" and target.num_hidden_layers < shape.num_hidden_layers:
+        survey.layers = layers_by_divergence(
+            source, windows_BT, target.num_hidden_layers, device, dtype, progress
+        )
+    else:
+        survey.layers = choose_layers(survey.distances, target.num_hidden_layers, settings.depth)
     return survey
 
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from compress.coupling import derive_coupling
+from compress.depth import layers_by_divergence
 from compress.importance import channel_energy
 from compress.layer import LayerMath, read_layer
 from compress.prune import prune
@@ -483,3 +484,52 @@ def test_narrow_streams_are_nearly_as_good(
     narrow = cut(tiny_llama, tmp_path / "narrow", tiny_transfer_set, AXES, stream_dtype="bfloat16")
     assert narrow["stream_error"] == pytest.approx(wide["stream_error"], rel=0.05)
     assert narrow["stream_error"] != wide["stream_error"]
+
+
+def test_depth_by_divergence_drops_the_layer_that_says_nothing(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """By cosine it would stay: it moves the stream a lot, where the head can't see it."""
+
+    def blind(model: LlamaForCausalLM) -> None:
+        model.model.embed_tokens.weight[:, 7] = 0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[7] = 0
+            layer.mlp.down_proj.weight[7] = 0
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight[7] = 0
+        model.model.norm.weight[7] = 0
+        silent = model.model.layers[1]
+        silent.self_attn.o_proj.weight[:] = 0
+        silent.mlp.down_proj.weight[:] = 0
+        silent.mlp.down_proj.weight[7] = 0.02
+
+    teacher = edited(tiny_llama, tmp_path / "teacher", blind)
+    axes = {"num_hidden_layers": 3}
+    summary = cut(teacher, tmp_path / "cut", tiny_transfer_set, axes, depth="divergence")
+    assert summary["dropped_layers"] == [1]
+
+
+def test_depth_by_divergence_goes_on_after_the_first_layer(
+    tiny_llama: Path, tiny_transfer_set: Path
+) -> None:
+    source = Checkpoint(tiny_llama)
+    windows = TransferSet(tiny_transfer_set).calibration(512, 0)
+    arguments = (torch.device("cpu"), torch.float32)
+    three = layers_by_divergence(source, windows, 3, *arguments)
+    two = layers_by_divergence(source, windows, 2, *arguments)
+    assert len(three) == 3
+    assert set(two) < set(three)
+
+    def divergence(kept: list[int]) -> float:
+        """By transformers' own model, its layers taken out."""
+        whole, cut_one = load(tiny_llama), load(tiny_llama)
+        layers = [cut_one.model.layers[number] for number in kept]
+        cut_one.model.layers = torch.nn.ModuleList(layers)
+        with torch.no_grad():
+            ours = cut_one(windows, use_cache=False).logits.log_softmax(-1)
+            theirs = whole(windows, use_cache=False).logits.log_softmax(-1)
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+    every = [[a, b, c] for a in range(4) for b in range(a + 1, 4) for c in range(b + 1, 4)]
+    assert min(every, key=divergence) == three
