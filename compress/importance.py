@@ -1,12 +1,27 @@
 """How much each part of a model matters: pure functions from activations to scores.
 
-Legend: B windows, T positions, D channels, L layers.
+Legend: B windows, T positions, D channels, L layers, E hidden, H query heads, F neurons.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from students.shape import Shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartScores:
+    """One layer's importances: its share of each hidden dim's, squared where activations or
+    weights are measured, so that layers add up; of each query head; of each FFN neuron."""
+
+    hidden_E: Tensor
+    heads_H: Tensor
+    neurons_F: Tensor
 
 
 def channel_energy(activations_BTD: Tensor) -> Tensor:
@@ -60,3 +75,35 @@ def neuron_importance(channels_F: Tensor, down_weight_DF: Tensor) -> Tensor:
     """
     scores_F: Tensor = channels_F * down_weight_DF.norm(dim=0).to(channels_F)
     return scores_F
+
+
+def magnitude_scores(weights: Mapping[str, Tensor], shape: Shape) -> PartScores:
+    """The L2 norm of all weights of a part: the baseline that looks at no text.
+
+    A key/value head's weights count for each of its query heads. Hidden dims are squared norms.
+    Source: Li et al., "Pruning Filters for Efficient ConvNets", 2017 (arXiv:1608.08710), with the
+    groups of Fang et al., "DepGraph", 2023 (arXiv:2301.12900).
+    """
+    squared = {name: weight.double().square() for name, weight in weights.items()}
+
+    def of(name: str, dim: int) -> Tensor:
+        return squared[f"{name}.weight"].sum(dim)
+
+    query_Q, output_Q = of("self_attn.q_proj", 1), of("self_attn.o_proj", 0)
+    shared_K = of("self_attn.k_proj", 1) + of("self_attn.v_proj", 1)
+    shared_H = shared_K.view(-1, shape.head_dim).sum(1).repeat_interleave(shape.group_size)
+    hidden_E = sum(of(name, 0) for name in _READERS) + of("self_attn.o_proj", 1)
+    return PartScores(
+        hidden_E=hidden_E + of("mlp.down_proj", 1),
+        heads_H=((query_Q + output_Q).view(-1, shape.head_dim).sum(1) + shared_H).sqrt(),
+        neurons_F=(of("mlp.gate_proj", 1) + of("mlp.up_proj", 1) + of("mlp.down_proj", 0)).sqrt(),
+    )
+
+
+_READERS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+)

@@ -21,6 +21,7 @@ from compress.precision import PrecisionChoice, fast_dtype
 from compress.selection import choose, to_json
 from compress.settings import PruneSettings
 from compress.slicing import Slicer
+from compress.streams import DTYPES, Streams
 from compress.survey import Survey, take_survey
 from compress.walk import Walk
 from shearling import (
@@ -89,11 +90,18 @@ def prune(
         if saved
         else fast_dtype(place, settings.precision)
     )
+
+    def streams() -> Streams:
+        limit = int(settings.stream_memory_gb * 1024**3)
+        return Streams(out / "streams", DTYPES[settings.stream_dtype], limit)
+
     with torch.no_grad(), disk_errors(out):
         if saved:
             survey = Survey.from_tensors(saved.tensors["survey"])
         else:
-            survey = take_survey(source, shape, windows, settings, place, precision.dtype, progress)
+            survey = take_survey(
+                source, shape, windows, settings, streams(), place, precision.dtype, progress
+            )
         slicer = Slicer(
             teacher=source.shape,
             student=shape,
@@ -109,6 +117,7 @@ def prune(
             ends,
             windows,
             settings,
+            streams(),
             device=place,
             dtype=precision.dtype,
             folder=out / "model",

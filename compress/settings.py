@@ -24,11 +24,12 @@ class PruneSettings(Settings):
         "teacher's answers diverge most, one removed after another (divergence), or a list of "
         "layer numbers.",
     )
-    importance: Literal["activation", "greedy"] = Field(
+    importance: Literal["greedy", "activation", "taylor", "magnitude"] = Field(
         default="greedy",
-        description="How heads and neurons are chosen: by the size of what they add to the stream "
-        "(activation), or removed one after another where the others, refitted, can best do "
-        "without (greedy).",
+        description="How parts are chosen: heads and neurons removed one after another where the "
+        "others, refitted, can best do without (greedy); by the size of what they add to the "
+        "stream (activation); by the loss's gradient, hidden dims too (taylor); or by the size of "
+        "their weights, hidden dims too (magnitude).",
     )
     merge: Literal["split", "least_squares"] = Field(
         default="least_squares",

@@ -16,9 +16,11 @@ from torch import Tensor
 from compress.depth import layers_by_divergence
 from compress.greedy import keep_heads, keep_inputs
 from compress.importance import (
+    PartScores,
     channel_energy,
     cosine_distance,
     head_importance,
+    magnitude_scores,
     neuron_importance,
     relative_energy,
 )
@@ -34,6 +36,8 @@ from compress.layer import (
 )
 from compress.selection import LayerSelection, choose_heads, choose_layers, top
 from compress.settings import PruneSettings
+from compress.streams import Streams
+from compress.taylor import taylor_scores
 from shearling import Progress, silent
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint
@@ -116,11 +120,15 @@ def take_survey(
     target: Shape,
     windows_BT: Tensor,
     settings: PruneSettings,
+    streams: Streams,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress = silent,
 ) -> Survey:
     """Pass the teacher over the first windows; score its parts and choose inside its layers."""
+    taylor = None
+    if settings.importance == "taylor":
+        taylor = taylor_scores(source, windows_BT, streams, device, dtype, progress)
     windows_BT = windows_BT[: max(1, SURVEY_TOKENS // windows_BT.shape[1])]
     shape = source.shape
     maths = LayerMath(source.config, windows_BT.shape[1], device, dtype)
@@ -133,11 +141,12 @@ def take_survey(
         for rows in batches(stream_BTE):
             before = stream_BTE[rows].to(device)
             stream_BTE[rows] = layer.add(before).to(stream_BTE)
-        survey.hidden_E += layer.hidden_E
+        scores = taylor[number] if taylor else layer.scores(settings.importance)
+        survey.hidden_E += scores.hidden_E.to(survey.hidden_E)
         survey.distances.append(float(layer.distance) / stream_BTE[..., 0].numel())
-        survey.heads_LH.append(layer.head_scores().cpu())
+        survey.heads_LH.append(scores.heads_H.cpu())
         survey.value_gram_LKCC.append(layer.gram_KCC.cpu())
-        survey.chosen.append(layer.choose(target))
+        survey.chosen.append(layer.choose(target, scores))
     survey.hidden_E = survey.hidden_E.sqrt().cpu()
     final_NE = stream_BTE.flatten(0, 1)
     final_NE = final_NE[:: max(1, len(final_NE) // FINAL_POSITIONS)]
@@ -198,12 +207,19 @@ class LayerSurvey:
                 gram_II.addmm_(weighted_NI.T, weighted_NI)
         return after
 
-    def head_scores(self) -> Tensor:
-        """Activation importance of each query head, [H]."""
+    def scores(self, importance: str) -> PartScores:
+        """What each part is worth by its weights' size, or by its activations."""
+        if importance == "magnitude":
+            return magnitude_scores(self.weights, self.shape)
         output = self.weights[f"{ATTENTION.output}.weight"]
-        return head_importance(self.query_Q.sqrt(), output, self.shape.head_dim)
+        down = self.weights[f"{MLP.output}.weight"]
+        return PartScores(
+            hidden_E=self.hidden_E,
+            heads_H=head_importance(self.query_Q.sqrt(), output, self.shape.head_dim),
+            neurons_F=neuron_importance(self.neurons_F.sqrt(), down),
+        )
 
-    def choose(self, target: Shape) -> LayerSelection:
+    def choose(self, target: Shape, scores: PartScores) -> LayerSelection:
         """What this layer keeps."""
         output = self.weights[f"{ATTENTION.output}.weight"]
         down = self.weights[f"{MLP.output}.weight"]
@@ -216,7 +232,6 @@ class LayerSurvey:
             heads, groups = keep_heads(self.gram_QQ, output, self.shape.head_dim, *sizes)
             neurons = keep_inputs(self.gram_FF, down, target.intermediate_size)
         else:
-            heads, groups = choose_heads(self.head_scores().cpu(), *sizes)
-            scores_F = neuron_importance(self.neurons_F.sqrt(), down)
-            neurons = top(scores_F.cpu(), target.intermediate_size)
+            heads, groups = choose_heads(scores.heads_H.cpu(), *sizes)
+            neurons = top(scores.neurons_F.cpu(), target.intermediate_size)
         return LayerSelection(heads=heads, key_value_heads=groups, neurons=neurons)

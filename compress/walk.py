@@ -39,7 +39,7 @@ from compress.reconstruct import (
 )
 from compress.settings import PruneSettings
 from compress.slicing import Slicer
-from compress.streams import DTYPES, Streams
+from compress.streams import Streams
 from shearling import Progress, silent
 from students.build import StudentWriter, student_config
 from teachers.checkpoint import Checkpoint
@@ -67,6 +67,7 @@ class Walk:
         ends: Ends,
         windows_BT: Tensor,
         settings: PruneSettings,
+        streams: Streams,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -79,11 +80,6 @@ class Walk:
         self.student_math = LayerMath(config, windows_BT.shape[1], device, dtype)
         self.writer = StudentWriter(folder, config, source.tensor(FINAL_NORM).dtype)
         walked = windows_BT if settings.refit else windows_BT[:0]  # slicing looks at nothing
-        streams = Streams(
-            folder.parent / "streams",
-            DTYPES[settings.stream_dtype],
-            int(settings.stream_memory_gb * 1024**3),
-        )
         self.teacher_stream = streams.embedded("teacher", source.tensor(EMBEDDING), walked)
         self.student_stream = streams.embedded("student", ends.embedding_VD, walked)
         self.probe_tokens = windows_BT[:1, :64]

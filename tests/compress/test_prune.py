@@ -533,3 +533,33 @@ def test_depth_by_divergence_goes_on_after_the_first_layer(
 
     every = [[a, b, c] for a in range(4) for b in range(a + 1, 4) for c in range(b + 1, 4)]
     assert min(every, key=divergence) == three
+
+
+@pytest.mark.parametrize("importance", ["greedy", "activation", "taylor", "magnitude"])
+def test_a_part_that_does_nothing_goes_by_every_importance(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path, importance: str
+) -> None:
+    dead_heads, dead_neurons = [1, 2], [3, 17, 40]
+
+    def silence(model: LlamaForCausalLM) -> None:
+        width = model.config.head_dim
+        for layer in model.model.layers:
+            for head in dead_heads:
+                rows = slice(head * width, (head + 1) * width)
+                layer.self_attn.q_proj.weight[rows] = 0
+                layer.self_attn.o_proj.weight[:, rows] = 0
+            for name in ("gate_proj", "up_proj"):
+                getattr(layer.mlp, name).weight[dead_neurons] = 0
+            layer.mlp.down_proj.weight[:, dead_neurons] = 0
+
+    teacher = edited(tiny_llama, tmp_path / "teacher", silence)
+    whole = Checkpoint(teacher).shape
+    axes = {"num_attention_heads": 2, "intermediate_size": whole.intermediate_size - 3}
+    cut(teacher, tmp_path / "cut", tiny_transfer_set, axes, importance=importance, refit=False)
+    selection = read_json(tmp_path / "cut/selection.json")
+    for heads, neurons in zip(selection["heads"], selection["neurons"], strict=True):
+        assert heads == [0, 3]
+        assert not set(neurons) & set(dead_neurons)
+    torch.testing.assert_close(
+        logits(tmp_path / "cut/model"), logits(teacher), rtol=1e-4, atol=1e-5
+    )
