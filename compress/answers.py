@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,18 @@ from compress.attention import choose_attention
 from compress.data import Batch, StepData
 from compress.hidden import HiddenMatch, hidden_outputs
 from compress.losses import LiveTargets, SparseTargets, Targets
+from compress.parallel import (
+    Inside,
+    largest,
+    leader_first,
+    leader_says,
+    leads,
+    meet,
+    open_split,
+    processes,
+    rank,
+    whole,
+)
 from compress.precision import PrecisionChoice
 from compress.saving import load_model
 from compress.settings import DistillSettings
@@ -56,43 +69,52 @@ def trunk(model: LlamaForCausalLM, batch: Batch, precision: PrecisionChoice) -> 
 
 def head(model: LlamaForCausalLM) -> Tensor:
     """The output head's weight, [V, hidden]; with tied embeddings it is the embeddings'."""
-    weight: Tensor = model.get_output_embeddings().weight
-    return weight
+    return whole(model.get_output_embeddings().weight)
 
 
 def open_teacher(
     folder: Path, precision: PrecisionChoice, device: torch.device, window: int
-) -> LlamaForCausalLM:
+) -> Inside:
     """The teacher in the fast dtype, frozen, with the attention that is fastest here."""
-    model = load_model(folder, precision.dtype, device).eval().requires_grad_(False)
-    model.set_attn_implementation(choose_attention(device, precision.dtype, window))
-    return model
+    if processes() == 1:
+        inside = Inside(load_model(folder, precision.dtype, device))
+    else:
+        inside = open_split(folder, precision.dtype, device, precision.dtype)
+    inside.eval().requires_grad_(False)
+    inside.model.set_attn_implementation(choose_attention(device, precision.dtype, window))
+    return inside
 
 
 class LiveAnswers:
     """The teacher runs along in every step."""
 
     def __init__(
-        self, model: LlamaForCausalLM, precision: PrecisionChoice, match: HiddenMatch | None
+        self, inside: Inside, precision: PrecisionChoice, match: HiddenMatch | None
     ) -> None:
-        self.model, self.precision, self.match = model, precision, match
+        self.inside, self.precision, self.match = inside, precision, match
         self._heldout_NE: dict[int, Tensor] = {}
 
     @torch.no_grad()
     def targets(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
         with self._listening() as layers_BTE:
-            hidden_NE = trunk(self.model, batch, self.precision)
-        return LiveTargets(hidden_NE, head(self.model)), layers_BTE
+            targets = self._ask(batch)
+        return targets, layers_BTE
 
     @torch.no_grad()
     def heldout(self, number: int, batch: Batch) -> LiveTargets:
         """Hidden states are computed once and kept: a few megabytes."""
         if number not in self._heldout_NE:
-            self._heldout_NE[number] = trunk(self.model, batch, self.precision)
-        return LiveTargets(self._heldout_NE[number], head(self.model))
+            self._heldout_NE[number] = self._ask(batch).hidden_NE
+        return LiveTargets(self._heldout_NE[number], head(self.inside.model))
+
+    def _ask(self, batch: Batch) -> LiveTargets:
+        found: LiveTargets = self.inside(
+            lambda model: LiveTargets(trunk(model, batch, self.precision), head(model))
+        )
+        return found
 
     def _listening(self) -> AbstractContextManager[list[Tensor]]:
-        return hidden_outputs(self.model, self.match, "teacher")
+        return hidden_outputs(self.inside.model, self.match, "teacher")
 
 
 class CachedAnswers:
@@ -107,7 +129,9 @@ class CachedAnswers:
         return SparseTargets(*parts), []
 
     def heldout(self, number: int, batch: Batch) -> LiveTargets:
-        return LiveTargets(self.heldout_NE[number], self.head_VE)
+        absent = number >= len(self.heldout_NE)  # a batch in which nothing counts
+        hidden_NE = self.heldout_NE[0][:0] if absent else self.heldout_NE[number]
+        return LiveTargets(hidden_NE, self.head_VE)
 
 
 def cached_answers(
@@ -127,52 +151,72 @@ def cached_answers(
         slots=min(settings.target_slots, checkpoint.shape.vocab_size),
         vocabulary=checkpoint.shape.vocab_size,
     )
-    identity = {
-        "teacher": checkpoint.fingerprint(),
-        "transfer_set": data.text.facts["sha256"],
-        "tokenizer": data.text.facts["tokenizer_sha256"],
-        "dtype": precision.name,
-    }
     count, window = data.text.tokens.shape
-    cache = TargetCache(root, identity, shape, windows=count, window=window)
-    needed = data.all_windows()
+    with leader_first():  # hashing the teacher and making the files is done once
+        identity = {
+            "teacher": checkpoint.fingerprint(),
+            "transfer_set": data.text.facts["sha256"],
+            "tokenizer": data.text.facts["tokenizer_sha256"],
+            "dtype": precision.name,
+        }
+        cache = TargetCache(root, identity, shape, windows=count, window=window)
     facts: dict[str, Any] = {"folder": str(cache.folder), "bytes_per_token": shape.bytes_per_token}
     heldout = cache.folder / "heldout.safetensors"
-    if cache.missing(needed) or not heldout.exists():
-        model = open_teacher(teacher, precision, device, window)
-        facts |= capture(
-            cache,
-            needed,
-            lambda windows: _logits(model, data, windows, precision),
-            seed=_SAMPLE_SEED,
-            progress=progress,
-        )
-        _keep_heldout(heldout, model, data, precision)
-        del model
+    missing = cache.missing(data.all_windows())
+    if leader_says(bool(missing) or not heldout.exists()):
+        inside = open_teacher(teacher, precision, device, window)
+        facts |= _capture(cache, inside, data, leader_says(missing), precision, progress)
+        _keep_heldout(heldout, inside, data, precision)
+        del inside
+        meet()
     positions = [batch.positions for batch in data.heldout()]
     hidden_NE = torch.split(load_file(heldout, device=str(device))["hidden"], positions)
     head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
     return CachedAnswers(cache, list(hidden_NE), head_VE), facts
 
 
+def _capture(
+    cache: TargetCache,
+    inside: Inside,
+    data: StepData,
+    missing: list[int],
+    precision: PrecisionChoice,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Each process asks for its part of the windows; all make equally many passes."""
+    passes = largest(-(-len(missing[rank() :: processes()]) // data.micro_windows))
+
+    def answer(windows: list[int]) -> Iterator[tuple[int, Tensor]]:
+        yield from _logits(inside, data, windows, precision)
+        idle = passes - -(-len(windows) // data.micro_windows)
+        for _ in range(idle):  # a split teacher needs every process in every pass
+            for _ in _logits(inside, data, missing[:1], precision):
+                pass
+
+    mine = missing[rank() :: processes()]
+    facts = capture(cache, mine, answer, seed=_SAMPLE_SEED, progress=progress)
+    return {**facts, "captured_windows": len(missing)}
+
+
 @torch.no_grad()
 def _logits(
-    model: LlamaForCausalLM, data: StepData, windows: list[int], precision: PrecisionChoice
+    inside: Inside, data: StepData, windows: list[int], precision: PrecisionChoice
 ) -> Iterator[tuple[int, Tensor]]:
     """The teacher's logits, a window at a time, [T, V], at every position."""
     for batch in data.in_batches(windows):
-        everywhere = batch.counting_everywhere()
-        hidden_BTE = trunk(model, everywhere, precision).view(*batch.input_BT.shape, -1)
+        hidden_NE = inside(partial(trunk, batch=batch.counting_everywhere(), precision=precision))
+        hidden_BTE = hidden_NE.view(*batch.input_BT.shape, -1)
         for number, hidden_TE in zip(batch.windows, hidden_BTE, strict=True):
-            yield number, hidden_TE @ head(model).T
+            yield number, hidden_TE @ head(inside.model).T
 
 
 @torch.no_grad()
-def _keep_heldout(
-    path: Path, model: LlamaForCausalLM, data: StepData, precision: PrecisionChoice
-) -> None:
+def _keep_heldout(path: Path, inside: Inside, data: StepData, precision: PrecisionChoice) -> None:
     """Hidden states of the held-out windows, one after the other however they are batched."""
-    hidden_NE = torch.cat([trunk(model, batch, precision) for batch in data.heldout()])
-    aside = path.with_suffix(".partial")
-    save_file({"hidden": hidden_NE}, aside)
-    aside.replace(path)
+    hidden_NE = torch.cat(
+        [inside(partial(trunk, batch=batch, precision=precision)) for batch in data.heldout()]
+    )
+    if leads():
+        aside = path.with_suffix(".partial")
+        save_file({"hidden": hidden_NE}, aside)
+        aside.replace(path)

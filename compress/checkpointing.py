@@ -5,12 +5,17 @@ A folder ``step-00000120/`` holds ``student.safetensors``, ``optimizer.safetenso
 ``average.safetensors``, and ``state.json``. It is filled under another name and renamed when all
 of it is on the disk; only then are earlier ones removed. So at any moment of a kill there is a
 whole one, once there was one.
+
+Many processes write ``student/``, ``optimizer/`` and ``average/`` instead: folders of safetensors
+in which each process has its part (torch.distributed.checkpoint). Either form is read by any
+number of processes.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +24,23 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load as load_parts
+from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
+from compress.parallel import leader_says, leads, meet, processes, put
 from shearling import ShearlingError, folder_aside, read_json, write_json
 
 SCHEMA = 1
-_BEST = "best-{:08d}.safetensors"
+_BEST = "best-{:08d}"
 _STEP = "step-{:08d}"
+_WHOLE = ".safetensors"
+Group = Mapping[str, Tensor] | Path
+"""Named tensors, or the folder that holds their parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +49,52 @@ class TrainingState:
 
     step: int
     state: dict[str, Any]
-    tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    tensors: Mapping[str, Group] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: Path, checkpoint: TrainingState) -> None:
     """Write ``folder/step-N``, then remove what it replaces: earlier steps and surpassed bests."""
-    with folder_aside(folder / _STEP.format(checkpoint.step)) as aside:
-        for name, tensors in checkpoint.tensors.items():
-            save_file(_ready(tensors), aside / f"{name}.safetensors")
-        state = {**checkpoint.state, "schema": SCHEMA, "step": checkpoint.step}
-        write_json(aside / "state.json", state)
-    keep = {_STEP.format(checkpoint.step), _BEST.format(checkpoint.state.get("best_step", -1))}
+    name = _STEP.format(checkpoint.step)
+    with _shared_folder(folder / name) as aside:
+        for group, tensors in checkpoint.tensors.items():
+            _save_group(aside, group, tensors)
+        if leads():
+            state = {**checkpoint.state, "schema": SCHEMA, "step": checkpoint.step}
+            write_json(aside / "state.json", state)
+    if leads():
+        best = _BEST.format(checkpoint.state.get("best_step", -1))
+        _remove_all_but({name, best, best + _WHOLE}, folder)
+    meet()
+
+
+def _save_group(folder: Path, name: str, tensors: Group) -> None:
+    """One file, or a folder with a part from each process; random states are rank 0's."""
+    assert not isinstance(tensors, Path), "what is saved is in memory"
+    ready = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    if processes() == 1 or name == "random":
+        if leads():
+            save_file(ready, folder / f"{name}{_WHOLE}")
+        return
+    save_parts(
+        ready,
+        storage_writer=HuggingFaceStorageWriter(str(folder / name), save_distributed=True),
+    )
+
+
+@contextmanager
+def _shared_folder(final: Path) -> Iterator[Path]:
+    """`folder_aside` of rank 0, for all processes; it is renamed when all have filled it."""
+    if not leads():
+        yield Path(leader_says(None))
+        meet()
+        return
+    with folder_aside(final) as aside:
+        leader_says(str(aside))
+        yield aside
+        meet()
+
+
+def _remove_all_but(keep: set[str], folder: Path) -> None:
     for path in folder.iterdir():
         if path.name in keep:
             continue
@@ -67,25 +118,60 @@ def load_checkpoint(folder: Path) -> TrainingState | None:
     state = read_json(newest / "state.json")
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise ShearlingError(f"{newest} was written by another version.", hint=again)
+    tensors: dict[str, Group] = {path.name: path for path in newest.iterdir() if path.is_dir()}
     try:
-        tensors = {path.stem: load_file(path) for path in sorted(newest.glob("*.safetensors"))}
+        tensors |= {path.stem: load_file(path) for path in sorted(newest.glob(f"*{_WHOLE}"))}
     except (SafetensorError, OSError) as error:
         raise ShearlingError(f"The checkpoint {newest} is damaged: {error}", hint=again) from error
     return TrainingState(step=int(state["step"]), state=state, tensors=tensors)
 
 
+def fill(targets: Mapping[str, Tensor], source: Group) -> None:
+    """Copy saved tensors into those of the same names, whole or split as these may be."""
+    if not isinstance(source, Path):
+        for name, target in targets.items():
+            put(target, source[name])
+        return
+    try:
+        load_parts(
+            {name: target.detach() for name, target in targets.items()},
+            storage_reader=HuggingFaceStorageReader(str(source)),
+            no_dist=processes() == 1,
+        )
+    except (SafetensorError, OSError, CheckpointException) as error:
+        raise ShearlingError(
+            f"The checkpoint {source} is damaged: {error}",
+            hint=f"Delete {source.parent.parent} to start this stage from its beginning.",
+        ) from error
+
+
+def names_in(source: Group) -> list[str]:
+    """The names of the tensors that were saved together."""
+    if not isinstance(source, Path):
+        return list(source)
+    return list(HuggingFaceStorageReader(str(source)).read_metadata().state_dict_metadata)
+
+
 def save_best(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:
     """Keep the weights of the best evaluation so far; the next checkpoint drops the earlier."""
+    name = _BEST.format(step)
+    if processes() > 1:
+        with _shared_folder(folder / name) as aside:
+            _save_group(aside, "student", weights)
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _BEST.format(step)
+    path = folder / f"{name}{_WHOLE}"
     aside = path.with_suffix(".partial")
-    save_file(_ready(weights), aside)
+    save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, aside)
     aside.replace(path)
 
 
-def load_best(folder: Path, step: int) -> dict[str, Tensor]:
+def load_best(folder: Path, step: int) -> Group:
     """The weights that `save_best` kept for ``step``."""
-    return dict(load_file(folder / _BEST.format(step)))
+    path = folder / _BEST.format(step)
+    if path.is_dir():
+        return path / "student"
+    return dict(load_file(path.with_name(path.name + _WHOLE)))
 
 
 def random_tensors() -> dict[str, Tensor]:
@@ -101,7 +187,3 @@ def restore_random(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _ready(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -14,12 +14,13 @@ from transformers import LlamaForCausalLM
 
 from compress.answers import Answers, LiveAnswers, cached_answers, open_teacher
 from compress.attention import choose_attention
-from compress.checkpointing import TrainingState, random_tensors, restore_random
+from compress.checkpointing import TrainingState, fill, random_tensors, restore_random
 from compress.data import StepData
 from compress.fused import FusedLoss, Term
 from compress.hidden import HiddenMatch, open_hidden_match
 from compress.memory import reuse_freed_memory
 from compress.optimizers import build_optimizers, optimizer_tensors, restore_optimizers
+from compress.parallel import Inside, leader_says, open_split, processes, put, sum_gradients
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.saving import load_model
 from compress.settings import DistillSettings
@@ -35,7 +36,8 @@ class Course:
     settings: DistillSettings
     device: torch.device
     precision: PrecisionChoice
-    student: LlamaForCausalLM
+    inside: Inside
+    """The student's root; its passes run inside, for the case that it is split."""
     answers: Answers
     data: StepData
     loss: FusedLoss
@@ -49,6 +51,11 @@ class Course:
     best: dict[str, float] | None = None
     first: dict[str, float] | None = None
     latest: dict[str, float] | None = None
+
+    @property
+    def student(self) -> LlamaForCausalLM:
+        """The student itself; when it is split, each weight is this process's part."""
+        return self.inside.model
 
 
 def open_course(
@@ -71,8 +78,10 @@ def open_course(
     if checkpoint:  # what was measured then, lest a busy machine change the arithmetic now
         precision = PrecisionChoice(**checkpoint.state["precision"])
     else:
-        precision = fast_dtype(device, settings.precision)
-    student = load_model(student_folder, torch.float32, device)
+        measured = fast_dtype(device, settings.precision)
+        precision = PrecisionChoice(**leader_says(measured.to_dict()))
+    inside = _open_student(student_folder, device, precision)
+    student = inside.model
     student.set_attn_implementation(choose_attention(device, precision.dtype, text.window))
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable()
@@ -83,8 +92,8 @@ def open_course(
     answers: Answers
     facts: dict[str, Any] = {}
     if settings.targets == "live":
-        teacher = open_teacher(teacher_folder, precision, device, text.window)
-        answers = LiveAnswers(teacher, precision, hidden)
+        asked = open_teacher(teacher_folder, precision, device, text.window)
+        answers = LiveAnswers(asked, precision, hidden)
     else:
         answers, facts = cached_answers(
             teacher_folder, cache / "targets", data, settings, precision, device, progress
@@ -93,7 +102,7 @@ def open_course(
         settings=settings,
         device=device,
         precision=precision,
-        student=student,
+        inside=inside,
         answers=answers,
         data=data,
         loss=_fused_loss(settings, precision),
@@ -105,6 +114,15 @@ def open_course(
     if checkpoint:
         restore(course, checkpoint)
     return course
+
+
+def _open_student(folder: Path, device: torch.device, precision: PrecisionChoice) -> Inside:
+    """The student in float32; split over the processes where there are several."""
+    if processes() == 1:
+        return Inside(load_model(folder, torch.float32, device))
+    inside = open_split(folder, torch.float32, device, precision.dtype)
+    sum_gradients(inside)
+    return inside
 
 
 def _fused_loss(settings: DistillSettings, precision: PrecisionChoice) -> FusedLoss:
@@ -140,7 +158,7 @@ def weights_copy(model: nn.Module) -> dict[str, Tensor]:
 def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights by name into the model."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+        put(parameter, weights[name])
 
 
 @torch.no_grad()
@@ -189,12 +207,13 @@ def training_state(course: Course, identity: str, metrics_bytes: int) -> Trainin
 def restore(course: Course, checkpoint: TrainingState) -> None:
     """Put a checkpoint's state into a freshly opened course."""
     state, tensors = checkpoint.state, checkpoint.tensors
-    put_weights(course.student, tensors["student"])
+    fill(dict(course.student.named_parameters()), tensors["student"])
     restore_optimizers(course.student, course.optimizers, tensors["optimizer"])
-    restore_random(tensors["random"])
+    random = tensors["random"]
+    assert not isinstance(random, Path), "random states are one file"
+    restore_random(random)
     if course.average is not None:
-        for name, weight in tensors["average"].items():
-            course.average[name].copy_(weight)
+        fill(course.average, tensors["average"])
     course.step, course.seconds = checkpoint.step, state["seconds"]
     course.running_loss = state["running_loss"]
     course.best, course.first, course.latest = state["best"], state["first"], state["latest"]

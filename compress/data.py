@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.losses import IGNORED
+from compress.parallel import processes, rank
 from compress.settings import DistillSettings
 from shearling import ShearlingError
 from teachers.transfer_set import TransferSet
@@ -39,6 +40,25 @@ class Batch:
     def counting_everywhere(self) -> Batch:
         """The same text with every position counted, for a cache that serves any mask."""
         return replace(self, mask_BT=torch.ones_like(self.mask_BT))
+
+    def blank(self, rows: int) -> Batch:
+        """The same text with nothing counted in the last ``rows`` windows.
+
+        Split models need every process in every pass, also one that has no window left.
+        """
+        if not rows:
+            return self
+        mask_BT, labels_BT = self.mask_BT.clone(), torch.full_like(self.input_BT, IGNORED)
+        labels_BT[mask_BT] = self.labels_N
+        mask_BT[-rows:] = False
+        labels_N = labels_BT[mask_BT]
+        return replace(
+            self,
+            mask_BT=mask_BT,
+            labels_N=labels_N,
+            positions=int(mask_BT.sum()),
+            labelled=int((labels_N != IGNORED).sum()),
+        )
 
 
 def make_batch(
@@ -74,7 +94,7 @@ class StepData:
     """Windows by optimizer step: a pure function of transfer set, settings, seed and step.
 
     So nothing but the step's number is needed to go on where a run was interrupted. Each epoch
-    has an order of its own.
+    has an order of its own. With many processes each takes its share of a step's windows.
     """
 
     def __init__(
@@ -91,7 +111,16 @@ class StepData:
         self.step_tokens = self.step_windows * text.window
         self.steps = max(1, round(settings.tokens / self.step_tokens))
         by_default = max(1, _MICRO_TOKENS // text.window)
-        self.micro_windows = min(settings.micro_batch_windows or by_default, self.step_windows)
+        self.share = -(-self.step_windows // processes())
+        """Windows of a step that one process takes."""
+        self.micro_windows = min(settings.micro_batch_windows or by_default, self.share)
+        if self.step_windows < processes():
+            raise ShearlingError(
+                f"A step of {settings.batch_tokens} tokens has {self.step_windows} windows of "
+                f"{text.window}, fewer than the {processes()} processes.",
+                hint=f"Set batch_tokens to {processes() * text.window} or more, or start fewer "
+                "processes.",
+            )
 
     def windows(self, step: int) -> list[int]:
         """The window numbers of ``step`` (from 0), through as many epochs as it takes."""
@@ -108,8 +137,13 @@ class StepData:
         return self._orders[epoch]
 
     def step(self, step: int) -> list[Batch]:
-        """The micro-batches of ``step``."""
-        return list(self.in_batches(self.windows(step)))
+        """This process's micro-batches of ``step``, as many as every other process has."""
+        windows = self.windows(step)
+        mine = windows[rank() :: processes()]
+        absent = self.share - len(mine)
+        batches = list(self.in_batches(mine + windows[:absent]))
+        batches[-1] = batches[-1].blank(absent)
+        return batches
 
     def all_windows(self) -> set[int]:
         """Every window that any step sees."""
@@ -121,6 +155,16 @@ class StepData:
             chosen = list(windows[start : start + self.micro_windows])
             batch = self.text.batch(chosen)
             yield self._batch(batch, chosen)
+
+    def my_heldout(self) -> Iterator[tuple[int, Batch]]:
+        """This process's part of the held-out batches, numbered; the same count everywhere."""
+        batches = list(self.heldout())
+        for start in range(0, len(batches), processes()):
+            number = start + rank()
+            if number < len(batches):
+                yield number, batches[number]
+            else:
+                yield number, batches[0].blank(len(batches[0].input_BT))
 
     def heldout(self) -> Iterator[Batch]:
         """The held-out windows, always the same and in the same order."""

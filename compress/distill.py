@@ -12,17 +12,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from compress.answers import head, trunk
 from compress.checkpointing import (
     TrainingState,
+    fill,
     load_best,
     load_checkpoint,
     save_best,
@@ -37,10 +41,13 @@ from compress.course import (
     update_average,
     weights_of,
 )
+from compress.data import Batch
 from compress.fused import Comparison, compare
 from compress.hidden import hidden_outputs
 from compress.interrupts import StopRequest
+from compress.losses import LiveTargets, Targets
 from compress.optimizers import set_learning_rate
+from compress.parallel import agreed, leads, meet, own_device, processes, total, whole
 from compress.saving import load_model, save_student
 from compress.schedule import warmup_then_cosine
 from compress.settings import DistillSettings
@@ -83,6 +90,7 @@ def distill(
         KeyboardInterrupt: after SIGINT or SIGTERM, when the step was finished and saved.
     """
     identity = sha256_of_json([settings.model_dump(exclude={"save_every_seconds"}), seed])
+    meet()
     checkpoint = load_checkpoint(out / "resume")
     if checkpoint and checkpoint.state["identity"] != identity:
         raise ShearlingError(
@@ -96,10 +104,10 @@ def distill(
         settings,
         selection=selection,
         seed=seed,
-        device=torch.device(device),
+        device=own_device(device),
         cache=cache or default_cache(),
         checkpoint=checkpoint,
-        progress=progress,
+        progress=progress if leads() else silent,
     )
     with disk_errors(out):
         with StopRequest() as stop, _open_metrics(out, checkpoint) as metrics:
@@ -124,6 +132,8 @@ def _train(
     settings, steps = course.settings, course.data.steps
 
     def log(line: dict[str, Any]) -> None:
+        if not leads():
+            return
         metrics.write(json.dumps(line) + "\n")
         metrics.flush()
         if on_metrics:
@@ -143,12 +153,13 @@ def _train(
         every = settings.evaluate_every
         if course.step == steps or (every and course.step % every == 0):
             log(_evaluate_and_keep(course, out))
-        due = time.monotonic() - saved >= settings.save_every_seconds
-        if stop.asked or (due and course.step < steps):
+        due = leads() and time.monotonic() - saved >= settings.save_every_seconds
+        asked, due = agreed(stop.asked, due)
+        if asked or (due and course.step < steps):
             course.seconds = time.monotonic() - started
             save()
             saved = time.monotonic()
-        if stop.asked:
+        if asked:
             raise KeyboardInterrupt
     course.seconds = time.monotonic() - started
 
@@ -158,26 +169,19 @@ def train_step(course: Course) -> dict[str, Any]:
     started = time.perf_counter()
     settings, student = course.settings, course.student
     batches = course.data.step(course.step)
-    counted = {
-        "positions": sum(batch.positions for batch in batches),
-        "labelled": sum(batch.labelled for batch in batches),
-    }
+    counted = _counted(batches)
     sums: dict[str, Tensor] = {}
 
     for batch in batches:
         targets, taught = course.answers.targets(batch)
-        with hidden_outputs(student, course.hidden, "student") as learnt:
-            student_ND = trunk(student, batch, course.precision)
-        loss, parts = course.loss(student_ND, head(student), targets, batch.labels_N, **counted)
-        if course.hidden:
-            parts["hidden"] = course.hidden.loss(learnt, taught, batch.mask_BT)
-            loss = loss + settings.hidden.weight * parts["hidden"] / counted["positions"]
-        parts["loss"] = loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        # Inside: a split student has its head, and its gradients their way back, only there.
+        loss, parts = course.inside(partial(_losses, course, batch, targets, taught, counted))
+        loss.backward()
         for name, part in parts.items():
             sums[name] = sums.get(name, torch.zeros_like(part)) + part.detach()
 
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip)
+    norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip))
+    sums = {name: total(part) for name, part in sums.items()}
     line = _line(course, sums, counted, norm.item())  # .item(): the one wait for the device
     _refuse_divergence(course, line)
     set_learning_rate(course.optimizers, line["learning_rate"])
@@ -190,6 +194,31 @@ def train_step(course: Course) -> dict[str, Any]:
     course.step += 1
     line["tokens_per_second"] = round(course.data.step_tokens / (time.perf_counter() - started), 2)
     return line
+
+
+def _counted(batches: list[Batch]) -> dict[str, int]:
+    """What the losses' sums are divided by: the whole step's positions, of all processes."""
+    counts = [sum(b.positions for b in batches), sum(b.labelled for b in batches)]
+    positions, labelled = total(torch.tensor(counts)).tolist()
+    return {"positions": positions, "labelled": labelled}
+
+
+def _losses(
+    course: Course,
+    batch: Batch,
+    targets: Targets,
+    taught: list[Tensor],
+    counted: Mapping[str, int],
+    student: LlamaForCausalLM,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The student's part of the step's loss on one micro-batch, and each term's sum."""
+    with hidden_outputs(student, course.hidden, "student") as learnt:
+        student_ND = trunk(student, batch, course.precision)
+    loss, parts = course.loss(student_ND, head(student), targets, batch.labels_N, **counted)
+    if course.hidden:
+        parts["hidden"] = course.hidden.loss(learnt, taught, batch.mask_BT)
+        loss = loss + course.settings.hidden.weight * parts["hidden"] / counted["positions"]
+    return loss, {**parts, "loss": loss}
 
 
 def _line(
@@ -250,29 +279,32 @@ def _refuse_divergence(course: Course, line: Mapping[str, Any]) -> None:
 @torch.no_grad()
 def evaluate(course: Course) -> dict[str, float]:
     """KL to the teacher, perplexity, and how often the first choices agree, on held-out windows."""
-    student, total = course.student, None
-    student.eval()
-    for number, batch in enumerate(course.data.heldout()):
-        part = compare(
-            trunk(student, batch, course.precision),
-            head(student),
-            course.answers.heldout(number, batch),
-            batch.labels_N,
-            course.loss,
-        )
-        total = part if total is None else total + part
-    student.train()
-    assert total is not None, "a transfer set has held-out windows"
-    return _evaluation(total)
+    found = None
+    course.inside.eval()
+    for number, batch in course.data.my_heldout():
+        targets = course.answers.heldout(number, batch)
+        part = course.inside(partial(_compare, course, batch, targets))
+        found = part if found is None else found + part
+    course.inside.train()
+    course.inside.release()
+    assert found is not None, "a transfer set has held-out windows"
+    return _evaluation(found.of_all())
 
 
-def _evaluation(total: Comparison) -> dict[str, float]:
-    labelled, positions = max(total.labelled, 1), max(total.positions, 1)
+def _compare(
+    course: Course, batch: Batch, targets: LiveTargets, student: LlamaForCausalLM
+) -> Comparison:
+    student_ND = trunk(student, batch, course.precision)
+    return compare(student_ND, head(student), targets, batch.labels_N, course.loss)
+
+
+def _evaluation(found: Comparison) -> dict[str, float]:
+    labelled, positions = max(found.labelled, 1), max(found.positions, 1)
     return {
-        "heldout_kl": total.forward_kl / positions,
-        "heldout_perplexity": math.exp(min(total.cross_entropy / labelled, 700.0)),
-        "heldout_top1_agreement": total.agreements / positions,
-        "heldout_teacher_perplexity": math.exp(min(total.teacher_cross_entropy / labelled, 700.0)),
+        "heldout_kl": found.forward_kl / positions,
+        "heldout_perplexity": math.exp(min(found.cross_entropy / labelled, 700.0)),
+        "heldout_top1_agreement": found.agreements / positions,
+        "heldout_teacher_perplexity": math.exp(min(found.teacher_cross_entropy / labelled, 700.0)),
     }
 
 
@@ -302,6 +334,8 @@ def _evaluate_and_keep(course: Course, out: Path) -> dict[str, Any]:
 
 def _open_metrics(out: Path, checkpoint: TrainingState | None) -> TextIO:
     """Open metrics.jsonl, cut to where the checkpoint was written; later lines come again."""
+    if not leads():
+        return open(os.devnull, "w", encoding="utf-8")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "metrics.jsonl"
     path.touch()
@@ -322,7 +356,7 @@ def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
         put_weights(course.student, weights_of(load_model(student, torch.float32, course.device)))
     elif kept["step"] != course.step:
         best = load_best(out / "resume", int(kept["step"]))
-        put_weights(course.student, best)
+        fill(dict(course.student.named_parameters()), best)
     save_student(course.student, student, out / "model")
     tokens = course.step * course.data.step_tokens
     return {
@@ -336,5 +370,6 @@ def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
         "heldout_end": course.latest,
         "heldout_best": course.best,
         "kept_step": kept["step"],
+        **({"processes": processes()} if processes() > 1 else {}),
         **({"targets": course.targets_facts} if course.targets_facts else {}),
     }

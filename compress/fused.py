@@ -28,6 +28,7 @@ from compress.losses import (
     Targets,
     cross_entropy,
 )
+from compress.parallel import total
 
 
 class Workspace:
@@ -371,6 +372,12 @@ class Comparison:
     def __add__(self, other: Comparison) -> Comparison:
         mine, others = astuple(self), astuple(other)
         return Comparison(**dict(zip(_FIELDS, map(add, mine, others), strict=True)))
+
+    def of_all(self) -> Comparison:
+        """The sums over all processes."""
+        values = total(torch.tensor(astuple(self), dtype=torch.float64)).tolist()
+        kinds = [type(value) for value in astuple(self)]
+        return Comparison(**{n: k(v) for n, k, v in zip(_FIELDS, kinds, values, strict=True)})
 
 
 _FIELDS = tuple(item.name for item in fields(Comparison))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from compress.checkpointing import Group, fill, names_in
+from compress.parallel import processes
 from compress.settings import DistillSettings
+from compress.split_muon import SplitMuon
 
 Named = tuple[str, nn.Parameter]
 
@@ -30,7 +32,8 @@ def build_optimizers(
         matrices = [entry for entry in matrices if all(entry[1] is not p for _, p in inner)]
         # Scaled by 0.2 sqrt(max(A, B)) an orthogonal update has the size of AdamW's, so the same
         # learning rate and decay serve both (https://arxiv.org/abs/2502.16982).
-        optimizers["muon"] = torch.optim.Muon(
+        kind = SplitMuon if processes() > 1 else torch.optim.Muon
+        optimizers["muon"] = kind(
             _parameters(inner),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
@@ -81,14 +84,18 @@ def optimizer_tensors(
 
 
 def restore_optimizers(
-    model: nn.Module,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    tensors: Mapping[str, Tensor],
+    model: nn.Module, optimizers: Mapping[str, torch.optim.Optimizer], saved: Group
 ) -> None:
     """Put back what `optimizer_tensors` gave."""
     parameters = dict(model.named_parameters())
-    for key, value in tensors.items():
+    states: dict[str, Tensor] = {}
+    for key in names_in(saved):
         kind, field, name = key.split("/", 2)
-        state: dict[str, Any] = optimizers[kind].state[parameters[name]]
-        # AdamW counts its steps on the CPU wherever the weights are.
-        state[field] = value.clone() if value.ndim == 0 else value.to(parameters[name].device)
+        p, state = parameters[name], optimizers[kind].state[parameters[name]]
+        if field == "step":  # a number, which fused AdamW has where the weights are
+            fused = optimizers[kind].param_groups[0].get("fused")
+            state[field] = torch.zeros((), device=p.device if fused else "cpu")
+        else:
+            state[field] = torch.zeros_like(p)
+        states[key] = state[field]
+    fill(states, saved)

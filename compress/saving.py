@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
+from compress.parallel import leads, meet, processes, whole_weights
 from shearling import ShearlingError, folder_aside
 from teachers.tokenizer import copy_tokenizer
 
@@ -27,9 +28,24 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
 def save_student(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
     """Save as a stock folder in ``source``'s dtype with its tokenizer, and open it again.
 
+    A split student is put together on rank 0, weight by weight.
+
     Raises:
         ShearlingError: the saved model does not answer as the one in memory does.
     """
+    if processes() > 1:
+        gathered = whole_weights(dict(student.named_parameters()))
+        if leads():
+            together = load_model(source, torch.float32, torch.device("cpu"))
+            for name, parameter in together.named_parameters():
+                parameter.data = gathered.pop(name)
+            _save(together, source, folder)
+        meet()
+        return
+    _save(student, source, folder)
+
+
+def _save(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
     dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32
     student.eval()
     for parameter in student.parameters():  # not .to(dtype): RoPE's frequencies stay float32
