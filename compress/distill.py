@@ -217,7 +217,7 @@ def _losses(
     loss, parts = course.loss(student_ND, head(student), targets, batch.labels_N, **counted)
     if course.hidden:
         parts["hidden"] = course.hidden.loss(learnt, taught, batch.mask_BT)
-        loss = loss + course.settings.hidden.weight * parts["hidden"] / counted["positions"]
+        loss = loss + course.settings.hidden.weight * parts["hidden"] / max(counted["positions"], 1)
     return loss, {**parts, "loss": loss}
 
 

@@ -33,6 +33,10 @@ from teachers.checkpoint import Checkpoint
 Given = TypeVar("Given")
 _PATIENCE = timedelta(hours=2)
 """How long one process waits for another inside a stage, as for a checkpoint on a slow disk."""
+_BETWEEN_STAGES = timedelta(days=30)
+"""How long the others wait while rank 0 does what is done alone, as pruning."""
+_waiting: list[dist.ProcessGroup] = []
+"""The group over which rank 0 speaks to those who wait."""
 
 
 # --- who is there ----------------------------------------------------------------------------
@@ -76,9 +80,11 @@ def together(kind: str) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # gloo stays for what lies on the CPU: flags, paths, counts.
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    _waiting[:] = [dist.new_group(backend="gloo", timeout=_BETWEEN_STAGES)]
     try:
         yield
     finally:
+        _waiting.clear()
         dist.destroy_process_group()
 
 
@@ -111,17 +117,21 @@ def largest(number: int) -> int:
     return int(found)
 
 
-def leader_says(data: Any) -> Any:
-    """Rank 0's plain JSON data, given to all. Not pickled, as `broadcast_object_list` would."""
+def leader_says(data: Any, *, patiently: bool = False) -> Any:
+    """Rank 0's plain JSON data, given to all. Not pickled, as `broadcast_object_list` would.
+
+    ``patiently``: it may take rank 0 days to speak.
+    """
     if processes() == 1:
         return data
+    group = _waiting[0] if patiently else None
     text = json.dumps(data).encode() if leads() else b""
     size = torch.tensor(len(text))
-    dist.broadcast(size, 0)
+    dist.broadcast(size, 0, group)
     letters = torch.zeros(int(size), dtype=torch.uint8)
     if leads():
         letters.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-    dist.broadcast(letters, 0)
+    dist.broadcast(letters, 0, group)
     return json.loads(letters.numpy().tobytes())
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import machine, preflight
+from pipelines.crew import call_the_others
 from pipelines.display import Display, format_bytes, format_seconds, headline
 from pipelines.journal import Journal, now
 from pipelines.locks import run_lock
@@ -206,6 +207,7 @@ class _Run:
             machine.memory_errors(step.stage, step.kind),
             disk_errors(out),
         ):
+            call_the_others(step, context)
             summary = stage.run(step.settings, context)
         seconds = spent + time.monotonic() - clock
         record = {

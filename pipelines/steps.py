@@ -29,7 +29,8 @@ STAGES: dict[str, ModuleType] = {
     "distill": distill,
     "benchmark": benchmark,
 }
-"""One module a kind: ``run(settings, context)``, ``CODE_VERSION``, ``RESUMABLE``."""
+"""One module a kind: ``run(settings, context)``, ``CODE_VERSION``, ``RESUMABLE``, and ``TOGETHER``
+where several processes may run it together."""
 
 TELL_HASHING = 1e9
 """Bytes of an artefact from which on its hashing is announced."""

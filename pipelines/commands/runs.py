@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +19,10 @@ from pipelines.terminal import (
     print_json,
     stop_signals,
 )
+from shearling import ShearlingError
 
 if TYPE_CHECKING:
+    from pipelines.display import Display
     from pipelines.recipe import Recipe
     from pipelines.runner import Options
 
@@ -48,20 +52,32 @@ def run(
         Path | None,
         typer.Option(help="Refuse unless all is as this lock.json says.", metavar="LOCK.JSON"),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Distil with so many processes; docs/CLUSTERS.md has more.")
+    ] = 1,
 ) -> None:
     """Run a recipe, or go on with a run that was interrupted.
 
     A stage whose recipe, inputs and code have not changed is not run again.
     """
+    if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
+        from pipelines.crew import start_processes
+
+        raise typer.Exit(start_processes(processes, sys.argv[1:]))
     from pipelines.recipe import load_recipe
     from pipelines.runner import Options, check, decisions
 
-    loaded = load_recipe(recipe, overrides or [])
+    try:
+        loaded = load_recipe(recipe, overrides or [])
+    except ShearlingError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        raise typer.Exit(2) from None  # one of several processes tells the user
     folder = out or Path("runs") / loaded.name
     options = Options(
         run=folder.expanduser(),
         cache=download_cache(),
-        again=_run_command(recipe, overrides, out),
+        again=_run_command(recipe, overrides, out, processes),
         verify=verify,
         locked=locked,
     )
@@ -99,16 +115,37 @@ def _go(recipe: Recipe, options: Options) -> None:
 
     console = make_console()
     with stop_signals(options.again), log_unexpected(options.run):
-        run_recipe(recipe, options, Display(console))
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            run_recipe(recipe, options, Display(console))
+        elif not _run_together(recipe, options, Display(console)):
+            return
     console.print(f"The report: {options.run / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _run_command(recipe: str, overrides: list[str] | None, out: Path | None) -> str:
+def _run_together(recipe: Recipe, options: Options, display: Display) -> bool:
+    """The same as one of several processes; whether this is the one that leads."""
+    from compress.parallel import leads, together
+    from pipelines.crew import follow, leading
+    from pipelines.machine import pick_device
+    from pipelines.runner import run_recipe
+
+    with together(pick_device(recipe.device)):
+        if leads():
+            with leading():
+                run_recipe(recipe, options, display)
+            return True
+        follow()
+        return False
+
+
+def _run_command(recipe: str, overrides: list[str] | None, out: Path | None, processes: int) -> str:
     parts = ["shearling", "run", recipe]
     for override in overrides or []:
         parts += ["--set", override]
     if out:
         parts += ["--out", str(out)]
+    if processes > 1:
+        parts += ["--processes", str(processes)]
     return shlex.join(parts)
 
 

@@ -13,16 +13,22 @@ if TYPE_CHECKING:
 
 CODE_VERSION = 1
 RESUMABLE = True
+TOGETHER = True
 
 
 def run(settings: DistillStage, context: Context) -> dict[str, Any]:
-    """Write ``out/model`` and ``out/metrics.jsonl``; goes on from ``out/resume`` if it is there."""
+    """Write ``out/model`` and ``out/metrics.jsonl``; goes on from ``out/resume`` if it is there.
+
+    With several processes each runs this; only rank 0 writes what is not a part of a checkpoint.
+    """
     from compress.distill import distill
+    from compress.parallel import leads
 
     student = context.inputs["model"]
     selection = student / TEACHER_SELECTION
     # Teaching moves no dimension, so what the student kept of the teacher stays true.
-    shutil.copyfile(selection, context.out / TEACHER_SELECTION)
+    if leads():
+        shutil.copyfile(selection, context.out / TEACHER_SELECTION)
     summary = distill(
         context.inputs["teacher"] / "model",
         student / "model",
@@ -36,5 +42,6 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
         on_metrics=context.on_metrics,
         cache=context.cache,
     )
-    shutil.rmtree(context.out / "resume", ignore_errors=True)
+    if leads():
+        shutil.rmtree(context.out / "resume", ignore_errors=True)
     return summary

@@ -1,0 +1,91 @@
+"""One command, two processes: the same files, exit codes and messages as with one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from shearling_process import Shearling, command, environment
+
+pytestmark = pytest.mark.slow
+
+
+def start(recipe: Path, run: Path, *more: str) -> subprocess.Popen[str]:
+    line = command("run", recipe, "--out", run, "--processes", "2", *more)
+    return subprocess.Popen(
+        line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def distillation(run: Path) -> dict[str, float]:
+    """The summary of a finished run's stage."""
+    record = json.loads((run / "stages" / "distill" / "stage.json").read_text())
+    return dict(record["summary"])
+
+
+def test_it_distils_together_and_does_the_rest_once(
+    recipe_file: Path, run: Path, shearling: Shearling, tmp_path: Path
+) -> None:
+    more = ("--set", "distill.tokens=1536")
+    process = start(recipe_file, run, *more)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output
+    assert output.count("prune: not run again: nothing changed") == 1
+    assert output.count("distill: runs:") == 1
+    assert not (run / "error.log").exists()
+    assert distillation(run)["processes"] == 2
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6, 6]
+
+    alone = tmp_path / "alone"
+    assert shearling("run", recipe_file, "--out", alone, *more).returncode == 0
+    both, one = (
+        load_file(folder / "stages" / "distill" / "model" / "model.safetensors")
+        for folder in (run, alone)
+    )
+    assert both.keys() == one.keys()
+    assert max((both[name] - one[name]).abs().max().item() for name in one) < 1e-3
+    keys = [
+        json.loads((folder / "stages" / "distill" / "stage.json").read_text())["key"]
+        for folder in (run, alone)
+    ]
+    assert keys[0] == keys[1], "a run may go on with another number of processes"
+
+
+def test_ctrl_c_reaches_all_and_one_process_goes_on(
+    recipe_file: Path, run: Path, shearling: Shearling
+) -> None:
+    more = ("--set", "distill.tokens=16384", "--set", "distill.batch_tokens=64")
+    process = start(recipe_file, run, *more)
+    end = time.monotonic() + 300
+    partial = run / "store"
+    while time.monotonic() < end and process.poll() is None:
+        if any(partial.glob("*partial*/resume/step-*/state.json")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 130, output
+    assert output.count("Interrupted.") == 1
+    assert "--processes 2" in output
+    status = json.loads(shearling("status", run, "--json").stdout)
+    assert status["state"] == "interrupted"
+    parts = list(run.glob("store/*partial*/resume/step-*/student/*.safetensors"))
+    assert len(parts) == 2
+    done = shearling("run", recipe_file, "--out", run, *more)
+    assert done.returncode == 0, done.stderr
+    assert "goes on where it was interrupted" in done.stdout
+
+
+def test_a_mistake_is_told_once_and_exits_with_2(recipe_file: Path, run: Path) -> None:
+    process = start(recipe_file, run, "--set", "distill.batch_tokens=32")
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 2, output
+    assert output.count("fewer than the 2 processes") == 1
+    assert "batch_tokens to 64" in output
+    assert "Traceback" not in output
