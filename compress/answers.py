@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +15,15 @@ from transformers import LlamaForCausalLM
 
 from compress.attention import choose_attention
 from compress.data import Batch, StepData
-from compress.hidden import HiddenMatch, hidden_outputs
-from compress.losses import LiveTargets, SparseTargets, Targets
+from compress.hidden import Collected, HiddenMatch, hidden_outputs
+from compress.losses import (
+    LiveAnswer,
+    LiveTargets,
+    MixedTargets,
+    SparseTargets,
+    Targets,
+    mix_sparse,
+)
 from compress.parallel import (
     Inside,
     largest,
@@ -32,23 +39,31 @@ from compress.parallel import (
 from compress.precision import PrecisionChoice
 from compress.saving import load_model
 from compress.settings import DistillSettings
-from shearling import Progress
+from shearling import Progress, ShearlingError
 from teachers.checkpoint import Checkpoint
-from teachers.targets import TargetCache, TargetFormat, capture
+from teachers.targets import HiddenCache, TargetCache, TargetFormat, capture
 
 _SAMPLE_SEED = 0
 """Of the kept samples; not the run's seed, so runs of any seed share one cache."""
 
 
+@dataclass(frozen=True)
+class Taught:
+    """One teacher: its Hugging Face folder, and its share where there are several."""
+
+    folder: Path
+    weight: float = 1.0
+
+
 class Answers(Protocol):
     """What the loop asks a teacher."""
 
-    def targets(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
+    def targets(self, batch: Batch) -> tuple[Targets, Collected]:
         """What the student should say where the batch counts, and hidden states to match."""
         ...
 
-    def heldout(self, number: int, batch: Batch) -> LiveTargets:
-        """The whole answer on the held-out batch of this number."""
+    def heldout(self, number: int, batch: Batch) -> LiveAnswer | None:
+        """The whole answer on the held-out batch of this number; None where there is no teacher."""
         ...
 
 
@@ -89,14 +104,14 @@ class LiveAnswers:
     """The teacher runs along in every step."""
 
     def __init__(
-        self, inside: Inside, precision: PrecisionChoice, match: HiddenMatch | None
+        self, inside: Inside, precision: PrecisionChoice, matches: Sequence[HiddenMatch]
     ) -> None:
-        self.inside, self.precision, self.match = inside, precision, match
+        self.inside, self.precision, self.matches = inside, precision, matches
         self._heldout_NE: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def targets(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
-        with self._listening() as layers_BTE:
+    def targets(self, batch: Batch) -> tuple[LiveTargets, Collected]:
+        with hidden_outputs(self.inside.model, self.matches, "teacher") as layers_BTE:
             targets = self._ask(batch)
         return targets, layers_BTE
 
@@ -113,25 +128,116 @@ class LiveAnswers:
         )
         return found
 
-    def _listening(self) -> AbstractContextManager[list[Tensor]]:
-        return hidden_outputs(self.inside.model, self.match, "teacher")
-
 
 class CachedAnswers:
     """The teacher was asked before; of it only the output head is needed, for the evaluation."""
 
-    def __init__(self, cache: TargetCache, heldout_NE: list[Tensor], head_VE: Tensor) -> None:
+    def __init__(
+        self,
+        cache: TargetCache,
+        heldout_NE: list[Tensor],
+        head_VE: Tensor,
+        layers: HiddenCache | None,
+    ) -> None:
         self.cache, self.heldout_NE, self.head_VE = cache, heldout_NE, head_VE
+        self.layers = layers
 
-    def targets(self, batch: Batch) -> tuple[Targets, list[Tensor]]:
+    def targets(self, batch: Batch) -> tuple[SparseTargets, Collected]:
         device, mask_BT = batch.input_BT.device, batch.mask_BT.cpu()
         parts = (part[mask_BT].to(device) for part in self.cache.read(batch.windows))
-        return SparseTargets(*parts), []
+        kept: Collected = {}
+        if self.layers is not None:
+            kept["hidden"] = [states.to(device) for states in self.layers.read(batch.windows)]
+        return SparseTargets(*parts), kept
 
     def heldout(self, number: int, batch: Batch) -> LiveTargets:
         absent = number >= len(self.heldout_NE)  # a batch in which nothing counts
         hidden_NE = self.heldout_NE[0][:0] if absent else self.heldout_NE[number]
         return LiveTargets(hidden_NE, self.head_VE)
+
+
+class MixedAnswers:
+    """Several teachers, all live or all from caches; hidden states are the first one's."""
+
+    def __init__(self, parts: Sequence[LiveAnswers | CachedAnswers], shares: Sequence[float]):
+        self.parts = parts
+        self.weights = tuple(share / sum(shares) for share in shares)
+
+    def targets(self, batch: Batch) -> tuple[Targets, Collected]:
+        asked = [part.targets(batch) for part in self.parts]
+        live = tuple(said for said, _ in asked if isinstance(said, LiveTargets))
+        if live:
+            return MixedTargets(live, self.weights), asked[0][1]
+        kept = [said for said, _ in asked if isinstance(said, SparseTargets)]
+        return mix_sparse(kept, self.weights), asked[0][1]
+
+    def heldout(self, number: int, batch: Batch) -> MixedTargets:
+        said = tuple(part.heldout(number, batch) for part in self.parts)
+        return MixedTargets(said, self.weights)
+
+
+class NoAnswers:
+    """No teacher: nothing but the labels is to be learnt."""
+
+    def targets(self, batch: Batch) -> tuple[SparseTargets, Collected]:
+        none_N1 = torch.zeros(batch.positions, 1, device=batch.input_BT.device)
+        return SparseTargets(none_N1.long(), none_N1, none_N1[:, 0], none_N1[:, 0]), {}
+
+    def heldout(self, number: int, batch: Batch) -> None:
+        return None
+
+
+def open_answers(
+    teachers: Sequence[Taught],
+    settings: DistillSettings,
+    data: StepData,
+    matches: Sequence[HiddenMatch],
+    precision: PrecisionChoice,
+    device: torch.device,
+    root: Path,
+    progress: Progress,
+) -> tuple[Answers, dict[str, Any]]:
+    """Load the teachers, or open their caches below ``root`` and ask for what these lack.
+
+    Raises:
+        ShearlingError: teachers with different tokenizers.
+    """
+    if not teachers:
+        return NoAnswers(), {}
+    _refuse_other_tokenizers(teachers)
+    parts: list[LiveAnswers | CachedAnswers] = []
+    facts: dict[str, Any] = {}
+    for number, teacher in enumerate(teachers):
+        if settings.targets == "live":
+            inside = open_teacher(teacher.folder, precision, device, data.text.window)
+            parts.append(LiveAnswers(inside, precision, () if number else matches))
+            continue
+        answers, found = cached_answers(
+            teacher.folder,
+            root,
+            data,
+            settings,
+            precision,
+            device,
+            progress,
+            () if number else matches,
+        )
+        parts.append(answers)
+        facts = {**facts, f"teacher {number + 1}": found} if len(teachers) > 1 else found
+    if len(parts) == 1:
+        return parts[0], facts
+    return MixedAnswers(parts, [teacher.weight for teacher in teachers]), facts
+
+
+def _refuse_other_tokenizers(teachers: Sequence[Taught]) -> None:
+    first = Checkpoint(teachers[0].folder)
+    for other in (Checkpoint(teacher.folder) for teacher in teachers[1:]):
+        if other.tokenizer_fingerprint() != first.tokenizer_fingerprint():
+            raise ShearlingError(
+                f"{other.folder} has another tokenizer than {first.folder}, so what the two "
+                "teachers say can't be mixed.",
+                hint="Name teachers of one family in the distill stage's teachers.",
+            )
 
 
 def cached_answers(
@@ -142,6 +248,7 @@ def cached_answers(
     precision: PrecisionChoice,
     device: torch.device,
     progress: Progress,
+    matches: Sequence[HiddenMatch] = (),
 ) -> tuple[CachedAnswers, dict[str, Any]]:
     """Open the cache, ask the teacher for what this run needs and it lacks; give facts about it."""
     checkpoint = Checkpoint(teacher)
@@ -160,19 +267,40 @@ def cached_answers(
             "dtype": precision.name,
         }
         cache = TargetCache(root, identity, shape, windows=count, window=window)
+        layers = _hidden_cache(root, identity, checkpoint, matches, count, window)
     facts: dict[str, Any] = {"folder": str(cache.folder), "bytes_per_token": shape.bytes_per_token}
     heldout = cache.folder / "heldout.safetensors"
     missing = cache.missing(data.all_windows())
-    if leader_says(bool(missing) or not heldout.exists()):
+    unseen = layers.missing(data.all_windows()) if layers else []
+    if leader_says(bool(missing or unseen) or not heldout.exists()):
         inside = open_teacher(teacher, precision, device, window)
         facts |= _capture(cache, inside, data, leader_says(missing), precision, progress)
+        if layers:
+            asked = leader_says(unseen)
+            facts |= _capture_hidden(layers, inside, data, asked, matches, precision, progress)
         _keep_heldout(heldout, inside, data, precision)
         del inside
         meet()
     positions = [batch.positions for batch in data.heldout()]
     hidden_NE = torch.split(load_file(heldout, device=str(device))["hidden"], positions)
     head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
-    return CachedAnswers(cache, list(hidden_NE), head_VE), facts
+    return CachedAnswers(cache, list(hidden_NE), head_VE, layers), facts
+
+
+def _hidden_cache(
+    root: Path,
+    identity: dict[str, Any],
+    checkpoint: Checkpoint,
+    matches: Sequence[HiddenMatch],
+    windows: int,
+    window: int,
+) -> HiddenCache | None:
+    """Where the layers that the hidden loss compares are kept; None when it is off."""
+    if not matches:
+        return None
+    (match,) = matches  # settings allow no other place with cached targets
+    size = checkpoint.shape.hidden_size
+    return HiddenCache(root, identity, match.teacher_layers, size, windows=windows, window=window)
 
 
 def _capture(
@@ -196,6 +324,34 @@ def _capture(
     mine = missing[rank() :: processes()]
     facts = capture(cache, mine, answer, seed=_SAMPLE_SEED, progress=progress)
     return {**facts, "captured_windows": len(missing)}
+
+
+@torch.no_grad()
+def _capture_hidden(
+    cache: HiddenCache,
+    inside: Inside,
+    data: StepData,
+    missing: list[int],
+    matches: Sequence[HiddenMatch],
+    precision: PrecisionChoice,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The same for the layers' outputs."""
+    mine, errors = missing[rank() :: processes()], []
+    passes = largest(-(-len(mine) // data.micro_windows))
+    batches = list(data.in_batches(mine)) if mine else []
+    for number in range(passes):
+        batch = batches[number] if number < len(batches) else None
+        asked = batch or next(data.in_batches(missing[:1]))
+        with hidden_outputs(inside.model, matches, "teacher") as found:
+            inside(partial(trunk, batch=asked, precision=precision))
+        for place, window in enumerate(batch.windows if batch else ()):
+            errors.append(cache.write(window, [states[place] for states in found["hidden"]]))
+        progress("hidden states", number + 1, passes)
+    cache.flush()
+    meet()
+    facts: dict[str, Any] = {"hidden_bytes_per_token": cache.record.itemsize}
+    return {**facts, "hidden_error": sum(errors) / len(errors)} if errors else facts
 
 
 @torch.no_grad()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from compress.answers import Answers, LiveAnswers, cached_answers, open_teacher
+from compress.answers import Answers, Taught, open_answers
 from compress.attention import choose_attention
 from compress.checkpointing import TrainingState, fill, random_tensors, restore_random
 from compress.data import StepData
 from compress.fused import FusedLoss, Term
-from compress.hidden import HiddenMatch, open_hidden_match
+from compress.hidden import HiddenMatch, open_matches
 from compress.memory import reuse_freed_memory
 from compress.optimizers import build_optimizers, optimizer_tensors, restore_optimizers
 from compress.parallel import Inside, leader_says, open_split, processes, put, sum_gradients
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.saving import load_model
-from compress.settings import DistillSettings
-from shearling import Progress
+from compress.schedule import at_step
+from compress.settings import DistillSettings, Ramp
+from shearling import Progress, ShearlingError
 from teachers.checkpoint import Checkpoint
 from teachers.transfer_set import TransferSet
 
@@ -41,13 +42,18 @@ class Course:
     answers: Answers
     data: StepData
     loss: FusedLoss
-    hidden: HiddenMatch | None
+    """The loss with its buffers; its weights and temperature are those of `loss_at`."""
+    matches: tuple[HiddenMatch, ...]
     optimizers: dict[str, torch.optim.Optimizer]
     average: dict[str, Tensor] | None
+    alone: bool = False
+    """Whether there is no teacher."""
     targets_facts: dict[str, Any] = field(default_factory=dict)
     step: int = 0
     seconds: float = 0.0
     running_loss: float = 0.0
+    skipped: int = 0
+    """Steps that were left out for a spike, one after the other, up to now."""
     best: dict[str, float] | None = None
     first: dict[str, float] | None = None
     latest: dict[str, float] | None = None
@@ -57,9 +63,26 @@ class Course:
         """The student itself; when it is split, each weight is this process's part."""
         return self.inside.model
 
+    def value(self, given: float | Ramp) -> float:
+        """A number of the recipe as it is in this step."""
+        return at_step(given, self.step, self.data.steps)
+
+    def loss_now(self) -> FusedLoss:
+        """The loss with this step's weights and temperature."""
+        settings = self.settings
+        return replace(
+            self.loss,
+            terms=tuple(
+                replace(term, weight=self.value(getattr(settings, term.name)))
+                for term in self.loss.terms
+            ),
+            cross_entropy=self.value(settings.cross_entropy),
+            temperature=self.value(settings.temperature),
+        )
+
 
 def open_course(
-    teacher_folder: Path,
+    teachers: Sequence[Taught],
     student_folder: Path,
     text: TransferSet,
     settings: DistillSettings,
@@ -71,7 +94,16 @@ def open_course(
     checkpoint: TrainingState | None,
     progress: Progress,
 ) -> Course:
-    """Load and build everything; put a checkpoint's state back where there is one."""
+    """Load and build everything; put a checkpoint's state back where there is one.
+
+    Without teachers the labels are all that is learnt. With several, layers are compared with
+    those of the first.
+    """
+    if settings.on_policy and processes() > 1:
+        raise ShearlingError(
+            f"on_policy can't be used with {processes()} processes: a split student can't write.",
+            hint="Set on_policy to 0, or start one process.",
+        )
     torch.manual_seed(seed)
     if device.type == "cpu":
         reuse_freed_memory()
@@ -85,19 +117,18 @@ def open_course(
     student.set_attn_implementation(choose_attention(device, precision.dtype, text.window))
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable()
+    if settings.compile:
+        for layer in student.model.layers:
+            layer.compile()
     student.train()
     data = StepData(text, settings, seed=seed, device=device)
-    teacher_config = Checkpoint(teacher_folder).config
-    hidden = open_hidden_match(teacher_config, student, selection, settings.hidden)
-    answers: Answers
-    facts: dict[str, Any] = {}
-    if settings.targets == "live":
-        asked = open_teacher(teacher_folder, precision, device, text.window)
-        answers = LiveAnswers(asked, precision, hidden)
-    else:
-        answers, facts = cached_answers(
-            teacher_folder, cache / "targets", data, settings, precision, device, progress
-        )
+    matches: tuple[HiddenMatch, ...] = ()
+    if teachers:
+        config = Checkpoint(teachers[0].folder).config
+        matches = open_matches(config, student, selection, settings)
+    answers, facts = open_answers(
+        teachers, settings, data, matches, precision, device, cache / "targets", progress
+    )
     course = Course(
         settings=settings,
         device=device,
@@ -106,9 +137,10 @@ def open_course(
         answers=answers,
         data=data,
         loss=_fused_loss(settings, precision),
-        hidden=hidden,
+        matches=matches,
         optimizers=build_optimizers(student, settings),
         average=weights_copy(student) if settings.ema else None,
+        alone=not teachers,
         targets_facts=facts,
     )
     if checkpoint:
@@ -127,18 +159,17 @@ def _open_student(folder: Path, device: torch.device, precision: PrecisionChoice
 
 def _fused_loss(settings: DistillSettings, precision: PrecisionChoice) -> FusedLoss:
     beta, skew = {"beta": settings.jensen_shannon_beta}, {"skew": settings.skew}
-    terms = (
-        Term("forward_kl", settings.forward_kl),
-        Term("reverse_kl", settings.reverse_kl),
-        Term("jensen_shannon", settings.jensen_shannon, beta),
-        Term("skewed_kl", settings.skewed_kl, skew),
-        Term("skewed_reverse_kl", settings.skewed_reverse_kl, skew),
-    )
+    arguments: dict[str, dict[str, float]] = {
+        "forward_kl": {},
+        "reverse_kl": {},
+        "jensen_shannon": beta,
+        "skewed_kl": skew,
+        "skewed_reverse_kl": skew,
+    }
+    # The forward KL is always there, at weight 0 if need be: it is what the log shows.
+    used = [name for name in arguments if getattr(settings, name) or name == "forward_kl"]
     return FusedLoss(
-        # The forward KL is always there, at weight 0 if need be: it is what the log shows.
-        terms=tuple(term for term in terms if term.weight or term.name == "forward_kl"),
-        cross_entropy=settings.cross_entropy,
-        temperature=settings.temperature,
+        terms=tuple(Term(name, 0.0, arguments[name]) for name in used),
         chunk=settings.chunk_tokens,
         dtype=precision.dtype,
     )
@@ -195,6 +226,7 @@ def training_state(course: Course, identity: str, metrics_bytes: int) -> Trainin
         "metrics_bytes": metrics_bytes,
         "seconds": course.seconds,
         "running_loss": course.running_loss,
+        "skipped": course.skipped,
         "best": course.best,
         "best_step": course.best["step"] if course.best else -1,
         "first": course.first,
@@ -215,5 +247,5 @@ def restore(course: Course, checkpoint: TrainingState) -> None:
     if course.average is not None:
         fill(course.average, tensors["average"])
     course.step, course.seconds = checkpoint.step, state["seconds"]
-    course.running_loss = state["running_loss"]
+    course.running_loss, course.skipped = state["running_loss"], state.get("skipped", 0)
     course.best, course.first, course.latest = state["best"], state["first"], state["latest"]

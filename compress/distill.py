@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from compress.answers import head, trunk
+from compress.answers import Taught, head, trunk
 from compress.checkpointing import (
     TrainingState,
     fill,
@@ -43,9 +43,10 @@ from compress.course import (
 )
 from compress.data import Batch
 from compress.fused import Comparison, compare
-from compress.hidden import hidden_outputs
+from compress.hidden import Collected, hidden_outputs
 from compress.interrupts import StopRequest
-from compress.losses import LiveTargets, Targets
+from compress.losses import LiveAnswer, LiveTargets, Targets
+from compress.on_policy import continued
 from compress.optimizers import set_learning_rate
 from compress.parallel import agreed, leads, meet, own_device, processes, total, whole
 from compress.saving import load_model, save_student
@@ -62,15 +63,18 @@ _EXPLODED = 4.0
 _RUNNING = 0.9
 _SETTLED = 10
 """Steps after which the running mean of the loss is trusted."""
+_SPIKES_IN_A_ROW = 5
+"""Steps that may be left out one after the other: more is divergence."""
 
 
 def distill(
-    teacher: Path,
+    teacher: Path | None,
     student: Path,
     out: Path,
     transfer_set: Path,
     settings: DistillSettings,
     *,
+    teachers: Sequence[Taught] = (),
     selection: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -83,7 +87,9 @@ def distill(
     Writes ``out/model`` (the student's dtype, its tokenizer), ``out/metrics.jsonl`` and, while it
     runs, ``out/resume``: called again with the same arguments it goes on from there, on one
     thread to the same bits. The caller removes ``out/resume`` when it no longer needs it.
-    ``cache`` is where kept targets lie, by default the cache folder of downloads.
+    ``cache`` is where kept targets lie, by default the cache folder of downloads. ``teachers``,
+    where given, are mixed, and ``teacher`` must be the first of them. Without any teacher the
+    student learns the labels alone.
 
     Raises:
         ShearlingError: the inputs don't fit together, or the loss became NaN or exploded.
@@ -98,7 +104,7 @@ def distill(
             hint=f"Delete {out / 'resume'} to start this stage from its beginning.",
         )
     course = open_course(
-        teacher,
+        teachers or ([Taught(teacher)] if teacher else []),
         student,
         TransferSet(transfer_set),
         settings,
@@ -168,7 +174,7 @@ def train_step(course: Course) -> dict[str, Any]:
     """One optimizer step: forward, loss, backward, clip, step, log. Gives the line for the log."""
     started = time.perf_counter()
     settings, student = course.settings, course.student
-    batches = course.data.step(course.step)
+    batches = _batches(course)
     counted = _counted(batches)
     sums: dict[str, Tensor] = {}
 
@@ -183,17 +189,42 @@ def train_step(course: Course) -> dict[str, Any]:
     norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip))
     sums = {name: total(part) for name, part in sums.items()}
     line = _line(course, sums, counted, norm.item())  # .item(): the one wait for the device
-    _refuse_divergence(course, line)
+    skipped = _is_spike(course, line)
     set_learning_rate(course.optimizers, line["learning_rate"])
     for optimizer in course.optimizers.values():
-        optimizer.step()
+        if not skipped:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    if course.average is not None:
+    if course.average is not None and not skipped:
         update_average(course.average, student, settings.ema)
 
     course.step += 1
     line["tokens_per_second"] = round(course.data.step_tokens / (time.perf_counter() - started), 2)
+    if skipped:
+        line = {name: _finite(value) for name, value in line.items()} | {"skipped": True}
     return line
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _batches(course: Course) -> list[Batch]:
+    """The step's micro-batches, some of their text written by the student where that is wanted."""
+    batches, settings = course.data.step(course.step), course.settings
+    if not settings.on_policy:
+        return batches
+    return [
+        continued(
+            course.student,
+            batch,
+            share=settings.on_policy,
+            temperature=settings.on_policy_temperature,
+            seed=[course.data.seed, course.step, number],
+        )
+        for number, batch in enumerate(batches)
+    ]
 
 
 def _counted(batches: list[Batch]) -> dict[str, int]:
@@ -207,17 +238,18 @@ def _losses(
     course: Course,
     batch: Batch,
     targets: Targets,
-    taught: list[Tensor],
+    taught: Collected,
     counted: Mapping[str, int],
     student: LlamaForCausalLM,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The student's part of the step's loss on one micro-batch, and each term's sum."""
-    with hidden_outputs(student, course.hidden, "student") as learnt:
+    with hidden_outputs(student, course.matches, "student") as learnt:
         student_ND = trunk(student, batch, course.precision)
-    loss, parts = course.loss(student_ND, head(student), targets, batch.labels_N, **counted)
-    if course.hidden:
-        parts["hidden"] = course.hidden.loss(learnt, taught, batch.mask_BT)
-        loss = loss + course.settings.hidden.weight * parts["hidden"] / max(counted["positions"], 1)
+    loss, parts = course.loss_now()(student_ND, head(student), targets, batch.labels_N, **counted)
+    for match in course.matches:
+        part = match.loss(learnt[match.place], taught[match.place], batch.mask_BT)
+        parts[match.place] = part
+        loss = loss + course.value(match.weight) * part / max(counted["positions"], 1)
     return loss, {**parts, "loss": loss}
 
 
@@ -233,6 +265,8 @@ def _line(
         "loss": numbers.pop("loss"),
         "cross_entropy": numbers.pop("cross_entropy") / max(counted["labelled"], 1),
     }
+    if course.alone:
+        numbers = {}  # there is no teacher to be far from
     line |= {name: value / max(counted["positions"], 1) for name, value in numbers.items()}
     line["learning_rate"] = warmup_then_cosine(
         course.step,
@@ -251,26 +285,39 @@ def _shown(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name not in hidden}
 
 
-def _refuse_divergence(course: Course, line: Mapping[str, Any]) -> None:
-    """Stop before the weights are touched when the loss is no number or far above its mean."""
-    loss, step = line["loss"], line["step"]
-    remedy = (
-        f"Lower learning_rate (now {course.settings.learning_rate:g}) or clip "
-        f"(now {course.settings.clip:g}), or lengthen warmup (now {course.settings.warmup:g})"
+def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
+    """Whether the step is to be left out: its loss is no number, or far above its mean.
+
+    Called before the weights are touched.
+
+    Raises:
+        ShearlingError: where the recipe says stop, or too many steps in a row are like that.
+    """
+    what = _what_is_wrong(course, line)
+    if what is None:
+        share = _RUNNING if course.step else 0.0
+        course.running_loss = share * course.running_loss + (1 - share) * line["loss"]
+        course.skipped = 0
+        return False
+    course.skipped += 1
+    if course.settings.spikes == "skip" and course.skipped <= _SPIKES_IN_A_ROW:
+        return True
+    settings = course.settings
+    raise ShearlingError(
+        what + (f" So it was in {course.skipped} steps in a row." if course.skipped > 1 else ""),
+        hint=f"Lower learning_rate (now {settings.learning_rate:g}) or clip (now "
+        f"{settings.clip:g}), or lengthen warmup (now {settings.warmup:g}), or set precision to "
+        "float32. The last good checkpoint was kept.",
     )
-    if not math.isfinite(loss) or not math.isfinite(line["gradient_norm"]):
-        raise ShearlingError(
-            f"The loss became {loss} with a gradient of norm {line['gradient_norm']} "
-            f"in step {step}.",
-            hint=f"{remedy}, or set precision to float32. The last good checkpoint was kept.",
-        )
+
+
+def _what_is_wrong(course: Course, line: Mapping[str, Any]) -> str | None:
+    loss, norm, step = line["loss"], line["gradient_norm"], line["step"]
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        return f"The loss became {loss} with a gradient of norm {norm} in step {step}."
     if course.step >= _SETTLED and loss > _EXPLODED * course.running_loss:
-        raise ShearlingError(
-            f"The loss jumped from about {course.running_loss:.3g} to {loss:.3g} in step {step}.",
-            hint=f"{remedy}. The last good checkpoint was kept.",
-        )
-    share = _RUNNING if course.step else 0.0
-    course.running_loss = share * course.running_loss + (1 - share) * loss
+        return f"The loss jumped from about {course.running_loss:.3g} to {loss:.3g} in step {step}."
+    return None
 
 
 # --- evaluation ------------------------------------------------------------------------------
@@ -288,39 +335,50 @@ def evaluate(course: Course) -> dict[str, float]:
     course.inside.train()
     course.inside.release()
     assert found is not None, "a transfer set has held-out windows"
-    return _evaluation(found.of_all())
+    return _evaluation(found.of_all(), taught=not course.alone)
 
 
 def _compare(
-    course: Course, batch: Batch, targets: LiveTargets, student: LlamaForCausalLM
+    course: Course, batch: Batch, targets: LiveAnswer | None, student: LlamaForCausalLM
 ) -> Comparison:
-    student_ND = trunk(student, batch, course.precision)
-    return compare(student_ND, head(student), targets, batch.labels_N, course.loss)
+    student_ND, head_VD = trunk(student, batch, course.precision), head(student)
+    # Without a teacher the student is compared with itself, for its perplexity.
+    targets = targets or LiveTargets(student_ND, head_VD)
+    return compare(student_ND, head_VD, targets, batch.labels_N, course.loss)
 
 
-def _evaluation(found: Comparison) -> dict[str, float]:
+def _evaluation(found: Comparison, *, taught: bool) -> dict[str, float]:
     labelled, positions = max(found.labelled, 1), max(found.positions, 1)
+    perplexity = math.exp(min(found.cross_entropy / labelled, 700.0))
+    if not taught:
+        return {"heldout_perplexity": perplexity}
     return {
         "heldout_kl": found.forward_kl / positions,
-        "heldout_perplexity": math.exp(min(found.cross_entropy / labelled, 700.0)),
+        "heldout_perplexity": perplexity,
         "heldout_top1_agreement": found.agreements / positions,
         "heldout_teacher_perplexity": math.exp(min(found.teacher_cross_entropy / labelled, 700.0)),
     }
+
+
+def _measure(course: Course) -> tuple[str, str]:
+    """The number that the best weights have the least of, and its name in words."""
+    return ("heldout_perplexity", "perplexity") if course.alone else ("heldout_kl", "KL")
 
 
 def _evaluate_and_keep(course: Course, out: Path) -> dict[str, Any]:
     """Evaluate the weights that would be kept; keep them aside when they are the best so far."""
     with averaged(course):
         numbers = evaluate(course)
-        if not math.isfinite(numbers["heldout_kl"]):
+        measure, said = _measure(course)
+        if not math.isfinite(numbers[measure]):
             raise ShearlingError(
-                f"After step {course.step} the KL on held-out text is {numbers['heldout_kl']}: "
+                f"After step {course.step} the {said} on held-out text is {numbers[measure]}: "
                 "teacher or student has weights that are no numbers.",
                 hint="Set precision to float32, or lower learning_rate if training began.",
             )
         course.latest = {"step": course.step, **numbers}
         course.first = course.first or course.latest
-        if course.best is None or numbers["heldout_kl"] < course.best["heldout_kl"]:
+        if course.best is None or numbers[measure] < course.best[measure]:
             course.best = course.latest
             # The start and the end need no copy: one is the input, the other is in memory.
             if 0 < course.step < course.data.steps and course.settings.keep == "best":

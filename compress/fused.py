@@ -11,6 +11,7 @@ the processor's cache, V vocabulary, D student hidden, E teacher hidden, K kept 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import astuple, dataclass, field, fields
 from operator import add
@@ -23,7 +24,9 @@ from compress.losses import (
     DIVERGENCES,
     IGNORED,
     LEAST_TAIL,
+    LiveAnswer,
     LiveTargets,
+    MixedTargets,
     SparseTargets,
     Targets,
     cross_entropy,
@@ -176,11 +179,31 @@ Sums = tuple[Tensor, Tensor]
 
 
 def _ready(targets: Targets, student_rows: int, fused: FusedLoss) -> tuple[Targets, int]:
-    """Cut padding off the teacher's head and narrow it once; give the vocabulary's size too."""
+    """Cut padding off the teachers' heads and narrow them once; give the vocabulary's size too."""
     if isinstance(targets, SparseTargets):
         return targets, fused.vocabulary or student_rows
-    vocabulary = fused.vocabulary or min(student_rows, len(targets.head_VE))
-    return LiveTargets(targets.hidden_NE, targets.head_VE[:vocabulary].to(fused.dtype)), vocabulary
+    parts = targets.parts if isinstance(targets, MixedTargets) else (targets,)
+    smallest = min(student_rows, *(len(part.head_VE) for part in parts))
+    vocabulary = fused.vocabulary or smallest
+    ready = tuple(
+        LiveTargets(part.hidden_NE, part.head_VE[:vocabulary].to(fused.dtype)) for part in parts
+    )
+    if isinstance(targets, MixedTargets):
+        return MixedTargets(ready, targets.weights), vocabulary
+    return ready[0], vocabulary
+
+
+def _teacher_logits(targets: LiveAnswer, fused: FusedLoss, work: torch.dtype) -> Tensor:
+    """What the teacher says of a chunk, [C, V]; of several teachers the mixture's logarithm."""
+    if isinstance(targets, LiveTargets):
+        return fused.logits(targets.hidden_NE, targets.head_VE, "teacher")
+    mixed_CV: Tensor | None = None
+    for part, weight in zip(targets.parts, targets.weights, strict=True):
+        logits_CV = fused.logits(part.hidden_NE, part.head_VE, "teacher").to(work)
+        said_CV = logits_CV.log_softmax(-1).add_(math.log(weight))
+        mixed_CV = said_CV if mixed_CV is None else torch.logaddexp(mixed_CV, said_CV)
+    assert mixed_CV is not None, "a mixture has parts"
+    return mixed_CV
 
 
 def _rows_at_once(vocabulary: int, work: torch.dtype) -> int:
@@ -205,8 +228,8 @@ def _chunk_losses(
 ) -> Iterator[Sums]:
     """Losses of a chunk, some rows at a time; its logits become their own gradient."""
     vocabulary, by_hand = student_CV.shape[1], fused.is_forward_kl()
-    if isinstance(targets, LiveTargets):
-        teacher_CV = fused.logits(targets.hidden_NE, targets.head_VE, "teacher")
+    if not isinstance(targets, SparseTargets):
+        teacher_CV = _teacher_logits(targets, fused, work)
     else:
         assert by_hand, "sparse targets serve the forward KL at temperature 1"
     rows = _rows_at_once(vocabulary, work)
@@ -387,7 +410,7 @@ _FIELDS = tuple(item.name for item in fields(Comparison))
 def compare(
     student_ND: Tensor,
     head_VD: Tensor,
-    targets: LiveTargets,
+    targets: LiveAnswer,
     labels_N: Tensor,
     fused: FusedLoss,
 ) -> Comparison:
@@ -400,7 +423,7 @@ def compare(
     for start in range(0, len(student_ND), rows):
         block = slice(start, start + rows)
         student_BV = fused.logits(student_ND[block], head_VD, "student")
-        teacher_BV = fused.logits(targets.hidden_NE[block], targets.head_VE, "teacher")
+        teacher_BV = _teacher_logits(targets.rows(block), fused, work)
         totals += _compare_block(
             _widened(fused, "student block", student_BV, work),
             _widened(fused, "teacher block", teacher_BV, work),

@@ -8,7 +8,7 @@ Legend: B windows, T positions, N positions that count, D student hidden, E teac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,22 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.losses import HIDDEN_LOSSES
-from compress.settings import HiddenLoss
+from compress.settings import DistillSettings, HiddenLoss, Ramp
 from shearling import ShearlingError, read_json
+
+Place = Literal["hidden", "attention"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HiddenMatch:
-    """Which layers' outputs are compared, and how the teacher's become student-sized."""
+    """Which layers are compared at which place, and how the teacher's become student-sized.
 
+    The place ``hidden`` is the stream after a layer, ``attention`` what its attention adds to it.
+    """
+
+    place: Place
     kind: str
+    weight: float | Ramp
     teacher_layers: tuple[int, ...]
     student_layers: tuple[int, ...]
     dims_D: Tensor | None
@@ -52,21 +59,23 @@ class HiddenMatch:
         return torch.stack(values).mean()
 
 
+Collected = dict[Place, list[Tensor]]
+"""The outputs of the compared layers, [B, T, hidden] each, by place."""
+
+
 @contextmanager
 def hidden_outputs(
-    model: LlamaForCausalLM, match: HiddenMatch | None, role: Literal["teacher", "student"]
-) -> Iterator[list[Tensor]]:
-    """While open, collect the outputs of the compared layers; none when nothing is compared."""
-    collected: list[Tensor] = []
-    if match is None:
-        yield collected
-        return
-
-    def collect(module: nn.Module, arguments: Any, output: Tensor) -> None:
-        collected.append(output)
-
-    wanted = match.teacher_layers if role == "teacher" else match.student_layers
-    hooks = [model.model.layers[number].register_forward_hook(collect) for number in wanted]
+    model: LlamaForCausalLM, matches: Sequence[HiddenMatch], role: Literal["teacher", "student"]
+) -> Iterator[Collected]:
+    """While open, collect what the compared layers give out."""
+    collected: Collected = {match.place: [] for match in matches}
+    hooks = []
+    for match in matches:
+        wanted = match.teacher_layers if role == "teacher" else match.student_layers
+        for number in wanted:
+            layer = model.model.layers[number]
+            module = layer.self_attn if match.place == "attention" else layer
+            hooks.append(module.register_forward_hook(_collector(collected[match.place])))
     try:
         yield collected
     finally:
@@ -74,13 +83,36 @@ def hidden_outputs(
             hook.remove()
 
 
-def open_hidden_match(
+def _collector(found: list[Tensor]) -> Callable[[nn.Module, Any, Any], None]:
+    def collect(module: nn.Module, arguments: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+
+    return collect
+
+
+def open_matches(
     config: LlamaConfig,
     student: LlamaForCausalLM,
     selection: Path | None,
+    settings: DistillSettings,
+) -> tuple[HiddenMatch, ...]:
+    """The places that the recipe wants compared, in a teacher of this config."""
+    wanted: dict[Place, HiddenLoss] = {"hidden": settings.hidden, "attention": settings.attention}
+    return tuple(
+        _open_match(config, student, selection, place, loss)
+        for place, loss in wanted.items()
+        if loss.weight != 0
+    )
+
+
+def _open_match(
+    config: LlamaConfig,
+    student: LlamaForCausalLM,
+    selection: Path | None,
+    place: Place,
     settings: HiddenLoss,
-) -> HiddenMatch | None:
-    """Read the pruner's selection for a teacher of this config; None when the hidden loss is off.
+) -> HiddenMatch:
+    """Read the pruner's selection for a teacher of this config.
 
     ``selection`` may lie beside a ``maps.safetensors`` whose tensor ``hidden``, [E, D], replaces
     picking dims. Without a selection both models must have the same layers and hidden size.
@@ -88,8 +120,6 @@ def open_hidden_match(
     Raises:
         ShearlingError: the selection is missing or does not fit the two models.
     """
-    if settings.weight == 0:
-        return None
     cut = student.config
     depth, width = cut.num_hidden_layers, cut.hidden_size
     layers, dims = list(range(config.num_hidden_layers)), list(range(config.hidden_size))
@@ -106,15 +136,17 @@ def open_hidden_match(
         fits = fits and tuple(map_ED.shape) == (config.hidden_size, width)
     if not fits:
         raise ShearlingError(
-            f"The hidden-state loss can't map the teacher ({config.num_hidden_layers} layers of "
+            f"The loss of {place} can't map the teacher ({config.num_hidden_layers} layers of "
             f"{config.hidden_size}) to the student ({depth} of {width})"
             + (f" by {selection}." if selection else " without the pruner's selection."),
-            hint="Put a prune stage before this one, or set hidden.weight to 0.",
+            hint=f"Put a prune stage before this one, or set {place}.weight to 0.",
         )
     device = student.device
     whole = map_ED is None and dims == list(range(config.hidden_size))
     return HiddenMatch(
+        place=place,
         kind=settings.kind,
+        weight=settings.weight,
         teacher_layers=tuple(layers),
         student_layers=tuple(range(depth)),
         dims_D=None if whole or map_ED is not None else torch.tensor(dims, device=device),

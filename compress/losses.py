@@ -15,7 +15,7 @@ a time: it is what `compress.distill` trains with.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -221,7 +221,33 @@ class SparseTargets:
         )
 
 
-Targets = LiveTargets | SparseTargets
+@dataclass(frozen=True)
+class MixedTargets:
+    """What several teachers with one vocabulary say together: Σ weight · probability."""
+
+    parts: tuple[LiveTargets, ...]
+    weights: tuple[float, ...]
+
+    def rows(self, chunk: slice) -> MixedTargets:
+        return MixedTargets(tuple(part.rows(chunk) for part in self.parts), self.weights)
+
+
+LiveAnswer = LiveTargets | MixedTargets
+Targets = LiveAnswer | SparseTargets
+
+
+def mix_sparse(parts: Sequence[SparseTargets], weights: Sequence[float]) -> SparseTargets:
+    """Unbiased samples of several teachers as one of their mixture.
+
+    With the weighted mean of their entropies the loss is Σ weight · KL(teacher ‖ student): that
+    of the mixture but for a constant, with the same gradient.
+    """
+    return SparseTargets(
+        torch.cat([part.ids_NK for part in parts], dim=-1),
+        torch.cat([part.weights_NK * w for part, w in zip(parts, weights, strict=True)], dim=-1),
+        torch.zeros_like(parts[0].tail_N),
+        torch.stack([p.entropy_N * w for p, w in zip(parts, weights, strict=True)]).sum(0),
+    )
 
 
 def sparse_forward_kl(student_NV: Tensor, targets: SparseTargets) -> Tensor:

@@ -1,8 +1,10 @@
-"""How large a step is, as a function of how far the training is."""
+"""What changes with the steps: the learning rate, and weights that the recipe lets change."""
 
 from __future__ import annotations
 
 import math
+
+from compress.settings import Ramp
 
 
 def warmup_then_cosine(step: int, steps: int, *, peak: float, warmup: float, final: float) -> float:
@@ -17,3 +19,13 @@ def warmup_then_cosine(step: int, steps: int, *, peak: float, warmup: float, fin
         return peak * (step + 1) / rising
     done = (step - rising + 1) / max(steps - rising, 1)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def at_step(value: float | Ramp, step: int, steps: int) -> float:
+    """A number of the recipe in ``step`` (from 0): constant, or on its way from start to end."""
+    if not isinstance(value, Ramp):
+        return value
+    done = step / max(steps - 1, 1)
+    if value.shape == "cosine":
+        done = 0.5 * (1 - math.cos(math.pi * done))
+    return value.start + (value.end - value.start) * done

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from students.settings import Settings
 
@@ -68,6 +68,27 @@ class PruneSettings(Settings):
     )
 
 
+class Ramp(Settings):
+    """A number that changes while the stage trains."""
+
+    start: float = Field(ge=0, description="Its value in the first step.")
+    end: float = Field(ge=0, description="Its value in the last step.")
+    shape: Literal["linear", "cosine"] = Field(
+        default="linear", description="How it gets from the one to the other."
+    )
+
+
+def _number_or_ramp(value: Any) -> str:
+    return "ramp" if isinstance(value, (dict, Ramp)) else "number"
+
+
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("number")] | Annotated[Ramp, Tag("ramp")],
+    Discriminator(_number_or_ramp),
+]
+"""A number, or {start: ..., end: ...}."""
+
+
 class HiddenLoss(Settings):
     """Match the student's hidden states with the teacher's, cut as the student was cut."""
 
@@ -76,7 +97,7 @@ class HiddenLoss(Settings):
         description="1 - cosine similarity; the mean squared error; or the squared error over the "
         "teacher's squared size, so that layers of any size weigh alike.",
     )
-    weight: float = Field(default=0.0, ge=0, description="Weight in the total loss; 0 is off.")
+    weight: Weight = Field(default=0.0, description="Weight in the total loss; 0 is off.")
 
 
 class DistillSettings(Settings):
@@ -94,30 +115,36 @@ class DistillSettings(Settings):
         description="Windows in one forward pass; by default as many as make 1024 tokens.",
     )
 
-    forward_kl: float = Field(default=1.0, ge=0, description="Weight of KL(teacher || student).")
-    reverse_kl: float = Field(default=0.0, ge=0, description="Weight of KL(student || teacher).")
-    jensen_shannon: float = Field(
-        default=0.0, ge=0, description="Weight of the (generalised) Jensen-Shannon divergence."
+    forward_kl: Weight = Field(
+        default=1.0,
+        description="Weight of KL(teacher || student). This and all weights may be a number or "
+        "{start: 1, end: 0}, which changes with the steps.",
+    )
+    reverse_kl: Weight = Field(default=0.0, description="Weight of KL(student || teacher).")
+    jensen_shannon: Weight = Field(
+        default=0.0, description="Weight of the (generalised) Jensen-Shannon divergence."
     )
     jensen_shannon_beta: float = Field(
         default=0.5, gt=0, lt=1, description="The teacher's share in its mixture; 0.5: symmetric."
     )
-    skewed_kl: float = Field(
-        default=0.0, ge=0, description="Weight of KL(teacher || a little teacher + student)."
+    skewed_kl: Weight = Field(
+        default=0.0, description="Weight of KL(teacher || a little teacher + student)."
     )
-    skewed_reverse_kl: float = Field(
-        default=0.0, ge=0, description="Weight of KL(student || a little student + teacher)."
+    skewed_reverse_kl: Weight = Field(
+        default=0.0, description="Weight of KL(student || a little student + teacher)."
     )
     skew: float = Field(
         default=0.1, gt=0, lt=1, description="How much `a little` is in the skewed losses."
     )
-    cross_entropy: float = Field(default=0.0, ge=0, description="Weight of the labels' loss.")
+    cross_entropy: Weight = Field(default=0.0, description="Weight of the labels' loss.")
     hidden: HiddenLoss = Field(default=HiddenLoss(), description="Hidden-state loss.")
-    temperature: float = Field(
+    attention: HiddenLoss = Field(
+        default=HiddenLoss(), description="The same for what attention adds to the hidden states."
+    )
+    temperature: Weight = Field(
         default=1.0,
-        gt=0,
         description="Both models' logits are divided by it in the divergences, whose value is "
-        "multiplied by its square.",
+        "multiplied by its square. May change with the steps, as weights may.",
     )
     chunk_tokens: int = Field(
         default=512, gt=0, description="Tokens whose logits exist at one time in the loss."
@@ -126,10 +153,26 @@ class DistillSettings(Settings):
     targets: Literal["live", "sample", "top_k"] = Field(
         default="live",
         description="Where the teacher's answers come from: computed in every step; or asked once "
-        "and kept in the cache as an unbiased sample of tokens, or as the likeliest ones.",
+        "and kept in the cache as an unbiased sample of tokens, or as the likeliest ones. With "
+        "hidden.weight the compared layers are kept too, at a byte for each dim and layer.",
     )
     target_slots: int = Field(
         default=14, ge=2, le=256, description="Tokens a position that the cache keeps."
+    )
+    teachers: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={},
+        description="Weights of several teachers with one tokenizer: `teacher` and names of "
+        "teacher stages. Their probabilities are mixed. By default the teacher alone.",
+    )
+    on_policy: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Share of a step's windows whose second half the student writes itself "
+        "before both models read it; 0 is off. Needs live targets and one process.",
+    )
+    on_policy_temperature: float = Field(
+        default=1.0, gt=0, description="Temperature at which the student writes."
     )
 
     optimizer: Literal["adamw", "muon"] = Field(
@@ -170,6 +213,16 @@ class DistillSettings(Settings):
         ge=0,
         description="Steps between evaluations on held-out windows; 0: at start and end only.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the student's layers with torch.compile: slow to start, needs a "
+        "C++ compiler on a CPU.",
+    )
+    spikes: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What to do when the loss is no number or jumps: stop with the last good "
+        "checkpoint, or leave the step out (after five in a row it stops too).",
+    )
     keep: Literal["best", "last"] = Field(
         default="best",
         description="Which weights become the stage's model: the best evaluated or the last.",
@@ -179,14 +232,74 @@ class DistillSettings(Settings):
     )
 
     @model_validator(mode="after")
+    def _check_temperature(self) -> DistillSettings:
+        ends = self.temperature
+        if min((ends.start, ends.end) if isinstance(ends, Ramp) else (ends,)) <= 0:
+            raise ValueError("temperature must be greater than 0")
+        return self
+
+    @model_validator(mode="after")
     def _check_targets(self) -> DistillSettings:
         divergences = ("reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl")
         unkept = [name for name in divergences if getattr(self, name)]
         unkept += ["temperature"] if self.temperature != 1 else []
-        unkept += ["hidden.weight"] if self.hidden.weight else []
+        unkept += ["attention.weight"] if self.attention.weight else []
+        unkept += ["on_policy"] if self.on_policy else []
         if self.targets != "live" and unkept:
             raise ValueError(
                 f"{', '.join(unkept)} can't be used with targets: {self.targets}, which keeps "
                 "what forward_kl at temperature 1 needs; set targets to live"
             )
+        if self.teachers and "teacher" not in self.teachers:
+            raise ValueError("teachers must name `teacher` too, of which the student was cut")
+        if self.targets == "top_k" and len(self.teachers) > 1:
+            raise ValueError(
+                "several teachers can't be mixed from targets: top_k, whose tails overlap; set "
+                "targets to sample or live"
+            )
         return self
+
+
+class CorrectSettings(Settings):
+    """How a teacher is fitted to the transfer set before it teaches: next-token training.
+
+    A teacher that was trained on other text teaches better once it has read some of this
+    (Sreenivas et al. 2024, https://arxiv.org/abs/2408.11796). The rate is low on purpose; it has
+    not been tuned here.
+    """
+
+    tokens: int = Field(gt=0, description="Tokens of the transfer set that the teacher reads.")
+    batch_tokens: int = Field(default=8192, gt=0, description="Tokens an optimizer step sees.")
+    micro_batch_windows: int | None = Field(
+        default=None,
+        gt=0,
+        description="Windows in one forward pass; by default as many as make 1024 tokens.",
+    )
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="As in a distill stage."
+    )
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
+    final_learning_rate: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
+    )
+    warmup: float = Field(default=0.1, ge=0, le=1, description="Warm-up, as a share of all steps.")
+    precision: Precision = Field(
+        default="auto", description="Arithmetic of forward and backward; auto measures."
+    )
+    gradient_checkpointing: bool = Field(
+        default=False,
+        description="Compute each layer a second time in backward: less memory, more time.",
+    )
+    evaluate_every: int = Field(
+        default=10,
+        ge=0,
+        description="Steps between evaluations on held-out windows; 0: at start and end only.",
+    )
+    save_every_seconds: float = Field(
+        default=60.0, ge=0, description="Seconds between checkpoints; 0 saves after every step."
+    )
+
+    def as_distillation(self) -> DistillSettings:
+        """The same as settings of the training loop: labels and no divergence."""
+        mine = {name: getattr(self, name) for name in CorrectSettings.model_fields}
+        return DistillSettings(**mine, forward_kl=0.0, cross_entropy=1.0)

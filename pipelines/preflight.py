@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.recipe import PruneStage, Recipe
+from pipelines.recipe import PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, read_json
@@ -60,10 +60,12 @@ def check_paths(recipe: Recipe) -> None:
         ShearlingError: with every path that is wrong.
     """
     problems = []
-    model = recipe.teacher.model
-    local = _looks_local(model) or "/" not in model  # a hub id is OWNER/NAME
-    if local and not Path(model).expanduser().exists():
-        problems.append(f"teacher.model: {model} does not exist")
+    models = {"teacher": recipe.teacher.model}
+    models |= {s.name: s.model for s in recipe.stages if isinstance(s, TeacherStage)}
+    for name, model in models.items():
+        local = _looks_local(model) or "/" not in model  # a hub id is OWNER/NAME
+        if local and not Path(model).expanduser().exists():
+            problems.append(f"{name}.model: {model} does not exist")
     for source in recipe.transfer_set.sources:
         path = Path(source.path).expanduser()
         where = f"transfer_set.sources.{source.name}.path: {source.path}"

@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from compress.settings import DistillSettings, PruneSettings
+from compress.settings import CorrectSettings, DistillSettings, PruneSettings
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError
 from students.settings import Settings
@@ -159,7 +159,21 @@ def published_training(stage: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-AnyStage = PruneStage | DistillStage
+class CorrectStage(CorrectSettings):
+    """A stage that fits the teacher to the transfer set before it is cut and teaches."""
+
+    kind: Literal["correct"] = Field(description="What the stage does.")
+    name: str = Field(description="The stage's name in the run folder and the report.")
+
+
+class TeacherStage(TeacherSettings):
+    """A further teacher, for a distill stage's ``teachers``."""
+
+    kind: Literal["teacher"] = Field(description="What the stage does.")
+    name: str = Field(description="The teacher's name in the run folder and in `teachers`.")
+
+
+AnyStage = PruneStage | DistillStage | CorrectStage | TeacherStage
 KINDS: dict[str, type[Settings]] = {
     get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(AnyStage)
 }
@@ -328,6 +342,8 @@ def _path_slots(data: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     sources = transfer_set.get("sources") if isinstance(transfer_set, dict) else None
     owners = [(data.get("teacher"), "model"), (data.get("benchmark"), "mirror")]
     owners += [(source, "path") for source in sources] if isinstance(sources, list) else []
+    stages = data.get("stages")
+    owners += [(stage, "model") for stage in stages] if isinstance(stages, list) else []
     for owner, key in owners:
         if isinstance(owner, dict) and key in owner:
             yield owner, key
@@ -454,6 +470,28 @@ def _structure_mistakes(data: Mapping[str, Any]) -> list[str]:
             "stages: a distill stage stands before any prune stage, so the student would be the "
             "teacher itself; put a prune stage first"
         )
+    if "correct" in kinds and "prune" in kinds[: len(kinds) - kinds[::-1].index("correct")]:
+        found.append(
+            "stages: a correct stage stands after a prune stage, but it fits the teacher, from "
+            "which the student is cut; put it first"
+        )
+    found += _teacher_mistakes(listed)
+    return found
+
+
+def _teacher_mistakes(stages: list[Any]) -> list[str]:
+    """Distill stages that name teachers which are not there yet."""
+    found, known = [], ["teacher"]
+    for stage in (stage for stage in stages if isinstance(stage, dict)):
+        named = stage.get("teachers") if stage.get("kind") == "distill" else None
+        for name in named if isinstance(named, dict) else ():
+            if name not in known:
+                found.append(
+                    f"{stage.get('name')}.teachers: no teacher stage before it has the name "
+                    f"{name!r}{_nearest(str(name), known)}"
+                )
+        if stage.get("kind") == "teacher" and isinstance(stage.get("name"), str):
+            known.append(stage["name"])
     return found
 
 
@@ -503,6 +541,7 @@ def _short(value: Any) -> str:
 
 
 _TAGS = frozenset({*KINDS, "preset", "axes"})
+_NUMBER_TAGS = ("number", "ramp")
 
 
 def _shown_location(data: Mapping[str, Any], location: tuple[str | int, ...]) -> str:
@@ -519,7 +558,7 @@ def _shown_location(data: Mapping[str, Any], location: tuple[str | int, ...]) ->
         rest = location
     before: str | int | None = None
     for part in rest:
-        if not (before == "shape" and part in _TAGS):
+        if not (before == "shape" and part in _TAGS) and part not in _NUMBER_TAGS:
             parts.append(str(part))
         before = part
     return ".".join(parts) or "recipe"
@@ -529,7 +568,7 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
     """The keys that the model at ``location``'s parent knows."""
     models: list[type[BaseModel]] = [Recipe]
     for part in location[:-1]:
-        if isinstance(part, int) or part in ("preset", "axes"):
+        if isinstance(part, int) or part in ("preset", "axes", *_NUMBER_TAGS):
             continue
         below = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         if below:

@@ -14,8 +14,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pipelines.recipe import Recipe
-from pipelines.stages import benchmark, distill, prune, teacher, transfer_set
+from pipelines.recipe import DistillStage, Recipe, TeacherStage
+from pipelines.stages import benchmark, correct, distill, prune, teacher, transfer_set
+from pipelines.stages.distill import teacher_role
 from pipelines.store import Store, stage_key
 from reports.hub import NO_ANSWER, worth_another_try
 from reports.tasks import mirror_file
@@ -25,6 +26,7 @@ from students.settings import Settings
 STAGES: dict[str, ModuleType] = {
     "teacher": teacher,
     "transfer_set": transfer_set,
+    "correct": correct,
     "prune": prune,
     "distill": distill,
     "benchmark": benchmark,
@@ -168,17 +170,30 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
         )
 
     measure("teacher")
-    newest = "teacher"
+    teacher = newest = "teacher"
     for stage in recipe.stages:
+        needs = {"teacher": teacher, "model": newest, "transfer_set": "transfer_set"}
+        files = {}
+        if isinstance(stage, TeacherStage):
+            needs = {}
+            files = _hashes({f"{stage.name}.model": stage.model}, fingerprint)
+        if isinstance(stage, DistillStage):
+            others = [name for name in stage.teachers if name != "teacher"]
+            needs |= {teacher_role(name): name for name in others}
         builder.add(
             stage.kind,
             stage,
             stage=stage.name,
+            seeded=stage.kind != "teacher",
             leave_out=frozenset({"name", "kind", "training"}),  # training: only what it stands for
-            needs={"teacher": "teacher", "model": newest, "transfer_set": "transfer_set"},
+            needs=needs,
+            files=files,
         )
         measure(stage.name)
-        newest = stage.name
+        if stage.kind == "correct":  # what is cut and who teaches from here on
+            teacher = stage.name
+        if stage.kind != "teacher":
+            newest = stage.name
     return list(builder.steps.values())
 
 

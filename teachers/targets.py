@@ -39,6 +39,7 @@ from shearling import (
     read_json,
     sha256_of_json,
     silent,
+    sync,
     write_json,
 )
 
@@ -46,6 +47,7 @@ SCHEMA = 1
 _LEAST_LOG = 30.0
 """Probabilities below exp(-30) are kept as exp(-30)."""
 _SHARD_BYTES = 64 * 2**20
+_CHECKSUMS = "checksums.bin"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +130,8 @@ def unpack(packed: NDArray[np.uint32], shape: TargetFormat) -> tuple[Tensor, Ten
     return ids, weights, (1 - total).clamp(min=0)
 
 
-class TargetCache:
-    """Answers of one teacher on one transfer set, window by window.
+class WindowCache:
+    """Fixed-size records of a teacher's answers on one transfer set, window by window.
 
     ``identity`` is all that the answers depend on, in plain JSON; it is kept in ``targets.json``
     and its hash names the folder, so two teachers never share one.
@@ -139,22 +141,14 @@ class TargetCache:
     """
 
     def __init__(
-        self,
-        root: Path,
-        identity: dict[str, Any],
-        shape: TargetFormat,
-        *,
-        windows: int,
-        window: int,
+        self, root: Path, identity: dict[str, Any], record: np.dtype[Any], windows: int, window: int
     ) -> None:
-        self.format, self.window = shape, window
-        facts = {"schema": SCHEMA, "windows": windows, "window": window, **asdict(shape)}
-        self.identity = {**facts, "identity": identity}
-        self.folder = root / sha256_of_json(self.identity)[:24]
-        self._shard_windows = max(1, _SHARD_BYTES // (window * shape.bytes_per_token))
+        self.record, self.window, self.identity = record, window, identity
+        self.folder = root / sha256_of_json(identity)[:24]
+        self._shard_windows = max(1, _SHARD_BYTES // (window * record.itemsize))
         self._shards: dict[int, np.memmap[Any, np.dtype[Any]]] = {}
         self._known()
-        self._checksums = _array(self.folder / "checksums.bin", np.dtype("<u8"), (windows,))
+        self._checksums = _array(self.folder / _CHECKSUMS, np.dtype("<u8"), (windows,))
 
     def _known(self) -> None:
         path = self.folder / "targets.json"
@@ -173,26 +167,30 @@ class TargetCache:
         """Those of ``windows`` that were not captured yet, sorted, each once."""
         return [number for number in sorted(set(windows)) if not self._checksums[number]]
 
-    def write(self, number: int, slots_TK: NDArray[np.uint32], entropy_T: NDArray[Any]) -> None:
-        """Keep one window's answers; its checksum is what makes them count."""
+    def keep(self, number: int, records_T: NDArray[Any]) -> None:
+        """Keep one window's records; its checksum is what makes them count."""
         shard, place = divmod(number, self._shard_windows)
-        with disk_errors(self.folder):
-            records = self._shard(shard)[place]
-            records["slots"], records["entropy"] = slots_TK, entropy_T
-            self._checksums[number] = _checksum(records)
+        self._shard(shard)  # makes the file
+        # Plain writes of just these bytes: on a full disk a memory map ends the process with a bus
+        # error, and machines that share a disk would write back each other's pages.
+        self._put(f"shard-{shard:05d}.bin", place * records_T.nbytes, records_T.tobytes())
+        checksum = np.array([_checksum(records_T)], "<u8")
+        self._put(_CHECKSUMS, number * checksum.nbytes, checksum.tobytes())
 
-    def read(self, windows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Token numbers [B, T, K], weights [B, T, K], tail's mass and entropy [B, T]."""
-        records = np.stack([self._window(number) for number in windows])
-        ids, weights, tail = unpack(records["slots"], self.format)
-        return ids, weights, tail, torch.from_numpy(records["entropy"].copy())
+    def _put(self, name: str, offset: int, data: bytes) -> None:
+        path = self.folder / name
+        with disk_errors(path), path.open("r+b", buffering=0) as file:
+            file.seek(offset)
+            left = memoryview(data)
+            while left:  # a full disk may take a part before it refuses
+                left = left[file.write(left) :]
 
     def flush(self) -> None:
         """Bring everything to the disk, the checksums last."""
         with disk_errors(self.folder):
-            for shard in self._shards.values():
-                shard.flush()
-            self._checksums.flush()
+            for number in self._shards:
+                sync(self.folder / f"shard-{number:05d}.bin")
+            sync(self.folder / _CHECKSUMS)
 
     def _window(self, number: int) -> NDArray[Any]:
         shard, place = divmod(number, self._shard_windows)
@@ -209,8 +207,99 @@ class TargetCache:
         if number not in self._shards:
             path = self.folder / f"shard-{number:05d}.bin"
             shape = (self._shard_windows, self.window)
-            self._shards[number] = _array(path, self.format.record, shape)
+            self._shards[number] = _array(path, self.record, shape)
         return self._shards[number]
+
+
+class TargetCache(WindowCache):
+    """Probabilities of the next token."""
+
+    def __init__(
+        self,
+        root: Path,
+        identity: dict[str, Any],
+        shape: TargetFormat,
+        *,
+        windows: int,
+        window: int,
+    ) -> None:
+        self.format = shape
+        facts = {"schema": SCHEMA, "windows": windows, "window": window, **asdict(shape)}
+        super().__init__(root, {**facts, "identity": identity}, shape.record, windows, window)
+
+    def write(self, number: int, slots_TK: NDArray[np.uint32], entropy_T: NDArray[Any]) -> None:
+        """Keep one window's answers."""
+        records = np.zeros(self.window, self.record)
+        records["slots"], records["entropy"] = slots_TK, entropy_T
+        self.keep(number, records)
+
+    def read(self, windows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Token numbers [B, T, K], weights [B, T, K], tail's mass and entropy [B, T]."""
+        records = np.stack([self._window(number) for number in windows])
+        ids, weights, tail = unpack(records["slots"], self.format)
+        return ids, weights, tail, torch.from_numpy(records["entropy"].copy())
+
+
+_BLOCK = 64
+"""Hidden dims that share a scale: a few dims are a thousand times larger than the others."""
+
+
+def pack_hidden(states_TE: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states in 8 bits, [T, E], and a scale for every 64 dims, [T, ceil(E / 64)] float16."""
+    length, size = states_TE.shape
+    padded = torch.nn.functional.pad(states_TE.float(), (0, -size % _BLOCK))
+    blocks = padded.view(length, -1, _BLOCK)
+    # The smallest normal float16 keeps a block of zeros from being divided by zero.
+    scale = (blocks.abs().amax(-1) / 127).clamp(6.2e-5, 65504).half()
+    codes = (blocks / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return codes.view(length, -1)[:, :size], scale
+
+
+def unpack_hidden(codes_TE: Tensor, scale_TS: Tensor) -> Tensor:
+    """What `pack_hidden` kept, [..., T, E] in float32."""
+    spread = scale_TS.float().repeat_interleave(_BLOCK, dim=-1)[..., : codes_TE.shape[-1]]
+    return codes_TE.float() * spread
+
+
+class HiddenCache(WindowCache):
+    """Outputs of some of a teacher's layers in 8 bits: about a byte for each dim and layer."""
+
+    def __init__(
+        self,
+        root: Path,
+        identity: dict[str, Any],
+        layers: Sequence[int],
+        hidden_size: int,
+        *,
+        windows: int,
+        window: int,
+    ) -> None:
+        self.layers = list(layers)
+        count, scales = len(self.layers), -(-hidden_size // _BLOCK)
+        record = np.dtype(
+            [("codes", "i1", (count, hidden_size)), ("scale", "<f2", (count, scales))]
+        )
+        facts = {"schema": SCHEMA, "windows": windows, "window": window, "kind": "hidden"}
+        facts |= {"layers": self.layers, "hidden_size": hidden_size, "identity": identity}
+        super().__init__(root, facts, record, windows, window)
+
+    def write(self, number: int, layers_TE: Sequence[Tensor]) -> float:
+        """Keep one window's outputs of all layers; gives the mean relative squared error."""
+        records, errors = np.zeros(self.window, self.record), []
+        for place, states_TE in enumerate(layers_TE):
+            codes, scale = pack_hidden(states_TE)
+            records["codes"][:, place], records["scale"][:, place] = codes.cpu(), scale.cpu()
+            apart = (unpack_hidden(codes, scale) - states_TE.float()).square().sum(-1)
+            errors.append(apart / states_TE.float().square().sum(-1).clamp(min=1e-12))
+        self.keep(number, records)
+        return float(torch.stack(errors).mean())
+
+    def read(self, windows: Sequence[int]) -> list[Tensor]:
+        """The outputs of each layer, [B, T, E]."""
+        records = np.stack([self._window(number) for number in windows])
+        codes = torch.from_numpy(records["codes"].copy())
+        scale = torch.from_numpy(records["scale"].copy())
+        return list(unpack_hidden(codes, scale).unbind(-2))
 
 
 def _array(
@@ -222,7 +311,7 @@ def _array(
         with path.open("ab") as file:
             if file.tell() < size:
                 file.truncate(size)
-        return np.memmap(path, kind, "r+", shape=shape)
+        return np.memmap(path, kind, "r", shape=shape)
 
 
 def _checksum(records: NDArray[Any]) -> int:

@@ -16,11 +16,17 @@ RESUMABLE = True
 TOGETHER = True
 
 
+def teacher_role(name: str) -> str:
+    """The role that a teacher of this name has among the stage's inputs."""
+    return "teacher" if name == "teacher" else f"teacher {name}"
+
+
 def run(settings: DistillStage, context: Context) -> dict[str, Any]:
     """Write ``out/model`` and ``out/metrics.jsonl``; goes on from ``out/resume`` if it is there.
 
     With several processes each runs this; only rank 0 writes what is not a part of a checkpoint.
     """
+    from compress.answers import Taught
     from compress.distill import distill
     from compress.parallel import leads
 
@@ -29,12 +35,17 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
     # Teaching moves no dimension, so what the student kept of the teacher stays true.
     if leads():
         shutil.copyfile(selection, context.out / TEACHER_SELECTION)
+    names = sorted(settings.teachers, key=lambda name: name != "teacher")  # the first is compared
     summary = distill(
         context.inputs["teacher"] / "model",
         student / "model",
         context.out,
         context.inputs["transfer_set"],
         settings,
+        teachers=[
+            Taught(context.inputs[teacher_role(name)] / "model", settings.teachers[name])
+            for name in names
+        ],
         selection=selection,
         seed=context.seed,
         device=context.device,

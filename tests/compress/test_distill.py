@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from compress.answers import Taught
 from compress.data import StepData, make_batch
 from compress.distill import distill
 from compress.losses import IGNORED, cross_entropy, forward_kl, hidden_cosine
-from compress.settings import DistillSettings
+from compress.settings import CorrectSettings, DistillSettings
+from pipelines.tiny import make_tiny_llama
 from shearling import ShearlingError
 from teachers.transfer_set import TransferSet
 
@@ -46,9 +48,10 @@ class Bench:
         self.teacher, self.student, self.text, self.tmp_path = teacher, student, text, tmp_path
 
     def run(self, name: str = "out", **options: Any) -> tuple[Path, dict[str, Any]]:
-        more = {k: options.pop(k) for k in ("selection", "progress", "seed") if k in options}
+        named = ("selection", "progress", "seed", "teachers")
+        more = {k: options.pop(k) for k in named if k in options}
         out = self.tmp_path / name
-        settings = DistillSettings(**{**BASE, **options})
+        settings = options.get("settings") or DistillSettings(**{**BASE, **options})
         return out, distill(self.teacher, self.student, out, self.text, settings, **more)
 
 
@@ -246,6 +249,41 @@ def test_hidden_states_meet_as_the_selection_says(bench: Bench) -> None:
     assert line["loss"] == pytest.approx(line["forward_kl"] + 0.5 * line["hidden"], rel=1e-5)
 
 
+def test_what_attention_adds_is_compared_with_a_weight_that_changes(bench: Bench) -> None:
+    options = {
+        "attention": {"kind": "mse", "weight": {"start": 1.0, "end": 0.0}},
+        "selection": selection(bench, [1, 3]),
+        "tokens": 32 * 8 * 3,
+    }
+    out, _ = bench.run(**options)
+    frugal, _ = bench.run("frugal", gradient_checkpointing=True, **options)
+    text = TransferSet(bench.text)
+    data = StepData(text, DistillSettings(**BASE), seed=0, device=torch.device("cpu"))
+    batch = text.batch(data.windows(0))
+    found: list[list[torch.Tensor]] = []
+    for folder, layers in ((bench.student, [0, 1]), (bench.teacher, [1, 3])):
+        model, added = LlamaForCausalLM.from_pretrained(folder), []
+        for number in layers:
+            model.model.layers[number].self_attn.o_proj.register_forward_hook(
+                lambda *event, added=added: added.append(event[2])
+            )
+        with torch.no_grad():
+            model(**batch, use_cache=False)
+        found.append(added)
+    mask = make_batch(batch["input_ids"], batch["position_ids"], torch.device("cpu")).mask_BT
+    expected = [
+        (learnt[mask] - taught[mask][:, 3:27]).square().mean()
+        for learnt, taught in zip(*found, strict=True)
+    ]
+    first, middle, last = steps(out)
+    assert first["attention"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+    for line, weight in ((first, 1.0), (middle, 0.5), (last, 0.0)):
+        wanted = line["forward_kl"] + weight * line["attention"]
+        assert line["loss"] == pytest.approx(wanted, rel=1e-5)
+    for one, other in zip(steps(out), steps(frugal), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
 def test_a_map_beside_the_selection_replaces_picking(bench: Bench) -> None:
     chosen = selection(bench, [1, 3])
     picked, _ = bench.run("picked", hidden={"weight": 0.5}, selection=chosen, tokens=256)
@@ -255,10 +293,97 @@ def test_a_map_beside_the_selection_replaces_picking(bench: Bench) -> None:
 
 
 def test_a_selection_that_does_not_fit_is_refused_with_a_word(bench: Bench) -> None:
-    with pytest.raises(ShearlingError, match="hidden-state loss"):
+    with pytest.raises(ShearlingError, match="loss of hidden"):
         bench.run(hidden={"weight": 0.5}, selection=selection(bench, [1, 3, 2]))
     with pytest.raises(ShearlingError, match="without the pruner's selection"):
         bench.run(hidden={"weight": 0.5})
+
+
+# --- text that the student writes ------------------------------------------------------------
+
+
+def test_the_student_s_own_text_counts_up_to_its_end_and_has_no_labels(bench: Bench) -> None:
+    from compress.on_policy import continued
+
+    student = LlamaForCausalLM.from_pretrained(bench.student)
+    data = StepData(
+        TransferSet(bench.text), DistillSettings(**BASE), seed=0, device=torch.device("cpu")
+    )
+    (batch,) = data.step(0)
+    options: dict[str, Any] = {"share": 1.0, "temperature": 1.0, "seed": [0, 3]}
+    found = continued(student, batch, **options)
+    half = 16
+    assert torch.equal(found.input_BT[:, :half], batch.input_BT[:, :half])
+    assert torch.equal(found.mask_BT[:, : half - 1], batch.mask_BT[:, : half - 1])
+    rows = torch.nonzero((found.input_BT != batch.input_BT).any(-1)).flatten().tolist()
+    assert len(rows) > 4
+    for row in rows:
+        own = found.input_BT[row, half:].tolist()
+        written = own.index(0) + 1 if 0 in own else len(own) + 1  # 0 is the end of text
+        assert found.mask_BT[row, half - 1 :].sum() == written
+        begin = int(found.positions_BT[row, half - 1])
+        assert found.positions_BT[row, half:].tolist() == list(range(begin + 1, begin + 17))
+    labels = torch.full_like(found.input_BT, IGNORED)
+    labels[found.mask_BT] = found.labels_N
+    assert (labels[rows, half - 1 :] == IGNORED).all()
+    assert found.positions == found.mask_BT.sum() > found.labelled
+    again = continued(student, batch, **options)
+    assert torch.equal(again.input_BT, found.input_BT)
+    other = continued(student, batch, **{**options, "seed": [0, 4]})
+    assert not torch.equal(other.input_BT, found.input_BT)
+    # Each token was drawn from what the student says of the document alone, as it is packed.
+    with torch.no_grad():
+        said = student(found.input_BT, position_ids=found.positions_BT, use_cache=False).logits
+    taken = said[:, half - 1 : -1].log_softmax(-1).gather(-1, found.input_BT[:, half:, None])
+    counted = found.mask_BT[rows, half - 1 : -1]
+    surprise = -taken[rows, :, 0][counted].mean()
+    entropy = torch.distributions.Categorical(logits=said[rows, half - 1 : -1][counted]).entropy()
+    assert surprise == pytest.approx(entropy.mean().item(), rel=0.15)
+
+
+def test_a_run_on_the_student_s_own_text_learns(bench: Bench) -> None:
+    _, summary = bench.run(on_policy=0.5, reverse_kl=0.5, tokens=32 * 8 * 10)
+    assert summary["heldout_end"]["heldout_kl"] < 0.95 * summary["heldout_start"]["heldout_kl"]
+
+
+# --- several teachers, or none ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", ["live", "sample"])
+def test_two_teachers_are_mixed_by_weight(bench: Bench, targets: str) -> None:
+    other = make_tiny_llama(bench.tmp_path / "other", seed=9, hidden_size=40)
+    options = {"targets": targets, "target_slots": 256, "tokens": 512, "keep": "last"}
+
+    def first(name: str, *teachers: Taught) -> float:
+        return float(steps(bench.run(name, teachers=teachers, **options)[0])[0]["forward_kl"])
+
+    one, two = Taught(bench.teacher, 1.0), Taught(other, 3.0)
+    apart, mixed = [first("one", one), first("two", two)], first("mixed", one, two)
+    weighted = 0.25 * apart[0] + 0.75 * apart[1]
+    if targets == "live":  # the mixture is flatter, and so nearer, than its parts
+        assert 0 < mixed < weighted
+    else:
+        assert mixed == pytest.approx(weighted, rel=2e-2)
+
+
+def test_teachers_with_other_tokenizers_are_refused(bench: Bench) -> None:
+    other = make_tiny_llama(bench.tmp_path / "other", vocabulary=300)
+    with pytest.raises(ShearlingError, match="another tokenizer"):
+        bench.run(teachers=[Taught(bench.teacher), Taught(other)])
+
+
+def test_a_teacher_is_corrected_by_labels_alone(bench: Bench) -> None:
+    bench.student, bench.teacher = bench.teacher, None  # type: ignore[assignment]
+    settings = CorrectSettings(
+        tokens=32 * 8 * 12, batch_tokens=32 * 8, learning_rate=5e-3, precision="float32"
+    ).as_distillation()
+    out, summary = bench.run(settings=settings)
+    start, end = summary["heldout_start"], summary["heldout_end"]
+    assert end["heldout_perplexity"] < 0.5 * start["heldout_perplexity"]
+    assert "heldout_kl" not in end
+    assert not {"forward_kl", "hidden"} & steps(out)[0].keys()
+    assert steps(out)[0]["loss"] == pytest.approx(steps(out)[0]["cross_entropy"], rel=1e-6)
+    assert LlamaForCausalLM.from_pretrained(out / "model").config.num_hidden_layers == 4
 
 
 # --- it stops with a word --------------------------------------------------------------------
@@ -276,6 +401,17 @@ def test_an_exploding_loss_stops_with_the_step_and_keeps_the_last_checkpoint(ben
 
     weights = load_file(kept[0] / "student.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_spike_is_left_out_where_the_recipe_says_so(bench: Bench) -> None:
+    """Steps that jump leave the weights alone; five in a row are taken for divergence."""
+    options = {"tokens": 32 * 8 * 60, "learning_rate": 50.0, "warmup": 0.5, "clip": 1e9}
+    with pytest.raises(ShearlingError, match="6 steps in a row"):
+        bench.run(spikes="skip", evaluate_every=0, **options)
+    out = bench.tmp_path / "out"
+    skipped = [line for line in steps(out) if line.get("skipped")]
+    assert len(skipped) >= 5
+    assert skipped == steps(out)[-len(skipped) :] or len(skipped) > 5
 
 
 def test_a_nan_in_the_weights_is_named_at_once(bench: Bench) -> None:

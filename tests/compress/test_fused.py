@@ -12,9 +12,11 @@ from compress.fused import FusedLoss, Term, compare
 from compress.losses import (
     IGNORED,
     LiveTargets,
+    MixedTargets,
     SparseTargets,
     cross_entropy,
     forward_kl,
+    mix_sparse,
     sparse_forward_kl,
 )
 
@@ -71,7 +73,11 @@ def rows(given: dict[str, Any], chosen: slice) -> dict[str, Any]:
 
 
 def teacher_logits(given: dict[str, Any]) -> Tensor:
-    return given["targets"].hidden_NE @ given["targets"].head_VE.T
+    targets = given["targets"]
+    if isinstance(targets, MixedTargets):
+        said = [(part.hidden_NE @ part.head_VE.T).softmax(-1) for part in targets.parts]
+        return sum(w * p for w, p in zip(targets.weights, said, strict=True)).log()
+    return targets.hidden_NE @ targets.head_VE.T
 
 
 def dense(given: dict[str, Any], objective: dict[str, Any]) -> Tensor:
@@ -98,6 +104,52 @@ def test_fused_equals_dense(name: str, chunk: int, dtype: torch.dtype, bound: fl
     assert value.item() == pytest.approx(expected.item(), abs=bound * 10, rel=bound)
     for found, want in zip((given["student_ND"].grad, given["head_VD"].grad), wanted, strict=True):
         assert (found - want).abs().max() <= bound * max(1.0, want.abs().max().item())
+
+
+def second_teacher(dtype: torch.dtype) -> LiveTargets:
+    """One with another hidden size."""
+    return LiveTargets(logits(7, N, E + 8).to(dtype), (logits(8, V, E + 8) / 4).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["forward and labels", "mixture"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_several_teachers_are_one_that_says_their_mixture(
+    name: str, dtype: torch.dtype, bound: float
+) -> None:
+    objective, given = OBJECTIVES[name], problem(dtype)
+    given["targets"] = MixedTargets((given["targets"], second_teacher(dtype)), (0.3, 0.7))
+    expected = dense(given, objective)
+    wanted = torch.autograd.grad(expected, (given["student_ND"], given["head_VD"]))
+    value, _ = FusedLoss(**objective, chunk=10, dtype=dtype)(**given)
+    value.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=bound)
+    for found, want in zip((given["student_ND"].grad, given["head_VD"].grad), wanted, strict=True):
+        assert (found - want).abs().max() <= bound * max(1.0, want.abs().max().item())
+    same = MixedTargets((given["targets"].parts[0],) * 2, (0.5, 0.5))
+    one = compare(**{**problem(dtype), "targets": same}, fused=FusedLoss(terms=(), dtype=dtype))
+    two = compare(**problem(dtype), fused=FusedLoss(terms=(), dtype=dtype))
+    assert one.forward_kl == pytest.approx(two.forward_kl, rel=1e-5)
+    assert one.agreements == two.agreements
+
+
+def test_mixed_samples_have_the_mixture_s_gradient() -> None:
+    """All tokens kept is the exact answer; the mixture's constant apart, so is the loss."""
+    given, other = problem(torch.float64), second_teacher(torch.float64)
+    student = (given["student_ND"] @ given["head_VD"].T).detach().requires_grad_()
+    said = [teacher_logits(given).softmax(-1), (other.hidden_NE @ other.head_VE.T).softmax(-1)]
+    kept = [
+        SparseTargets(
+            torch.arange(V).expand(N, V), p, torch.zeros(N).double(), -(p * p.log()).sum(-1)
+        )
+        for p in said
+    ]
+    mixture = (0.25 * said[0] + 0.75 * said[1]).log()
+    (wanted,) = torch.autograd.grad(forward_kl(student, mixture).sum(), student)
+    values = sparse_forward_kl(student, mix_sparse(kept, (0.25, 0.75)))
+    (found,) = torch.autograd.grad(values.sum(), student)
+    torch.testing.assert_close(found, wanted)
+    apart = [w * forward_kl(student, p.log()) for w, p in zip((0.25, 0.75), said, strict=True)]
+    torch.testing.assert_close(values, apart[0] + apart[1])
 
 
 def test_the_caller_s_factor_reaches_the_gradient() -> None:

@@ -22,9 +22,11 @@ from teachers.targets import (
     capture,
     measured_error,
     pack,
+    pack_hidden,
     sample_tokens,
     top_tokens,
     unpack,
+    unpack_hidden,
 )
 
 VOCABULARY, WINDOW, WINDOWS = 97, 12, 9
@@ -291,5 +293,47 @@ def test_one_cache_serves_other_batches_and_seeds(
 def test_what_the_cache_does_not_keep_is_refused_with_names() -> None:
     with pytest.raises(ValidationError, match=r"reverse_kl, temperature.*live"):
         DistillSettings(tokens=1, targets="sample", reverse_kl=1.0, temperature=2.0)
-    with pytest.raises(ValidationError, match="hidden"):
-        DistillSettings(tokens=1, targets="top_k", hidden={"weight": 1.0})
+    with pytest.raises(ValidationError, match=r"attention\.weight, on_policy"):
+        DistillSettings(tokens=1, targets="top_k", attention={"weight": 1.0}, on_policy=0.5)
+    with pytest.raises(ValidationError, match="several teachers"):
+        DistillSettings(tokens=1, targets="top_k", teachers={"teacher": 1, "big": 1})
+
+
+# --- hidden states ---------------------------------------------------------------------------
+
+
+def test_hidden_states_in_8_bits_lose_little_even_beside_giants() -> None:
+    states = torch.randn(5, 150, generator=torch.Generator().manual_seed(0))
+    states[:, 70] = 3000.0
+    states[2] = 0
+    codes, scale = pack_hidden(states)
+    assert codes.dtype == torch.int8
+    assert scale.shape == (5, 3)
+    found = unpack_hidden(codes, scale)
+    assert torch.equal(found[2], states[2])
+    largest = torch.nn.functional.pad(states, (0, 42)).view(5, 3, 64).abs().amax(-1)
+    bound = (largest / 127 * 0.51 + 4e-5).repeat_interleave(64, -1)[:, :150]
+    assert ((found - states).abs() <= bound).all()
+
+
+def test_a_student_learns_from_kept_hidden_states_what_it_learns_live(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    chosen = tmp_path / "selection.json"
+    chosen.write_text(json.dumps({"layers": [1, 3], "hidden": list(range(3, 27))}))
+
+    def run(name: str, **options: Any) -> dict[str, Any]:
+        settings = DistillSettings(**{**BASE, "hidden": {"weight": 1.0}, "tokens": 768, **options})
+        folders = {"selection": chosen, "cache": tmp_path / "cache"}
+        out = tmp_path / name
+        return distill(tiny_llama, tiny_student, out, tiny_transfer_set, settings, **folders)
+
+    run("live")
+    kept = run("kept", targets="sample")["targets"]
+    again = run("again", targets="sample", micro_batch_windows=3)["targets"]
+    live, cached = (metrics(tmp_path / name, "hidden") for name in ("live", "kept"))
+    assert cached[0] == pytest.approx(live[0], rel=1e-3)
+    assert kept["hidden_bytes_per_token"] == 2 * (32 + 2)
+    assert 0 < kept["hidden_error"] < 1e-4
+    assert "hidden_error" not in again, "nothing is asked twice"
+    assert metrics(tmp_path / "again", "hidden") == pytest.approx(cached, rel=1e-4)

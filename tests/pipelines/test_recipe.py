@@ -86,7 +86,7 @@ def test_all_mistakes_are_told_at_once(data: dict[str, Any]) -> None:
         "prune.shape: no shape has the name 'like-3c'; did you mean 'like-3b'?",
         "prune.ridge: should be greater than 0, not -1",
         "distill.tokens: should be greater than 0, not 0",
-        "PRUNE.kind: must be one of prune, distill; did you mean 'distill'?",
+        "PRUNE.kind: must be one of prune, distill, correct, teacher; did you mean 'distill'?",
         "is given to more than one stage",
     ):
         assert part in found
@@ -270,3 +270,25 @@ def test_mistakes_of_file_and_overrides_come_together(data: dict[str, Any], tmp_
     path.write_text(yaml.safe_dump(data), encoding="utf-8")
     with pytest.raises(ShearlingError, match="2 mistakes"):
         load_recipe(str(path), ["nothing.at=all"])
+
+
+def test_mistakes_with_teachers_are_named(data: dict[str, Any]) -> None:
+    data["stages"][1]["teachers"] = {"teacher": 1, "bgi": 1}
+    data["stages"].insert(0, {"name": "big", "kind": "teacher", "model": "x"})
+    data["stages"].insert(2, {"name": "late", "kind": "correct", "tokens": 5})
+    found = mistakes(data)
+    assert "distill.teachers: no teacher stage before it has the name 'bgi'" in found
+    assert "did you mean 'big'?" in found
+    assert "a correct stage stands after a prune stage" in found
+
+
+def test_a_weight_is_a_number_or_a_ramp(data: dict[str, Any]) -> None:
+    stage = data["stages"][1]
+    stage["forward_kl"], stage["temperature"] = {"start": 1, "end": 0.5}, {"start": 4, "end": 1}
+    assert check_recipe(data).stages[1].forward_kl.end == 0.5
+    assert check_recipe(yaml.safe_load(check_recipe(data).to_yaml())) == check_recipe(data)
+    stage["forward_kl"], stage["temperature"] = {"start": 1, "ende": 0}, {"start": 1, "end": 0}
+    found = mistakes(data)
+    assert "distill.forward_kl.ende: unknown key; did you mean 'end'?" in found
+    stage["forward_kl"] = -1
+    assert "distill.forward_kl: " in mistakes(data)

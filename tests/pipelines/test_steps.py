@@ -280,3 +280,30 @@ def test_a_task_that_missed_the_hub_is_measured_when_it_answers(
     assert not decide(step, store, record(step)).runs
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert not decide(step, store, record(step)).runs
+
+
+def with_teachers(data: dict[str, Any]) -> dict[str, Any]:
+    data = copy.deepcopy(data)
+    first, last = data["stages"]
+    data["stages"] = [
+        {"name": "corrected", "kind": "correct", "tokens": 512},
+        {"name": "big", "kind": "teacher", "model": data["teacher"]["model"]},
+        first,
+        {**last, "teachers": {"teacher": 0.5, "big": 0.5}},
+    ]
+    return data
+
+
+def test_a_corrected_teacher_is_cut_and_teaches_with_another(
+    recipe_data: dict[str, Any], store: Store
+) -> None:
+    steps = steps_of(with_teachers(recipe_data), store)
+    assert steps["corrected"].needs["teacher"] == "teacher"
+    assert steps["prune"].needs["model"] == steps["prune"].needs["teacher"] == "corrected"
+    assert dict(steps["distill"].needs) == {
+        "teacher": "corrected",
+        "model": "prune",
+        "transfer_set": "transfer_set",
+        "teacher big": "big",
+    }
+    assert "big/benchmark" in steps
