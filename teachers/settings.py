@@ -139,7 +139,7 @@ class CleanSettings(Settings):
         gt=0,
         lt=1,
         description="Of texts whose mean hidden states in the teacher have at least this cosine "
-        "keep one; 0.95 is careful.",
+        "keep one, after what all texts share is taken away.",
     )
     classifier: ClassifierSettings | None = Field(
         default=None, description="Remove what a classifier taught by the teacher finds worst."

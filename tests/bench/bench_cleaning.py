@@ -15,8 +15,8 @@ from planted import clean, plant, rates
 
 from teachers.settings import CleanSettings
 
-EACH = 50
-TEXTS = 120  # of each folder
+EACH = 25
+TEXTS = 60  # of each folder
 PARTS = {
     "careful": CleanSettings(
         languages=("en",),
@@ -35,6 +35,8 @@ PARTS = {
         near_duplicates=True,
     ),
 }
+# C4's rules want five sentences and lines that end like one, which short articles don't have.
+MOST_LOST = {"careful": 0.08, "all rules": 0.35}
 
 
 def test_planted_junk_is_caught(shared_data: Path, tmp_path: Path) -> None:
@@ -63,4 +65,4 @@ def test_planted_junk_is_caught(shared_data: Path, tmp_path: Path) -> None:
         print(f"  of the good ones, by filter: {dict(lost)}")
         assert facts["documents_before"] == len(planted)
         assert min(rate for kind, rate in caught.items() if kind != "good") > 0.75
-        assert caught["good"] < 0.25
+        assert caught["good"] < MOST_LOST[name]
