@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Context:
     run: Path
     """The run folder; only for messages."""
     seed: int
-    benchmark: BenchmarkSettings
+    benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     """What every model is measured on; the transfer set is cleared of its questions."""
     device: str
     """cpu, cuda, cuda:N or mps; never auto."""
