@@ -22,6 +22,7 @@ from typing import Any
 
 from pipelines.stages.context import Context
 from pipelines.steps import STAGES, Step
+from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, silent
 
 _FOLDERS = ("out", "run", "cache")
@@ -150,6 +151,7 @@ def follow() -> None:
             name=told["name"],
             inputs={role: Path(path) for role, path in told["inputs"].items()},
             seed=told["seed"],
+            benchmark=BenchmarkSettings(),  # only the transfer set looks at it, on rank 0 alone
             device=told["device"],
             progress=silent,
             on_metrics=lambda line: None,
