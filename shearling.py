@@ -180,6 +180,21 @@ def folder_aside(final: Path) -> Iterator[Path]:
             raise
 
 
+_ASIDE = re.compile(r"\..+\.(partial-)?[a-z0-9_]{8}")
+"""Names that `write_text` and `folder_aside` give to what isn't whole yet."""
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in ``folder``; only for one that holds it alone."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not _ASIDE.fullmatch(path.name) or path.is_symlink():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def sha256_of_file(path: Path) -> str:
     """Hex SHA-256 of a file, read in pieces."""
     with Path(path).open("rb") as file:

@@ -36,6 +36,7 @@ from shearling import (
     disk_errors,
     folder_aside,
     read_json,
+    sweep,
     without_secrets,
     write_json,
     write_text,
@@ -135,6 +136,8 @@ class _Run:
 
     def go(self) -> None:
         """Write down what is to be done, then do it step by step."""
+        for folder in (self.run, self.run / "stages", *self.run.glob("stages/*/")):
+            sweep(folder)
         steps = [step for step, _ in self.planned]
         lock = lock_data(self.recipe, steps, device=self.device, command=self.options.again)
         self.provenance.write(self.recipe, lock)

@@ -21,6 +21,7 @@ from shearling import (
     disk_errors,
     sha256_of_file,
     sha256_of_json,
+    sweep,
     sync,
     without_secrets,
     write_json,
@@ -61,6 +62,7 @@ class Store:
             if work.exists() and not resumable:
                 shutil.rmtree(work)
             work.mkdir(parents=True, exist_ok=True)
+            sweep(work)
         return work
 
     def publish(self, kind: str, key: str, record: Mapping[str, Any]) -> Path:

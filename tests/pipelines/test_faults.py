@@ -49,7 +49,7 @@ def test_killed_runs_end_in_the_same_bits(killer: Killer) -> None:
     ("name", "amount"),
     [
         ("full disk", 200),
-        ("full disk", 1300),
+        ("full disk", 600),
         ("read-only disk", 0),
         ("little memory", 3000),
         ("runs at the same time", 2),

@@ -62,6 +62,22 @@ def test_an_interrupted_stage_starts_clean_unless_it_is_resumable(store: Store) 
     assert not any(store.open_work("prune", KEY, resumable=False).iterdir())
 
 
+def test_what_killed_writers_left_is_swept_away(store: Store) -> None:
+    work = store.open_work("distill", KEY, resumable=True)
+    (work / ".stage.json.q9rn3s_2").write_text("half")
+    (work / ".step-00000004.partial-rkypld1u").mkdir()
+    for kept in ("model", ".hidden", ".gitignore.text"):
+        (work / kept).write_text("kept")
+    (work / ".linked.abcdefgh").symlink_to(store.root)
+    store.open_work("distill", KEY, resumable=True)
+    assert sorted(path.name for path in work.iterdir()) == [
+        ".gitignore.text",
+        ".hidden",
+        ".linked.abcdefgh",
+        "model",
+    ]
+
+
 def test_leftovers_of_other_settings_are_found(store: Store) -> None:
     (store.open_work("prune", KEY, resumable=True) / "half").write_text("half")
     assert store.leftovers({KEY}) == []
