@@ -152,6 +152,10 @@ class Killer:
 
         os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        # The fork server of Python 3.11 knows no other path, and passes over what it can't import.
+        here = Path(__file__).resolve().parent
+        given = os.environ.get("PYTHONPATH", "")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parents[1]), given])
         self.folder = folder
         self.random = random.Random(seed)
         self.recipe = folder / "recipe.yaml"

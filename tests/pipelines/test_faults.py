@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from faults import FAULTS, try_fault
+from faults import try_fault
 from killing import Killer
 from shearling_process import Shearling
 
@@ -51,7 +51,6 @@ def test_killed_runs_end_in_the_same_bits(killer: Killer) -> None:
         ("full disk", 200),
         ("full disk", 600),
         ("read-only disk", 0),
-        ("little memory", 3000),
         ("runs at the same time", 2),
     ],
 )
@@ -60,8 +59,7 @@ def test_a_fault_is_told_and_costs_nothing(killer: Killer, name: str, amount: in
     if end == "not possible here":
         pytest.skip("this system gives no mounts of one's own")
     assert not wrong, "\n".join(wrong)
-    assert end == "told" or name == "little memory"
-    assert set(FAULTS) >= {name}
+    assert end == "told"
 
 
 # --- flipped bits -------------------------------------------------------------------------------
