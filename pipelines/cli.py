@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "report": (results.report, "shearling report runs/quickstart runs/my-recipe"),
     "serve": (results.serve, "shearling serve runs/quickstart --port 8573"),
     "eval": (results.evaluate, "shearling eval runs/quickstart/stages/distill --tasks wikitext2"),
+    "diff": (results.diff, "shearling diff runs/quickstart/stages/teacher runs/quickstart"),
     "families": (models.families, "shearling families llama-3.1-8b"),
     "doctor": (machine.doctor, "shearling doctor --json"),
     "regress": (results.regress, "shearling regress --only regress-tiny"),

@@ -194,6 +194,18 @@ def _is_other(record: Path, planned: Any) -> bool:
     return planned is not None and shown is not None and planned != shown
 
 
+def open_scorecard(path: Path) -> Data:
+    """A scorecard file. One that is missing or no scorecard is a ShearlingError."""
+    problems: list[str] = []
+    card = read_scorecard(Path(path), problems)
+    if card is None or not Path(path).is_file() or not card["results"]:
+        raise ShearlingError(
+            " ".join(problems) or f"{path} is not a scorecard, or nothing was measured in it.",
+            hint="Name what `shearling eval MODEL --out FILE` wrote, or a stage's scorecard.json.",
+        )
+    return card
+
+
 def read_scorecard(path: Path, problems: list[str]) -> Data | None:
     """A scorecard whose parts have the right types, so that nobody after this has to ask."""
     card = _read_json(path, problems, required=False)

@@ -83,6 +83,13 @@ def difference(metric: str, value: float, stderr: float | None) -> str:
     return f"{sign}{significant(abs(value))}{error}"
 
 
+def probability(value: float | None) -> str:
+    """A p with its sign of relation: "= 0.031", "< 0.0001"."""
+    if value is None:
+        return MISSING
+    return "< 0.0001" if value < 0.0001 else f"= {significant(value, 2)}"
+
+
 def times(ratio: float) -> str:
     """1.347 -> "1.35 times"."""
     return f"{ratio:.2f} times"

@@ -1,4 +1,4 @@
-"""Commands that measure and show: report, serve, eval, regress."""
+"""Commands that measure and show: report, serve, eval, diff, regress."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.terminal import (
     print_json,
     stop_signals,
 )
-from shearling import write_json
+from shearling import ShearlingError, write_json
 
 
 def report(
@@ -77,6 +77,59 @@ def evaluate(
         make_console().print(scorecard_table(scorecard))
     if out:
         write_json(out, scorecard)
+
+
+def diff(
+    first: Annotated[
+        str, typer.Argument(help="A: a scorecard, a stage's folder, a run or a model.", metavar="A")
+    ],
+    second: Annotated[str, typer.Argument(help="B: the same; it is held against A.", metavar="B")],
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks for models that are measured now.", metavar="TASK,..."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Documents a task, for the same.", min=1)
+    ] = None,
+    mirror: Annotated[
+        Path | None, typer.Option(help="A folder of JSONL files instead of the hub's data.")
+    ] = None,
+    every_metric: Annotated[
+        bool, typer.Option("--all", help="Compare every metric, not one or two a task.")
+    ] = False,
+    as_json: JsonOption = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
+) -> None:
+    """Say whether B is better or worse than A, by how much, and whether that is more than noise.
+
+    A run stands for its last model. A model that has no scorecard is measured first: on the tasks
+    of the other side's scorecard, or on --tasks.
+    """
+    from pipelines import difference
+
+    if as_json and as_markdown:
+        raise ShearlingError("Both --json and --markdown are asked for.", hint="Choose one.")
+    settings: dict[str, Any] = {"limit": limit, "mirror": str(mirror) if mirror else None}
+    if tasks is not None:
+        settings["tasks"] = [name.strip() for name in tasks.split(",") if name.strip()]
+    with stop_signals():
+        found = difference.compare_targets(
+            first,
+            second,
+            settings,
+            every_metric=every_metric,
+            cache=download_cache(),
+            console=make_console(stderr=True),
+        )
+    if as_json:
+        print_json(found.to_json())
+    elif as_markdown:
+        print(difference.as_markdown(found))
+    else:
+        console = make_console()
+        console.print(difference.as_table(found))
+        for note in found.footnotes():
+            console.print(note, style="dim", highlight=False, markup=False)
 
 
 def regress(
