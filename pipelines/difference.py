@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from reports import words
-from reports.compare import Comparison, compare_models
+from reports.compare import Comparison, compare_models, written_alike
 from reports.page import markdown_cell
-from reports.run_folder import Data, read_run, open_scorecard
+from reports.run_folder import Data, open_scorecard, read_run
 from shearling import ShearlingError
 
 SCHEMA = 1
@@ -64,6 +64,9 @@ class Difference:
             speeds = [card["speed"].get(key) for card in (self.first, self.second)]
             if all(isinstance(speed, int | float) and speed > 0 for speed in speeds):
                 told.append(f"{label}: " + " and ".join(words.significant(s) for s in speeds))
+        for entry in written_alike(self.first, self.second):
+            alike = words.score("rouge_l", entry.rouge_l, entry.stderr)
+            told.append(f"ROUGE-L of B's texts with A's on {entry.task}: {alike}")
         return [
             *told,
             "Differences are paired over the same documents, ± standard error; within noise: "

@@ -19,31 +19,41 @@ from teachers.settings import TeacherSettings
 
 
 def evaluate_model(
-    model: str, settings: dict[str, Any], *, cache: Path, console: Console
+    model: str,
+    settings: dict[str, Any],
+    *,
+    teacher: str | None = None,
+    cache: Path,
+    console: Console,
 ) -> dict[str, Any]:
     """The scorecard of a model folder, a stage's folder, a GGUF file, a packaged file or a hub id.
 
-    ``settings`` are keys of ``BenchmarkSettings``; progress goes to ``console``.
+    ``settings`` are keys of ``BenchmarkSettings``; progress goes to ``console``. With a
+    ``teacher`` (in any of the same forms) the model's answers on text are held against its.
     """
     chosen = _settings(settings)
     check_tasks(chosen)
     from reports.benchmark import benchmark
     from teachers.checkpoint import import_teacher
 
-    folder = Path(model).expanduser() / "model"
-    named = str(folder) if folder.is_dir() else model
     with Display(console) as display, tempfile.TemporaryDirectory(prefix="shearling-") as aside:
 
         def progress(what: str, done: int, total: int, /, **numbers: float) -> None:
             display.progress("eval", what, done, total, **numbers)
 
-        # The same way in as for a teacher, so every form of a model can be measured.
-        import_teacher(TeacherSettings(model=named), Path(aside), cache=cache, progress=progress)
+        def opened(named: str, role: str) -> Path:
+            # The same way in as for a teacher, so every form of a model can be measured.
+            folder = Path(named).expanduser() / "model"
+            settings = TeacherSettings(model=str(folder) if folder.is_dir() else named)
+            import_teacher(settings, Path(aside) / role, cache=cache, progress=progress)
+            return Path(aside) / role / "model"
+
         return benchmark(
-            Path(aside) / "model",
+            opened(model, "student"),
             chosen,
             name=model,
             cache=cache,
+            teacher=opened(teacher, "teacher") if teacher else None,
             device=pick_device("auto"),
             progress=progress,
         )

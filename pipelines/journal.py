@@ -224,4 +224,4 @@ def _status_row(run: Path, row: dict[str, Any], run_state: str) -> dict[str, Any
 
 def _without_samples(scorecard: dict[str, Any]) -> dict[str, Any]:
     """A scorecard as report.json has it: the answers to single documents are in its own file."""
-    return {name: value for name, value in scorecard.items() if name != "samples"}
+    return {name: value for name, value in scorecard.items() if name not in ("samples", "answers")}

@@ -6,8 +6,10 @@ A baseline file holds each number with its direction and its tolerance:
      "numbers": {"distill/wikitext2/word_perplexity":
                  {"value": 61.2, "better": "lower", "tolerance": {"relative": 0.05}}}}
 
-Tolerances are there for other processors, whose sums round differently; they are edited by hand
-and survive ``--update``. A number that got better never fails, but is pointed out.
+Tolerances are at most one standard error, so that no fall passes that a reader would see, and small
+shares where that is wide; they are there for other processors, whose sums round differently. They
+are edited by hand and survive ``--update``. A number that got better never fails, but is pointed
+out.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ class Number:
     samples: int | None = None
     """How many answers an accuracy is the mean of."""
     relative: float = RELATIVE
+    stderr: float | None = None
 
     def rounded(self) -> float:
         """As a baseline file keeps it: counts exactly, measurements to eight digits."""
@@ -66,7 +69,11 @@ class Number:
         if self.better == "same":
             return {"absolute": 0.0}
         if self.better == "higher":
-            return {"absolute": round(ANSWERS / self.samples, 4) if self.samples else 0.05}
+            answers = ANSWERS / self.samples if self.samples else 0.05
+            return {"absolute": round(min(answers, self.stderr or answers), 4)}
+        share = self.relative * abs(self.value)
+        if self.stderr and self.stderr < share:
+            return {"absolute": float(f"{self.stderr:.4g}")}
         return {"relative": self.relative}
 
 
@@ -202,7 +209,14 @@ def _scores(scorecard: Mapping[str, Any]) -> dict[str, Number]:
             if isinstance(entry["value"], (int, float)):
                 better: Better = "higher" if directions.get(metric, True) else "lower"
                 samples = facts.get("samples")
-                numbers[f"{task}/{metric}"] = Number(float(entry["value"]), better, samples)
+                share = RELATIVE_KL if metric in ("teacher_kl", "calibration_error") else RELATIVE
+                numbers[f"{task}/{metric}"] = Number(
+                    float(entry["value"]),
+                    better,
+                    None if metric == "teacher_first_choice" else samples,
+                    relative=share,
+                    stderr=entry.get("stderr"),
+                )
     return numbers
 
 

@@ -165,7 +165,8 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
             stage=stage,
             name=f"{stage}/benchmark",
             leave_out=frozenset({"mirror"}),
-            needs={"model": stage},
+            # The students' answers are held against the teacher's.
+            needs={"model": stage} | ({} if stage == "teacher" else {"teacher": "teacher"}),
             files=mirror,
         )
 

@@ -26,15 +26,17 @@ from reports.compare import pack
 from reports.hub import NO_ANSWER, hub_answers
 from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
-from reports.perplexity import perplexity_of_windows, ratio_error, window_losses
+from reports.perplexity import ratio_error
 from reports.settings import BenchmarkSettings
 from reports.speed import measure_speed, peak_memory
-from reports.tasks import Task, check_tasks
+from reports.tasks import Task, check_tasks, wikitext
+from reports.text_measures import add_agreement, add_perplexities, read_text
 from shearling import Progress, __version__, silent
 
 SCHEMA = 1
-WINDOW = 512
 BOOTSTRAPS = 1000
+ANSWER_CHARACTERS = 400
+"""What is kept of a written answer."""
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
 
 
@@ -44,16 +46,20 @@ def benchmark(
     *,
     name: str,
     cache: Path,
+    teacher: Path | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure the checkpoint folder ``model`` and return its scorecard.
 
+    With a ``teacher`` (another folder) also how far the model's answers are from the teacher's.
+
     {"schema", "model", "parameters", "bytes", "results": {task: {metric: {"value", "stderr"}}},
     "tasks": {task: facts that must agree before two scorecards may be compared, and chance},
     "skipped": {task: reason}, "speed", "peak_memory_bytes", "completions", "versions",
-    "samples": {task: {metric: one number, or [log-likelihood, weight], a document}}}
+    "samples": {task: {metric: one number, or [log-likelihood, weight], a document}},
+    "answers": {task: what the model wrote, a document, where it was asked to write}}
 
     A task that doesn't exist, or a folder that is no complete checkpoint, is a ShearlingError.
     """
@@ -72,15 +78,21 @@ def benchmark(
         "completions": complete(loaded, tokenizer, settings),
         "versions": versions(),
         "samples": {},
+        "answers": {},
     }
     with quiet_libraries():
         lm = PrefixLM(loaded, tokenizer, batch_size=settings.batch_size, progress=progress)
     for task_name in settings.tasks:
         lm.what = task_name
         _run_task(task_name, lm, settings, card, cache=cache, seed=seed, progress=progress)
+    reading = None
     if "wikitext2" in card["results"]:
-        _add_token_perplexity(card, loaded, tokenizer, settings, cache, progress)
-    del lm, loaded
+        text = wikitext.raw_test_text(cache)
+        add_perplexities(card, loaded, tokenizer, text, settings, progress)
+        reading = read_text(loaded, tokenizer, text, settings, progress)
+    del lm, loaded  # before the teacher comes
+    if reading is not None:
+        add_agreement(card, reading, teacher, device, progress)
     if settings.speed:
         progress("speed and memory", 0, 1)
         card.update(measure_speed(model, device=device))
@@ -137,7 +149,14 @@ def _run_task(
         if loaded is None:
             return
         try:
-            results = evaluate(lm, loaded, limit=limit, num_fewshot=settings.num_fewshot, seed=seed)
+            results = evaluate(
+                lm,
+                loaded,
+                limit=limit,
+                num_fewshot=settings.num_fewshot,
+                chat_template=settings.chat_template,
+                seed=seed,
+            )
         except OverflowError:  # lm-eval's exp of a mean loss above 709 nats
             card["skipped"][name] = "the model's loss is too large for a perplexity"
             return
@@ -154,11 +173,15 @@ def _run_task(
             "source": task.source,
             "limit": limit,
             "num_fewshot": results["n-shot"].get(found, 0),
+            "chat_template": settings.chat_template,
             "samples": results["n-samples"][found]["effective"],
             "documents": results["n-samples"][found]["original"],
             "higher_is_better": results["higher_is_better"].get(found, {}),
             **floors(samples),
+            "floor": tasks.constant_floor(found, [sample["doc"] for sample in samples]),
         }
+        if answers := keep_answers(samples):
+            card["answers"][found] = answers
         add_ratio_errors(card["results"][found], card["samples"][found])
 
 
@@ -198,6 +221,7 @@ def evaluate(
     limit: int | None,
     num_fewshot: int | None,
     seed: int,
+    chat_template: bool = False,
 ) -> dict[str, Any]:
     """lm-eval's `evaluate`, prepared as its `simple_evaluate` does.
 
@@ -218,7 +242,13 @@ def evaluate(
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
     results: dict[str, Any] = run(
-        lm=lm, task_dict=loaded, limit=limit, bootstrap_iters=BOOTSTRAPS, log_samples=True
+        lm=lm,
+        task_dict=loaded,
+        limit=limit,
+        bootstrap_iters=BOOTSTRAPS,
+        log_samples=True,
+        apply_chat_template=chat_template,
+        fewshot_as_multiturn=chat_template,
     )
     return results
 
@@ -255,6 +285,15 @@ def keep_samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, str | list[A
                 label = metric if filtered == "none" else f"{metric},{filtered}"
                 kept[label] = pack(values)
     return kept
+
+
+def keep_answers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the model wrote on each document, cut short; nothing for a task of likelihoods."""
+    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    written = [sample["filtered_resps"][0] for sample in first]
+    if not all(isinstance(text, str) for text in written):
+        return []
+    return [text.strip()[:ANSWER_CHARACTERS] for text in written]
 
 
 def _compact(value: Any) -> int | float | list[float] | None:
@@ -313,34 +352,3 @@ def add_ratio_errors(
         if error is not None and value is not None:
             scale = 1 / math.log(2) if metric == "bits_per_byte" else value
             results[metric]["stderr"] = finite(error * scale)
-
-
-def _add_token_perplexity(
-    card: dict[str, Any],
-    model: LlamaForCausalLM,
-    tokenizer: Any,
-    settings: BenchmarkSettings,
-    cache: Path,
-    progress: Progress,
-) -> None:
-    """Perplexity on windows of 512 tokens of the raw test text, beside lm-eval's numbers."""
-    from reports.tasks.wikitext import raw_test_text
-
-    losses = window_losses(
-        model,
-        tokenizer,
-        raw_test_text(cache),
-        length=WINDOW,
-        windows=settings.perplexity_windows,
-        progress=progress,
-    )
-    metric = f"token_perplexity_{WINDOW}"
-    value, error = perplexity_of_windows(losses)
-    card["results"]["wikitext2"][metric] = {
-        "value": finite(value),
-        "stderr": finite(error),
-    }
-    if all(math.isfinite(loss) for loss in losses):
-        card["samples"]["wikitext2"][metric] = [round(loss, 6) for loss in losses]
-    card["tasks"]["wikitext2"]["perplexity_windows"] = len(losses)
-    card["tasks"]["wikitext2"]["higher_is_better"][metric] = False

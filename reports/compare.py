@@ -19,12 +19,15 @@ from scipy import stats
 
 Floats = npt.NDArray[np.float64]
 
-MUST_AGREE = ("version", "hash", "data_sha256", "limit", "num_fewshot", "samples")
+MUST_AGREE = ("version", "hash", "data_sha256", "limit", "num_fewshot", "chat_template", "samples")
 """Facts of a task that must be the same in two scorecards before their results are compared."""
 SIGNIFICANT = 0.05
 BOOTSTRAPS = 4000
 _HEADLINES = {"wikitext2": ("word_perplexity", "token_perplexity_512")}
-_USUAL = ("acc", "exact_match", "exact", "f1", "rougeL", "word_perplexity", "perplexity")
+_USUAL = (
+    "acc", "followed", "exact_match", "exact", "f1", "rougeL", "rouge_l", "word_perplexity",
+    "perplexity",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +84,7 @@ def mismatch(first: Mapping[str, Any], second: Mapping[str, Any], task: str) -> 
     different = [
         f"{fact.replace('_', ' ')} {_short(one.get(fact))} and {_short(two.get(fact))}"
         for fact in MUST_AGREE
-        if one.get(fact) != two.get(fact)
+        if (one.get(fact) or None) != (two.get(fact) or None)  # false, 0 and absent are one
     ]
     return "measured differently: " + ", ".join(different) if different else None
 
@@ -309,3 +312,33 @@ def _share(quality_3B: Floats) -> Floats:
     with np.errstate(divide="ignore", invalid="ignore"):
         shares: Floats = (after - before) / (teacher - before)
     return shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likeness:
+    """How alike two models' written answers are."""
+
+    task: str
+    rouge_l: float
+    stderr: float | None
+    documents: int
+
+
+def written_alike(reference: Mapping[str, Any], model: Mapping[str, Any]) -> list[Likeness]:
+    """ROUGE-L (F1) of the model's texts against the reference's, for each task of writing.
+
+    The two wrote on the same documents, or the task is left out. Two empty texts are alike.
+    """
+    from reports.tasks.rewriting import rouge_l
+
+    found = []
+    for task, theirs in reference.get("answers", {}).items():
+        mine = model.get("answers", {}).get(task, [])
+        if not theirs or len(mine) != len(theirs) or mismatch(reference, model, task):
+            continue
+        scores = [1.0 if a == b else rouge_l(a, b) for a, b in zip(theirs, mine, strict=True)]
+        error = float(np.std(scores, ddof=1)) / math.sqrt(len(scores)) if len(scores) > 1 else None
+        found.append(
+            Likeness(task=task, rouge_l=float(np.mean(scores)), stderr=error, documents=len(scores))
+        )
+    return found

@@ -62,7 +62,11 @@ def report_data(
     stages = []
     for stage in run.models:
         card = stage.scorecard
-        shown = {key: value for key, value in card.items() if key != "samples"} if card else None
+        shown = (
+            {key: value for key, value in card.items() if key not in ("samples", "answers")}
+            if card
+            else None
+        )
         stages.append(
             {
                 "name": stage.name,

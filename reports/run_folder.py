@@ -220,6 +220,10 @@ def read_scorecard(path: Path, problems: list[str]) -> Data | None:
     card["results"] = {task: metrics for task, metrics in results.items() if metrics}
     card["tasks"] = {task: _task_facts(facts) for task, facts in card["tasks"].items()}
     card["samples"] = {task: _samples(values) for task, values in card["samples"].items()}
+    card["answers"] = {
+        task: [str(text) for text in as_list(texts)]
+        for task, texts in as_dict(card.get("answers")).items()
+    }
     card["completions"] = [as_dict(entry) for entry in as_list(card.get("completions"))]
     return card
 

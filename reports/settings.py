@@ -31,7 +31,23 @@ class BenchmarkSettings(Settings):
     perplexity_windows: int = Field(
         default=64,
         ge=1,
-        description="Windows of 512 tokens for token_perplexity_512, from the start of the text.",
+        description="Windows of 512 tokens for token_perplexity_512, from the start of the text; "
+        "the other lengths take about as many tokens.",
+    )
+    perplexity_lengths: tuple[PositiveInt, ...] = Field(
+        default=(128, 512, 2048),
+        min_length=1,
+        description="Window lengths of the token perplexities; each over about as many tokens. "
+        "Those that exceed the model's positions are left out with a word.",
+    )
+    agreement_windows: int = Field(
+        default=8,
+        ge=1,
+        description="Windows of 512 tokens on which calibration is measured, and a student's "
+        "answers are held against the teacher's.",
+    )
+    chat_template: bool = Field(
+        default=False, description="Put the tasks' prompts into the model's chat template."
     )
     prompts: tuple[str, ...] = Field(
         default=("The history of", "Water is", "Once upon a time"),

@@ -158,16 +158,10 @@ def _taskcell(stage: Stage, task: str, metric: str, judgement: Judgement) -> Cel
         text=text,
         note=words.difference(metric, entry.difference, entry.stderr),
         mark=entry.verdict,
-        title=f"{entry.test}, {entry.documents} documents, p {_p(entry.p)}, "
-        f"after Holm's correction {_p(entry.p_adjusted)}",
+        title=f"{entry.test}, {entry.documents} documents, p {words.probability(entry.p)}, "
+        f"after Holm's correction {words.probability(entry.p_adjusted)}",
         sort=order,
     )
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return words.MISSING
-    return "< 0.0001" if value < 0.0001 else f"= {words.significant(value, 2)}"
 
 
 def _floor_cells(cards: list[Data], task: str, metric: str) -> tuple[Cell, Cell]:
@@ -176,6 +170,9 @@ def _floor_cells(cards: list[Data], task: str, metric: str) -> tuple[Cell, Cell]
     chance = as_number(facts.get("chance")) if metric.startswith("acc") else None
     constant = as_number(facts.get("constant")) if metric.startswith("acc") else None
     guess = cell(chance, lambda value: words.percent(value, 1))
+    written = as_number(as_dict(facts.get("floor")).get(metric))
+    if written is not None:
+        guess = Cell(text=words.score(metric, written), note="a constant answer", sort=written)
     if constant is not None:
         constant_answer = f"always the same: {words.percent(constant, 1)}"
         guess = Cell(text=guess.text, note=constant_answer, sort=guess.sort)

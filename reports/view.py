@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from reports import words
+from reports.answers import answer_table, closeness
 from reports.chart import Chart
 from reports.charts import make_charts
 from reports.cleaning import cleaning_tables
@@ -27,7 +28,14 @@ from reports.tables import (
     transfer,
     transfer_facts,
 )
-from reports.verdict import Judgement, cost, headline_facts, verdict, verdict_details
+from reports.verdict import (
+    Judgement,
+    cost,
+    headline_facts,
+    last_student,
+    verdict,
+    verdict_details,
+)
 
 
 @dataclass(kw_only=True)
@@ -45,6 +53,7 @@ class View:
     cost: list[tuple[str, str]] = field(default_factory=list)
     stages: Table | None = None
     rivals: Table | None = None
+    answers: Table | None = None
     tasks: Table | None = None
     skipped: list[tuple[str, str]] = field(default_factory=list)
     all_metrics: Table | None = None
@@ -70,11 +79,12 @@ def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> Vie
         description=str(run.recipe.get("description") or ""),
         state=run.state,
         verdict=verdict(run, judgement),
-        details=verdict_details(run, judgement),
+        details=[*verdict_details(run, judgement), *closeness(last_student(run), run.teacher)],
         facts=headline_facts(run, judgement),
         cost=cost(run),
         stages=stage_table(run),
         rivals=rival_table(run, rivals),
+        answers=answer_table(run, judgement),
         tasks=task_table(run, judgement),
         skipped=skipped(run),
         all_metrics=metric_table(run),

@@ -7,6 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 MISSING = "–"
+SHARES = ("acc", "acc_norm", "exact", "exact_match", "em", "followed", "teacher_first_choice")
+"""Metrics that are shares of documents, or of tokens."""
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -58,8 +60,8 @@ def percent(share: float | None, digits: int = 0) -> str:
 
 
 def is_share(metric: str) -> bool:
-    """Whether the metric is a share of documents, shown in percent."""
-    return metric.split(",")[0] in ("acc", "acc_norm", "exact", "exact_match", "em")
+    """Whether the metric is shown in percent."""
+    return metric.split(",")[0] in SHARES
 
 
 def score(metric: str, value: float | None, stderr: float | None = None) -> str:
@@ -111,9 +113,15 @@ def metric_label(task: str, metric: str) -> str:
         "word_perplexity": "perplexity per word",
         "byte_perplexity": "perplexity per byte",
         "bits_per_byte": "bits per byte",
-        "token_perplexity_512": "perplexity per token, windows of 512",
+        "followed": "rule kept",
+        "rouge_l": "ROUGE-L",
+        "calibration_error": "calibration error",
+        "teacher_kl": "divergence from the teacher, nats a token",
+        "teacher_first_choice": "same first choice as the teacher",
         "perplexity": "perplexity of the word",
     }
+    if metric.startswith("token_perplexity_"):
+        return f"perplexity per token, windows of {metric.rpartition('_')[2]}"
     return names.get(metric, metric.replace("_", " "))
 
 

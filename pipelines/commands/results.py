@@ -53,6 +53,16 @@ def evaluate(
     mirror: Annotated[
         Path | None, typer.Option(help="A folder of JSONL files instead of the hub's data.")
     ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(help="Examples in each prompt.", metavar="N", min=0)
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Put prompts into the model's chat template.")
+    ] = False,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Hold the model's answers on text against this one.", metavar="MODEL"),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the scorecard to this file.", metavar="FILE")
     ] = None,
@@ -64,12 +74,21 @@ def evaluate(
 
     if out:
         check_parents(out)
-    settings: dict[str, Any] = {"limit": limit, "mirror": str(mirror) if mirror else None}
+    settings: dict[str, Any] = {
+        "limit": limit,
+        "mirror": str(mirror) if mirror else None,
+        "num_fewshot": fewshot,
+        "chat_template": chat_template,
+    }
     if tasks is not None:
         settings["tasks"] = [name.strip() for name in tasks.split(",") if name.strip()]
     with stop_signals():
         scorecard = evaluate_model(
-            model, settings, cache=download_cache(), console=make_console(stderr=True)
+            model,
+            settings,
+            teacher=teacher,
+            cache=download_cache(),
+            console=make_console(stderr=True),
         )
     if as_json:  # shown before it is written: a path that can't be written costs no result
         print_json(scorecard)

@@ -8,7 +8,7 @@ from pipelines.stages.context import Context
 from reports.settings import BenchmarkSettings
 from shearling import write_json
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 RESUMABLE = False
 
 
@@ -16,11 +16,13 @@ def run(settings: BenchmarkSettings, context: Context) -> dict[str, Any]:
     """Write ``out/scorecard.json``; returns which tasks were measured and which skipped."""
     from reports.benchmark import benchmark
 
+    teacher = context.inputs.get("teacher")
     scorecard = benchmark(
         context.inputs["model"] / "model",
         settings,
         name=context.name,
         cache=context.cache,
+        teacher=teacher / "model" if teacher else None,
         device=context.device,
         seed=context.seed,
         progress=context.progress,

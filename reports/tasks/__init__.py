@@ -31,6 +31,8 @@ OWN = {
     "lastword": "lastword",
     "cloze_leads": "cloze_leads",
     "grammar_pairs": "grammar_pairs",
+    "instructions": "instructions",
+    "rewriting": "rewriting",
 }
 """This project's own tasks: name (and name of the YAML file here) -> module with `documents`."""
 
@@ -167,6 +169,13 @@ def _prepare_mirrored(name: str, file: Path, work: Path) -> Task:
     if train.is_file():
         splits["train"] = train.resolve()
     return _write_task(name, "mirror", stock, splits, work)
+
+
+def constant_floor(name: str, asked: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """What a constant answer scores on an own task that is written, by metric; {} for others."""
+    module = import_module(f"reports.tasks.{OWN[name]}") if name in OWN else None
+    floor: Callable[..., dict[str, float]] | None = getattr(module, "constant_floor", None)
+    return floor(asked) if floor else {}
 
 
 def _write_task(name: str, source: str, base: Path, splits: dict[str, Path], work: Path) -> Task:

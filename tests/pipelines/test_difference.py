@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -9,19 +10,47 @@ import pytest
 from shearling_process import Shearling
 
 from pipelines.difference import find_scorecard, settings_like
+from reports.run_folder import Data
+from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, read_json, write_json
 
 
+@pytest.fixture(scope="module")
+def card(tiny_llama: Path, tiny_mirror: Path, tmp_path_factory: pytest.TempPathFactory) -> Data:
+    """A real scorecard of the tiny Llama."""
+    from reports.benchmark import benchmark
+
+    asked = BenchmarkSettings(
+        tasks=("copa",), mirror=str(tiny_mirror), prompts=(), completion_tokens=4, speed=False
+    )
+    return benchmark(tiny_llama, asked, name="teacher", cache=tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
-def copas(tmp_path: Path, finished: tuple[Path, str]) -> tuple[Path, Path]:
-    """Two scorecards on 40 documents: the run's own, stretched; the second is clearly worse."""
+def measured_run(card: Data, tiny_llama: Path, tmp_path: Path) -> Path:
+    """A run of two models, with what diff reads of one."""
+    run = tmp_path / "runs" / "tiny"
+    names = ("teacher", "distill")
+    for name in names:
+        (run / "stages" / name).mkdir(parents=True)
+        (run / "stages" / name / "model").symlink_to(tiny_llama)
+        write_json(run / "stages" / name / "scorecard.json", {**card, "model": name})
+    rows = [{"name": name, "kind": name, "state": "done"} for name in names]
+    write_json(run / "run.json", {"schema": 1, "recipe": "tiny", "state": "done", "stages": rows})
+    return run
+
+
+@pytest.fixture
+def copas(tmp_path: Path, card: Data) -> tuple[Path, Path]:
+    """Scorecards as if of 40 documents; the second model is clearly worse."""
     paths = []
     for name, right in (("teacher", 32), ("distill", 8)):
-        card = read_json(finished[0] / "stages" / name / "scorecard.json")
-        card["samples"]["copa"]["acc"] = "1" * right + "0" * (40 - right)
-        card["results"]["copa"]["acc"] = {"value": right / 40, "stderr": 0.07}
+        made = copy.deepcopy(card)
+        made["model"] = name
+        made["samples"]["copa"]["acc"] = "1" * right + "0" * (40 - right)
+        made["results"]["copa"]["acc"] = {"value": right / 40, "stderr": 0.07}
         paths.append(tmp_path / f"{name}.json")
-        write_json(paths[-1], card)
+        write_json(paths[-1], made)
     return paths[0], paths[1]
 
 
@@ -43,20 +72,20 @@ def test_a_clear_difference_is_called_worse(copas: tuple[Path, Path], shearling:
 
 
 def test_a_run_stands_for_its_last_model_and_is_compared_with_its_teacher(
-    run: Path, shearling: Shearling
+    measured_run: Path, shearling: Shearling
 ) -> None:
-    card = find_scorecard(str(run))
-    assert card is not None
-    assert card["model"] == "distill"
-    done = shearling("diff", run / "stages" / "teacher", run, "--all", "--json")
+    last = find_scorecard(str(measured_run))
+    assert last is not None
+    assert last["model"] == "distill"
+    done = shearling("diff", measured_run / "stages" / "teacher", measured_run, "--all", "--json")
     assert done.returncode == 0, done.stderr
     assert {entry["task"] for entry in json.loads(done.stdout)["comparisons"]} == {"copa"}
 
 
 def test_a_model_is_measured_as_the_other_sides_scorecard_was(
-    run: Path, tiny_mirror: Path, shearling: Shearling
+    measured_run: Path, tiny_mirror: Path, shearling: Shearling
 ) -> None:
-    teacher = run / "stages" / "teacher"
+    teacher = measured_run / "stages" / "teacher"
     done = shearling("diff", teacher, teacher / "model", "--mirror", tiny_mirror, "--json")
     assert done.returncode == 0, done.stderr
     (entry,) = json.loads(done.stdout)["comparisons"]
@@ -77,8 +106,8 @@ def test_what_was_measured_differently_is_refused(
     assert fact.replace("_", " ") in done.stderr
 
 
-def test_settings_follow_the_scorecard(run: Path) -> None:
-    card = find_scorecard(str(run))
+def test_settings_follow_the_scorecard(measured_run: Path) -> None:
+    card = find_scorecard(str(measured_run))
     assert card is not None
     card["tasks"]["copa"]["limit"] = 3
     like = settings_like(card, {"limit": None, "mirror": "here"})
@@ -89,9 +118,9 @@ def test_settings_follow_the_scorecard(run: Path) -> None:
 
 
 def test_a_file_that_is_no_scorecard_is_a_clear_error(
-    run: Path, tmp_path: Path, shearling: Shearling
+    measured_run: Path, tmp_path: Path, shearling: Shearling
 ) -> None:
-    done = shearling("diff", run / "run.json", run)
+    done = shearling("diff", measured_run / "run.json", measured_run)
     assert done.returncode == 2
     assert "not a scorecard" in done.stderr
     with pytest.raises(ShearlingError, match=r"none\.json"):

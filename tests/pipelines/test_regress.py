@@ -76,6 +76,17 @@ def test_an_update_keeps_tolerances_set_by_hand(baseline: dict[str, Any]) -> Non
     assert updated["distill/wikitext2/word_perplexity"]["tolerance"] == {"relative": 0.02}
 
 
+def test_tolerances_are_never_wider_than_a_standard_error() -> None:
+    def tolerance(*fields: Any, **named: Any) -> dict[str, float]:
+        return Number(*fields, **named).default_tolerance()
+
+    assert tolerance(50.0, "lower", stderr=0.5) == {"absolute": 0.5}
+    assert tolerance(50.0, "lower", stderr=4.0) == {"relative": 0.02}
+    assert tolerance(0.6, "higher", 20, stderr=0.1) == {"absolute": 0.1}
+    assert tolerance(0.6, "higher", 80, stderr=0.055) == {"absolute": 0.0375}
+    assert tolerance(1.0, "higher", 20, stderr=0.0) == {"absolute": 0.15}
+
+
 def test_counts_are_kept_exactly() -> None:
     exact = {"teacher/parameters": Number(134_515_008.0, "same")}
     baseline = baseline_of("r", exact, before=None)

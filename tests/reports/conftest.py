@@ -72,6 +72,7 @@ def settings(mirror: Path) -> BenchmarkSettings:
         limits={"grammar_pairs": 48},
         mirror=str(mirror),
         perplexity_windows=6,
+        agreement_windows=3,
         completion_tokens=8,
         speed=False,
     )
@@ -156,7 +157,13 @@ def cards(
     folders = {"teacher": models.teacher, "prune": models.pruned, "distill": models.taught}
     with wikitext_replaced():
         return {
-            name: benchmark(folder, settings, name=name, cache=cache)
+            name: benchmark(
+                folder,
+                settings,
+                name=name,
+                cache=cache,
+                teacher=None if name == "teacher" else models.teacher,
+            )
             for name, folder in folders.items()
         }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from reports.benchmark import benchmark, finite, floors, keep_samples, read_metrics
+from reports.compare import mismatch, written_alike
 from reports.hub import hub_answers
 from reports.load import load_model, quiet_libraries
 from reports.perplexity import perplexity_of_windows, ratio_error, window_losses
@@ -105,6 +108,116 @@ def test_token_perplexity_is_what_the_formats_say(
     assert cards["teacher"]["tasks"]["wikitext2"]["perplexity_windows"] == len(losses)
     with pytest.raises(ShearlingError, match="fewer than one window"):
         window_losses(model, tokenizer, "short", length=512, windows=1)
+
+
+def test_other_windows_cover_the_same_text_and_too_long_ones_say_so(
+    cards: dict[str, dict[str, Any]],
+) -> None:
+    card = cards["teacher"]
+    samples = card["samples"]["wikitext2"]
+    assert len(samples["token_perplexity_128"]) == 6 * 512 // 128
+    assert "token_perplexity_2048" not in samples
+    assert "512 positions" in card["tasks"]["wikitext2"]["left_out"]["token_perplexity_2048"]
+    found = card["results"]["wikitext2"]["token_perplexity_128"]
+    losses = samples["token_perplexity_128"]
+    assert found["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+
+
+def test_agreement_with_the_teacher_is_that_of_dense_logits(
+    cards: dict[str, dict[str, Any]], models: Any, local_wikitext: str
+) -> None:
+    found = cards["distill"]["results"]["wikitext2"]
+    taught, tokenizer = load_model(models.taught)
+    teacher, _ = load_model(models.teacher)
+    ids = tokenizer(local_wikitext, add_special_tokens=False)["input_ids"][: 3 * 512]
+    windows = torch.tensor(ids).view(3, 512)
+    with torch.no_grad():
+        mine = taught(windows).logits[:, :-1].log_softmax(-1)
+        theirs = teacher(windows).logits[:, :-1].log_softmax(-1)
+    kl = torch.nn.functional.kl_div(mine, theirs, log_target=True, reduction="none").sum(-1)
+    assert found["teacher_kl"]["value"] == pytest.approx(kl.mean().item(), rel=1e-4)
+    error = kl.mean(1).std().item() / math.sqrt(3)
+    assert found["teacher_kl"]["stderr"] == pytest.approx(error, rel=1e-3)
+    same = (mine.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+    assert found["teacher_first_choice"]["value"] == pytest.approx(same)
+    confidence, choice = mine.exp().max(-1)
+    right = (choice == windows[:, 1:]).float()
+    bins = (confidence * 15).long().clamp(max=14)
+    gaps = [(confidence - right)[bins == each].sum().abs().item() for each in range(15)]
+    assert found["calibration_error"]["value"] == pytest.approx(sum(gaps) / right.numel(), abs=1e-5)
+    assert found["calibration_error"]["stderr"] > 0
+    assert "teacher_kl" not in cards["teacher"]["results"]["wikitext2"]
+    assert cards["distill"]["tasks"]["wikitext2"]["higher_is_better"]["teacher_kl"] is False
+
+
+def test_the_chat_template_reaches_the_prompts(models: Any, mirror: Path, tmp_path: Path) -> None:
+    def measure(**changed: Any) -> dict[str, Any]:
+        asked = BenchmarkSettings(tasks=("piqa",), limit=4, mirror=str(mirror), speed=False,
+                                  completion_tokens=1, **changed)  # fmt: skip
+        return benchmark(model, asked, name="x", cache=tmp_path)
+
+    model = tmp_path / "chatty"
+    shutil.copytree(models.teacher, model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    )
+    plain, chat = measure(), measure(chat_template=True)
+    assert plain["tasks"]["piqa"]["hash"] != chat["tasks"]["piqa"]["hash"]
+    assert "chat template" in (mismatch(plain, chat, "piqa") or "")
+    assert len(chat["samples"]["piqa"]["acc"]) == 4
+
+
+def test_written_answers_are_judged_kept_and_held_against_the_teachers(
+    models: Any, tmp_path: Path
+) -> None:
+    asked = BenchmarkSettings(tasks=("instructions", "rewriting"), limit=4, speed=False,
+                              completion_tokens=1)  # fmt: skip
+    card = benchmark(models.teacher, asked, name="x", cache=tmp_path)
+    for task, metric in (("instructions", "followed"), ("rewriting", "rouge_l")):
+        assert len(card["answers"][task]) == 4
+        assert 0 <= card["results"][task][metric]["value"] <= 1
+        assert card["results"][task][metric]["stderr"] is not None
+        assert 0 <= card["tasks"][task]["floor"][metric] <= 1
+        assert len(card["samples"][task][metric]) == 4
+    other = copy.deepcopy(card)
+    assert [e.rouge_l for e in written_alike(card, other)] == [1.0, 1.0]
+    card["answers"]["rewriting"] = ["the lamp is old"] * 4
+    other["answers"]["rewriting"] = ["the lamp is new", "the lamp is old"] * 2
+    (alike,) = (e for e in written_alike(card, other) if e.task == "rewriting")
+    assert alike.rouge_l == pytest.approx((0.75 + 1) / 2)
+    other["tasks"]["rewriting"]["hash"] = "other"
+    assert [e.task for e in written_alike(card, other)] == ["instructions"]
+
+
+def test_lm_evals_two_cache_traps_are_not_stepped_in(
+    models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its request cache switched on, lm-eval would answer a changed file with the old one."""
+    monkeypatch.setenv("LM_HARNESS_CACHE_PATH", str(tmp_path / "lm-cache"))
+
+    def measure(model: Path, text: str, limit: int) -> dict[str, Any]:
+        lines = "".join(
+            json.dumps({"goal": f"{text} {n}", "sol1": "The hill.", "sol2": "Wool.", "label": 0})
+            + "\n"
+            for n in range(6)
+        )
+        (tmp_path / "piqa.jsonl").write_text(lines, encoding="utf-8")
+        asked = BenchmarkSettings(tasks=("piqa",), limit=limit, mirror=str(tmp_path), speed=False,
+                                  completion_tokens=1)  # fmt: skip
+        return benchmark(model, asked, name="x", cache=tmp_path)
+
+    first = measure(models.teacher, "The llama", 3)
+    other_data = measure(models.teacher, "A shepherd", 3)
+    assert first["tasks"]["piqa"]["hash"] != other_data["tasks"]["piqa"]["hash"]
+    assert first["tasks"]["piqa"]["data_sha256"] != other_data["tasks"]["piqa"]["data_sha256"]
+    other_limit = measure(models.teacher, "A shepherd", 5)
+    assert other_limit["tasks"]["piqa"]["samples"] == 5
+    other_model = measure(models.pruned, "A shepherd", 3)
+    assert other_model["tasks"]["piqa"]["hash"] == other_data["tasks"]["piqa"]["hash"]
+    assert other_model["completions"] != other_data["completions"] or (
+        other_model["parameters"] != other_data["parameters"]
+    )
+    assert not (tmp_path / "lm-cache").exists()
 
 
 def test_errors_of_perplexities() -> None:

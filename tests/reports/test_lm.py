@@ -57,6 +57,15 @@ def test_choices_score_as_in_stock_hflm(
         assert greedy == expected_greedy
 
 
+def test_writing_is_that_of_stock_hflm(tiny_llama: Path) -> None:
+    stock, mine = pair(tiny_llama)
+    how = {"until": ["\n"], "max_gen_toks": 8, "do_sample": False}
+    asked = [(text, how) for text in ("The shepherd", "A lamb sees the", "Two stones")]
+    found = requests("generate_until", asked)  # type: ignore[arg-type]
+    with quiet_libraries():
+        assert mine.generate_until(found) == stock.generate_until(found)
+
+
 def test_rolling_scores_as_in_stock_hflm(tiny_llama: Path) -> None:
     stock, mine = pair(tiny_llama)
     texts = [("The shepherd sees the hill. " * n,) for n in (1, 40, 200)]

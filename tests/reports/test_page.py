@@ -146,7 +146,7 @@ def test_markdown_says_the_same(run: Path) -> None:
     assert text.startswith("# tiny\n")
     assert "After distill, " in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 4
+    assert len(tables) == 5
     for table in tables:
         unescaped = [re.sub(r"\\\|", "", line) for line in table.splitlines()]
         assert len({line.count("|") for line in unescaped}) == 1
@@ -360,3 +360,23 @@ def test_secrets_are_not_shown(run: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert "password" not in text
         assert "told to nobody" not in text
     assert "hf_***" in (run / "report.md").read_text(encoding="utf-8").replace("\\", "")
+
+
+def test_each_task_is_told_whether_the_student_is_worse_and_whether_that_is_noise(
+    run: Path,
+) -> None:
+    found = read_run(run)
+    judgement = judge(found)
+    table = make_view(found, judgement).answers
+    assert table is not None
+    assert "distill" in table.caption
+    entries = judgement.comparisons["distill"]
+    assert [row[0].text for row in table.rows] == [entry.task for entry in entries]
+    said = {"worse": ("yes", "yes"), "better": ("no, better", "yes"), "the same": ("no", "no"),
+            "within noise": ("can't be told", "no")}  # fmt: skip
+    for entry, row in zip(entries, table.rows, strict=True):
+        if entry.difference is not None:
+            assert (row[1].text, row[3].text) == said[entry.verdict]
+    floor = next(row[4] for row in table.rows if row[0].text == "grammar_pairs")
+    assert floor.text in ("yes", "not surely")
+    assert float(floor.note.rstrip("%")) >= 50

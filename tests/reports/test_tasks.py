@@ -11,14 +11,19 @@ from pathlib import Path
 import pytest
 
 from reports.settings import BenchmarkSettings
-from reports.tasks import OWN, check_tasks, mirror_file, prepare
+from reports.tasks import OWN, check_tasks, constant_floor, mirror_file, prepare
 from reports.tasks.cloze_leads import followers, gaps
 from reports.tasks.cloze_leads import make_documents as make_cloze
 from reports.tasks.draw import draw, insert_at_random, shuffled
 from reports.tasks.grammar_pairs import PAIRS_EACH, PHENOMENA
 from reports.tasks.grammar_pairs import make_documents as make_grammar
+from reports.tasks.instructions import RULES, follows
+from reports.tasks.instructions import make_documents as make_instructions
 from reports.tasks.lastword import make_documents as make_lastword
 from reports.tasks.lastword import process_results
+from reports.tasks.rewriting import KINDS
+from reports.tasks.rewriting import make_documents as make_rewriting
+from reports.tasks.rewriting import process_results as rewriting_results
 from reports.tasks.wikitext import split_pages, split_paragraphs
 from shearling import ShearlingError, sha256_of_file, silent
 from teachers.fetch import default_cache
@@ -29,6 +34,8 @@ SHA256 = {
     "lastword": "c95a9eadaf8efa0a829e7f3e2de340c6b4adf0af03c5d47ab6444967736394a4",
     "cloze_leads": "b83a68bc0f373575f36e39718488b10f7d0778e8a65d0234e5891fa01c854400",
     "grammar_pairs": "6917fcb599b4e03ca498d793a34becbb18c6777f23b3bbbd5b7b99ce82124c49",
+    "instructions": "26f579a64aad1f255b6c4058f871907d9a1915be69beb3df30db48ea0f8a57c7",
+    "rewriting": "e0617e02c0da5e11855acd99e5634cd7a19a6ea02ebed379a620300aba09c25f",
 }
 """Of each task's documents. A change here is a new version of the task: raise it in the YAML."""
 
@@ -72,6 +79,47 @@ def test_grammar_pairs_are_balanced_and_differ_in_one_place() -> None:
         first, second = (set(choice.rstrip("?.").split()) for choice in document["choices"])
         assert first != second
         assert len(first ^ second) <= 5
+
+
+def test_rules_are_kept_by_answers_that_keep_them_and_by_no_others() -> None:
+    kept = {
+        "mentions": ("The lamp is at the church.", "The lamps are old."),
+        "leaves_out": ("It is very quiet in this village.", "It is very quiet, and a lazy place."),
+        "lower_case": ("it is a small church.", "It is a small church."),
+        "upper_case": ("IT IS A SMALL CHURCH.", "IT IS A Small CHURCH."),
+        "two_sentences": ("It is old. It is quiet.", "It is old."),
+        "at_most_eight_words": ("A very small church.", "One of the smallest churches that I ever "
+                                "saw."),
+        "numbered": ("1. a boat\n2. a gull\n3. a rope", "1. a boat\n2. a gull"),
+        "question": ("Is it old?", "It is old."),
+        "begins_with": ("Lamp after lamp is lit.", "A lamp is lit."),
+        "json_list": ('["boat", "gull", "rope"]', "boat, gull, rope"),
+    }  # fmt: skip
+    assert set(kept) == set(RULES)
+    for rule, (right, wrong) in kept.items():
+        document = {"rule": rule, "word": "lamp"}
+        assert follows(document, right), rule
+        assert not follows(document, wrong), rule
+        assert not follows(document, " "), rule
+    documents = make_instructions()
+    assert [d["rule"] for d in documents[:10]] == list(RULES)
+    assert len({d["prompt"] for d in documents}) == len(documents)
+    assert 0 < constant_floor("instructions", documents)["followed"] < 0.4
+
+
+def test_rewriting_has_one_right_answer_and_copying_is_not_it() -> None:
+    documents = make_rewriting()
+    assert Counter(d["kind"] for d in documents) == dict.fromkeys(KINDS, 40)
+    assert len({d["prompt"] for d in documents}) == len(documents)
+    for document in documents:
+        right = rewriting_results(document, [f" {document['answer'].lower()}"])
+        assert right == {"rouge_l": 1.0, "exact": 1.0}
+        assert document["passage"] not in document["answer"]
+        assert document["answer"] not in document["prompt"].rpartition("Text:")[0]
+    floor = constant_floor("rewriting", documents)
+    assert floor["exact"] == 0
+    assert 0.3 < floor["rouge_l"] < 0.9
+    assert rewriting_results(documents[0], [""]) == {"rouge_l": 0.0, "exact": 0.0}
 
 
 def test_pages_of_wikitext_are_those_of_the_hub(shared_data: Path) -> None:

@@ -1,0 +1,91 @@
+"""What is measured on running text besides lm-eval's tasks; a scorecard has it under wikitext2."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaForCausalLM
+
+from reports.agreement import (
+    Reading,
+    agreement,
+    calibration_error,
+    confidences,
+    mean_and_error,
+    read_windows,
+)
+from reports.load import load_model
+from reports.perplexity import perplexity_of_windows, window_losses
+from reports.settings import BenchmarkSettings
+from shearling import Progress
+
+TASK = "wikitext2"
+WINDOW = 512
+"""The window of the main perplexity, of calibration and of agreement."""
+
+
+def add_perplexities(
+    card: dict[str, Any], model: LlamaForCausalLM, tokenizer: Any, text: str,
+    settings: BenchmarkSettings, progress: Progress,
+) -> None:  # fmt: skip
+    """Perplexity at each of the settings' window lengths, over about the same number of tokens."""
+    for length in settings.perplexity_lengths:
+        metric = f"token_perplexity_{length}"
+        if length > model.config.max_position_embeddings:
+            reason = f"the model has {model.config.max_position_embeddings} positions"
+            card["tasks"][TASK].setdefault("left_out", {})[metric] = reason
+            continue
+        windows = max(1, settings.perplexity_windows * WINDOW // length)
+        losses = window_losses(
+            model, tokenizer, text, length=length, windows=windows, progress=progress
+        )
+        _add(card, metric, *perplexity_of_windows(losses), losses, higher_is_better=False)
+        if length == WINDOW:
+            card["tasks"][TASK]["perplexity_windows"] = len(losses)
+
+
+def read_text(
+    model: LlamaForCausalLM, tokenizer: Any, text: str, settings: BenchmarkSettings,
+    progress: Progress,
+) -> Reading | None:  # fmt: skip
+    """The model on the first windows; None where the text or the model is too short for one."""
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = min(settings.agreement_windows, len(tokens) // WINDOW)
+    if windows == 0 or model.config.max_position_embeddings < WINDOW:
+        return None
+    ids_WT = torch.tensor(tokens[: windows * WINDOW]).view(windows, WINDOW)
+    return read_windows(model, ids_WT, progress)
+
+
+def add_agreement(
+    card: dict[str, Any], reading: Reading, teacher: Path | None, device: str, progress: Progress
+) -> None:
+    """Calibration of the model, and where there is a teacher, how far the model is from it."""
+    value, error = calibration_error(*confidences(reading))
+    _add(card, "calibration_error", value, error, None, higher_is_better=False)
+    card["tasks"][TASK]["agreement_windows"] = len(reading.ids_WT)
+    if teacher is None:
+        return
+    model, _ = load_model(teacher, device)
+    if model.lm_head.weight.shape[0] != reading.vocabulary_VD.shape[0]:
+        reason = "teacher and student have different vocabularies"
+        card["tasks"][TASK].setdefault("left_out", {})["teacher_kl"] = reason
+        return
+    kl_W, same_W = agreement(read_windows(model, reading.ids_WT, progress), reading, progress)
+    _add(card, "teacher_kl", *mean_and_error(kl_W), kl_W, higher_is_better=False)
+    _add(card, "teacher_first_choice", *mean_and_error(same_W), same_W, higher_is_better=True)
+
+
+def _add(
+    card: dict[str, Any], metric: str, value: float, error: float | None,
+    samples: list[float] | None, *, higher_is_better: bool,
+) -> None:  # fmt: skip
+    finite = [number if number is not None and math.isfinite(number) else None
+              for number in (value, error)]  # fmt: skip
+    card["results"][TASK][metric] = {"value": finite[0], "stderr": finite[1]}
+    card["tasks"][TASK]["higher_is_better"][metric] = higher_is_better
+    if samples and all(math.isfinite(sample) for sample in samples):
+        card["samples"][TASK][metric] = [round(sample, 6) for sample in samples]
