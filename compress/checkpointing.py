@@ -51,30 +51,60 @@ class TrainingState:
     state: dict[str, Any]
     tensors: Mapping[str, Group] = field(default_factory=dict)
 
+    def whole(self, name: str) -> Mapping[str, Tensor]:
+        """A group that is never split into parts."""
+        group = self.tensors[name]
+        assert not isinstance(group, Path), f"{name} is one file"
+        return group
+
 
 def save_checkpoint(folder: Path, checkpoint: TrainingState) -> None:
-    """Write ``folder/step-N``, then remove what it replaces: earlier steps and surpassed bests."""
-    name = _STEP.format(checkpoint.step)
-    with _shared_folder(folder / name) as aside:
+    """Write ``folder/step-N``, then remove what it replaces: earlier steps and surpassed bests.
+
+    All processes call it together.
+    """
+    with _shared_folder(folder / _STEP.format(checkpoint.step)) as aside:
         for group, tensors in checkpoint.tensors.items():
             _save_group(aside, group, tensors)
         if leads():
-            state = {**checkpoint.state, "schema": SCHEMA, "step": checkpoint.step}
-            write_json(aside / "state.json", state)
+            _write_state(aside, checkpoint)
     if leads():
-        best = _BEST.format(checkpoint.state.get("best_step", -1))
-        _remove_all_but({name, best, best + _WHOLE}, folder)
+        _remove_replaced(folder, checkpoint)
     meet()
+
+
+def save_checkpoint_alone(folder: Path, checkpoint: TrainingState) -> None:
+    """`save_checkpoint` of work that one process does, while others may wait for another call."""
+    with folder_aside(folder / _STEP.format(checkpoint.step)) as aside:
+        for group in checkpoint.tensors:
+            _save_whole(aside, group, checkpoint.whole(group))
+        _write_state(aside, checkpoint)
+    _remove_replaced(folder, checkpoint)
+
+
+def _write_state(folder: Path, checkpoint: TrainingState) -> None:
+    state = {**checkpoint.state, "schema": SCHEMA, "step": checkpoint.step}
+    write_json(folder / "state.json", state)
+
+
+def _remove_replaced(folder: Path, checkpoint: TrainingState) -> None:
+    best = _BEST.format(checkpoint.state.get("best_step", -1))
+    _remove_all_but({_STEP.format(checkpoint.step), best, best + _WHOLE}, folder)
+
+
+def _save_whole(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
+    ready = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+    save_file(ready, folder / f"{name}{_WHOLE}")
 
 
 def _save_group(folder: Path, name: str, tensors: Group) -> None:
     """One file, or a folder with a part from each process; random states are rank 0's."""
     assert not isinstance(tensors, Path), "what is saved is in memory"
-    ready = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     if processes() == 1 or name == "random":
         if leads():
-            save_file(ready, folder / f"{name}{_WHOLE}")
+            _save_whole(folder, name, tensors)
         return
+    ready = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
     save_parts(
         ready,
         storage_writer=HuggingFaceStorageWriter(str(folder / name), save_distributed=True),

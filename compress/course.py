@@ -241,9 +241,7 @@ def restore(course: Course, checkpoint: TrainingState) -> None:
     state, tensors = checkpoint.state, checkpoint.tensors
     fill(dict(course.student.named_parameters()), tensors["student"])
     restore_optimizers(course.student, course.optimizers, tensors["optimizer"])
-    random = tensors["random"]
-    assert not isinstance(random, Path), "random states are one file"
-    restore_random(random)
+    restore_random(checkpoint.whole("random"))
     if course.average is not None:
         fill(course.average, tensors["average"])
     course.step, course.seconds = checkpoint.step, state["seconds"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from compress.checkpointing import load_checkpoint, save_checkpoint
+from compress.checkpointing import load_checkpoint, save_checkpoint_alone
 from compress.coupling import derive_coupling
 from compress.ends import student_ends
 from compress.memory import reuse_freed_memory
@@ -97,7 +97,7 @@ def prune(
 
     with torch.no_grad(), disk_errors(out):
         if saved:
-            survey = Survey.from_tensors(saved.tensors["survey"])
+            survey = Survey.from_tensors(saved.whole("survey"))
         else:
             survey = take_survey(
                 source, shape, windows, settings, streams(), place, precision.dtype, progress
@@ -156,7 +156,7 @@ class Saving:
         if time.monotonic() - self._saved < self.seconds:
             return
         state = self.walk.state()
-        save_checkpoint(
+        save_checkpoint_alone(
             self.folder,
             replace(
                 state,

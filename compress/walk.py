@@ -108,7 +108,7 @@ class Walk:
 
     def restore(self, saved: TrainingState) -> None:
         """Go on where ``state`` was taken."""
-        streams = saved.tensors["streams"]
+        streams = saved.whole("streams")
         self.teacher_stream.copy_(streams["teacher"])
         self.student_stream.copy_(streams["student"])
         self.probe_stream = streams["probe"].to(self.device)
