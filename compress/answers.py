@@ -253,10 +253,12 @@ def cached_answers(
     """Open the cache, ask the teacher for what this run needs and it lacks; give facts about it."""
     checkpoint = Checkpoint(teacher)
     assert settings.targets != "live", "live answers need no cache"
+    # Rows beyond the tokenizer's tokens are padding: they have no part in the teacher's answer.
+    vocabulary = min(checkpoint.shape.vocab_size, len(checkpoint.tokenizer()))
     shape = TargetFormat(
         kind=settings.targets,
-        slots=min(settings.target_slots, checkpoint.shape.vocab_size),
-        vocabulary=checkpoint.shape.vocab_size,
+        slots=min(settings.target_slots, vocabulary),
+        vocabulary=vocabulary,
     )
     count, window = data.text.tokens.shape
     with leader_first():  # hashing the teacher and making the files is done once

@@ -50,6 +50,35 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+_PROBE = "In 2023, 1234567 sheep 🐑: x**2\n\t美洲驼 é\u0301 <s>"
+
+
+def check_same_tokenizer(teacher: Path, student: Path) -> None:
+    """The student's tokenizer gives the teacher's ids: else their probabilities can't be compared.
+
+    Chat template and padding of the vocabulary may differ: logits beyond the tokens that both
+    have are left out of the loss.
+
+    Raises:
+        ShearlingError: two tokenizers; says what would work.
+    """
+    if tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
+        return
+    theirs, ours = load_tokenizer(teacher), load_tokenizer(student)
+    differing = sum(ours.get_vocab().get(t) != i for t, i in theirs.get_vocab().items())
+    same_ids = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
+    if not differing and len(theirs) == len(ours) and same_ids:
+        return
+    raise ShearlingError(
+        f"Teacher and student have different tokenizers: {len(theirs):,} tokens in {teacher}, "
+        f"{len(ours):,} in {student}, {differing:,} of the teacher's with another number or none. "
+        "What the teacher says of its tokens can't be compared with the student's.",
+        hint="Teach with a model of the student's own family (Llama 3, 3.1 and 3.2 share one "
+        "tokenizer, so do Llama 1 and 2), or cut the student out of this teacher with a prune "
+        "stage, which keeps the teacher's tokenizer.",
+    )
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files as they are: same ids, chat template and special tokens."""
     with disk_errors(target):

@@ -29,9 +29,11 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
     from compress.answers import Taught
     from compress.distill import distill
     from compress.parallel import leads
+    from teachers.tokenizer import check_same_tokenizer
 
     student = context.inputs["model"]
     selection = student / TEACHER_SELECTION
+    check_same_tokenizer(context.inputs["teacher"] / "model", student / "model")
     # Teaching moves no dimension, so what the student kept of the teacher stays true.
     if leads():
         shutil.copyfile(selection, context.out / TEACHER_SELECTION)
