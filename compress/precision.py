@@ -7,6 +7,7 @@ one without them emulates bfloat16 at half the speed of float32.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,22 +38,31 @@ class PrecisionChoice:
         return asdict(self)
 
 
-def product_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
+def product_rate(
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float = 0.1,
+    *,
+    size: tuple[int, int, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """FLOP/s of matrix products in ``dtype``: the best of as many as fit into ``seconds``.
 
     The best, not the mean: other programs on the machine only ever make a product slower.
+    ``size`` is rows, inner and outer size of the product, by default those of a small model;
+    ``clock`` may count the processor's time instead of the wall's.
     """
-    rows, inner, outer = _SHAPE_MKN
+    rows, inner, outer = size or _SHAPE_MKN
     left = torch.ones(rows, inner, device=device, dtype=dtype)
     right = torch.ones(inner, outer, device=device, dtype=dtype)
     left @ right  # the first product sets the libraries up
     best, products, end = float("inf"), 0, time.perf_counter() + seconds
     while products < _AT_LEAST or time.perf_counter() < end:
         _wait(device)
-        start = time.perf_counter()
+        start = clock()
         left @ right
         _wait(device)
-        best, products = min(best, time.perf_counter() - start), products + 1
+        best, products = min(best, clock() - start), products + 1
     return 2.0 * rows * inner * outer / best
 
 

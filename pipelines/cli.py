@@ -28,6 +28,10 @@ EPILOG = (
 )
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "init": (recipes.init, "shearling init --teacher ./my-llama --out my-recipe.yaml"),
+    "plan": (
+        recipes.plan,
+        "shearling plan quickstart --accelerator h100-sxm",
+    ),
     "run": (runs.run, "shearling run quickstart --set distill.tokens=100000"),
     "resume": (runs.resume, "shearling resume runs/quickstart"),
     "status": (runs.status, "shearling status runs/quickstart"),
@@ -36,6 +40,10 @@ COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "serve": (results.serve, "shearling serve runs/quickstart --port 8573"),
     "eval": (results.evaluate, "shearling eval runs/quickstart/stages/distill --tasks wikitext2"),
     "diff": (results.diff, "shearling diff runs/quickstart/stages/teacher runs/quickstart"),
+    "export": (
+        models.export,
+        "shearling export runs/quickstart/stages/distill --to gguf --quantise q8_0 --out small",
+    ),
     "families": (models.families, "shearling families llama-3.1-8b"),
     "doctor": (machine.doctor, "shearling doctor --json"),
     "regress": (results.regress, "shearling regress --only regress-tiny"),

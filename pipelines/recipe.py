@@ -31,7 +31,7 @@ from pydantic import (
 from compress.settings import CorrectSettings, DistillSettings, PruneSettings
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError
-from students.settings import Settings
+from students.settings import ExportSettings, Settings
 from students.shape import PRESETS, Shape
 from teachers.families import training_recipe
 from teachers.settings import TeacherSettings, TransferSetSettings
@@ -173,7 +173,14 @@ class TeacherStage(TeacherSettings):
     name: str = Field(description="The teacher's name in the run folder and in `teachers`.")
 
 
-AnyStage = PruneStage | DistillStage | CorrectStage | TeacherStage
+class ExportStage(ExportSettings):
+    """A stage that writes the newest model for others; the next stage goes on from that model."""
+
+    kind: Literal["export"] = Field(description="What the stage does.")
+    name: str = Field(description="The stage's name in the run folder and the report.")
+
+
+AnyStage = PruneStage | DistillStage | CorrectStage | TeacherStage | ExportStage
 KINDS: dict[str, type[Settings]] = {
     get_args(stage.model_fields["kind"].annotation)[0]: stage for stage in get_args(AnyStage)
 }

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import machine, preflight
+from pipelines.accelerators import this_machine
 from pipelines.crew import call_the_others
 from pipelines.display import Display, format_bytes, format_seconds, headline
 from pipelines.journal import Journal, now
 from pipelines.locks import run_lock
+from pipelines.plan import PLAN_FILE, make_plan, teacher_facts
 from pipelines.provenance import Provenance, check_locked, lock_data
 from pipelines.recipe import Recipe
 from pipelines.stages.context import Context
@@ -45,7 +47,7 @@ from shearling import (
 SCHEMA = 1
 ERROR_LOG = "error.log"
 TELL_LEFTOVERS = 50_000_000  # bytes
-LINKED = ("model", "selection.json", "metrics.jsonl", "transfer_set.json")
+LINKED = ("model", "export", "selection.json", "metrics.jsonl", "transfer_set.json")
 """What of an artefact ``stages/NAME`` links to; scorecard.json and stage.json are copied."""
 
 
@@ -141,6 +143,8 @@ class _Run:
         steps = [step for step, _ in self.planned]
         lock = lock_data(self.recipe, steps, device=self.device, command=self.options.again)
         self.provenance.write(self.recipe, lock)
+        (self.run / PLAN_FILE).unlink(missing_ok=True)
+        self._write_plan()
         rows = [(s.stage, s.kind) for s, _ in self.planned if s.kind != "benchmark"]
         self.journal = Journal(
             self.run, recipe=self.recipe.name, stages=rows, again=self.options.again
@@ -190,7 +194,8 @@ class _Run:
         self._show(step)
         if step.name == "teacher" and decision.runs:
             self._check_shapes()
-        if step.kind in ("benchmark", "transfer_set"):
+            self._write_plan()
+        if step.kind in ("benchmark", "transfer_set", "export"):
             self.journal.set_row(step.stage, state="done")
             self._report_if_possible()
 
@@ -323,6 +328,18 @@ class _Run:
         shape = preflight.known_teacher_shape(self.recipe, self._artefact("teacher"))
         if shape is not None:
             preflight.check_shapes(self.recipe, shape)
+
+    def _write_plan(self) -> None:
+        """plan.json, once and as soon as the teacher's shape is known: the report compares."""
+        path = self.run / PLAN_FILE
+        if path.exists():
+            return
+        try:
+            facts = teacher_facts(self.recipe.teacher, self._artefact("teacher"))
+        except ShearlingError:
+            return  # not known before the teacher has been brought in
+        here = this_machine(self.options.cache, self.device, self.run)
+        write_json(path, make_plan(self.recipe, facts, here))
 
     def _report(self) -> None:
         from reports.page import write_report

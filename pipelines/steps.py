@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from pipelines.recipe import DistillStage, Recipe, TeacherStage
-from pipelines.stages import benchmark, correct, distill, prune, teacher, transfer_set
+from pipelines.stages import benchmark, correct, distill, export, prune, teacher, transfer_set
 from pipelines.stages.distill import teacher_role
 from pipelines.store import Store, stage_key
 from reports.hub import NO_ANSWER, worth_another_try
@@ -29,6 +29,7 @@ STAGES: dict[str, ModuleType] = {
     "correct": correct,
     "prune": prune,
     "distill": distill,
+    "export": export,
     "benchmark": benchmark,
 }
 """One module a kind: ``run(settings, context)``, ``CODE_VERSION``, ``RESUMABLE``, and ``TOGETHER``
@@ -72,7 +73,7 @@ class Step:
 
     @property
     def makes_model(self) -> bool:
-        return self.kind not in ("transfer_set", "benchmark")
+        return self.kind not in ("transfer_set", "benchmark", "export")
 
     @property
     def recipe_path(self) -> str:
@@ -173,6 +174,20 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
     measure("teacher")
     teacher = newest = "teacher"
     for stage in recipe.stages:
+        if stage.kind == "export":
+            scorecards = {
+                "scorecard": f"{newest}/benchmark",
+                "teacher_scorecard": "teacher/benchmark",
+            }
+            builder.add(
+                "export",
+                stage,
+                stage=stage.name,
+                seeded=False,
+                leave_out=frozenset({"name", "kind"}),
+                needs={"model": newest, **scorecards},
+            )
+            continue
         needs = {"teacher": teacher, "model": newest, "transfer_set": "transfer_set"}
         files = {}
         if isinstance(stage, TeacherStage):

@@ -8,6 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.display import format_bytes, format_seconds
+
 
 def _table(columns: Mapping[str, str], title: str = "") -> Table:
     """A plain table; ``columns`` maps headings to ``left`` or ``right``."""
@@ -73,3 +75,60 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+# --- plan ---------------------------------------------------------------------------------------
+
+
+def plan_table(plan: Mapping[str, Any]) -> list[Table | Text]:
+    """A plan as printed: the table, what decides the memory, totals, warnings."""
+    teacher, total, machine = plan["teacher"], plan["total"], plan["machine"]
+    head = (
+        f"{plan['recipe']}: {teacher['model']}, {teacher['parameters']:,} parameters "
+        f"(by {teacher['told_by']}), on {plan['processes']} x {machine['name']}"
+    )
+    columns = ("parameters", "memory", "disk", "tokens", "FLOPs", "time", "processes")
+    table = _table({"stage": "left", **dict.fromkeys(columns, "right"), "peak": "left"})
+    for row in plan["stages"]:
+        table.add_row(
+            Text(row["name"]),
+            f"{row['parameters']:,}" if row["parameters"] else "",
+            format_bytes(row["memory_bytes"]),
+            format_bytes(row["disk_bytes"]) if row["disk_bytes"] else "",
+            f"{row['tokens']:,}" if row["tokens"] else "",
+            f"{row['flops']:.2g}" if row["flops"] else "",
+            _duration(row["seconds"]),
+            _processes(row),
+            _peak(row),
+        )
+    lines = [
+        f"In all: {_duration(total['seconds'])}, {total['flops']:.2g} FLOPs, at most "
+        f"{format_bytes(total['memory_bytes'])} of memory in a process and "
+        f"{format_bytes(total['disk_bytes'])} of disk.",
+        "Assumed: " + "; ".join(plan["assumptions"]) + ".",
+    ]
+    parts: list[Table | Text] = [Text(head, style="bold"), table, Text("\n".join(lines))]
+    parts += [Text(f"Warning: {warning}.", style="yellow") for warning in plan["warnings"]]
+    return parts
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else format_seconds(seconds)
+
+
+def _processes(row: Mapping[str, Any]) -> str:
+    """How many fit: ``1-4`` on a CPU, ``8+`` on accelerators, which each bring memory."""
+    least, most = row["least_processes"], row["most_processes"]
+    if least is None:
+        return "too big"
+    if most is None:
+        return f"{least}+" if row["kind"] in ("distill", "correct") else "1"
+    return f"{least}-{most}" if most > least else str(least)
+
+
+def _peak(row: Mapping[str, Any]) -> str:
+    """The moment of the peak and what fills it most."""
+    largest = sorted(row["memory"].items(), key=lambda part: -part[1])[:2]
+    return f"{row['moment']}: " + ", ".join(
+        f"{name} {format_bytes(size)}" for name, size in largest
+    )

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, as in distill.tokens=100000. Can be repeated.",
+    ),
+]
 RunArgument = Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN")]
 
 

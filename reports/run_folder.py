@@ -65,7 +65,7 @@ class Run:
     @property
     def models(self) -> list[Stage]:
         """The stages that make a model, the teacher first."""
-        return [stage for stage in self.stages if stage.kind != "transfer_set"]
+        return [stage for stage in self.stages if stage.kind not in ("transfer_set", "export")]
 
     @property
     def measured(self) -> list[Stage]:

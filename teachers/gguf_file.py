@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
 from shearling import Progress, ShearlingError, silent
+from students.gguf_layout import ROPE_FACTORS, hf_name, llama3_rope_factors
 from students.shape import Shape
 from teachers.gguf_header import Gguf, read_gguf, refusal
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer, special_ids
@@ -96,7 +96,7 @@ def _architecture_problems(gguf: Gguf) -> list[str]:
         problems.append(
             f"one of {meta['split.count']} parts; join them with `llama-gguf-split --merge` first"
         )
-    extra = [n for n in gguf.tensors if n != "rope_freqs.weight" and _hf_name(n) is None]
+    extra = [n for n in gguf.tensors if n != ROPE_FACTORS and hf_name(n) is None]
     if extra and not problems:
         problems.append(f"tensors that a stock Llama does not have: {', '.join(extra[:8])}")
     return problems
@@ -106,7 +106,7 @@ def _rope_parameters(gguf: Gguf, head_dim: int) -> dict[str, Any]:
     meta = gguf.metadata
     base = _shortest_float32(meta.get("llama.rope.freq_base", 10000.0))
     scaling = meta.get("llama.rope.scaling.type", "none")
-    if "rope_freqs.weight" in gguf.tensors:
+    if ROPE_FACTORS in gguf.tensors:
         return _llama3_rope(gguf, base, head_dim)
     if scaling == "none":
         return {"rope_type": "default", "rope_theta": base}
@@ -116,27 +116,13 @@ def _rope_parameters(gguf: Gguf, head_dim: int) -> dict[str, Any]:
     raise refusal(gguf.path, f"RoPE scaling of the kind {scaling!r}")
 
 
-def llama3_rope_factors(
-    base: float, head_dim: int, factor: float, low: float, high: float, original: int
-) -> NDArray[np.float64]:
-    """What each frequency is divided by under Llama 3.1's scaling, [head_dim / 2].
-
-    As in transformers' ``_compute_llama3_parameters`` and llama.cpp's converter.
-    """
-    frequencies = base ** -(np.arange(0, head_dim, 2) / head_dim)
-    wavelengths = 2 * np.pi / frequencies
-    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
-    factors: NDArray[np.float64] = 1 / ((1 - smooth) / factor + smooth)
-    return factors
-
-
 def _llama3_rope(gguf: Gguf, base: float, head_dim: int) -> dict[str, Any]:
     """Find the scaling behind ``rope_freqs``: GGUF stores its outcome, not its parameters.
 
     Every published Llama uses the bounds 1 and 4 over 8192 tokens; the factor (8, or 32 in Llama
     3.2) is the largest entry. Anything else is refused rather than approximated.
     """
-    stored = gguf.read("rope_freqs.weight").reshape(-1)
+    stored = gguf.read(ROPE_FACTORS).reshape(-1)
     factor = float(round(float(stored.max()), 4))
     low, high, original = 1.0, 4.0, 8192
     if factor <= 1:
@@ -156,42 +142,11 @@ def _llama3_rope(gguf: Gguf, base: float, head_dim: int) -> dict[str, Any]:
 
 # --- weights ------------------------------------------------------------------------------------
 
-_OUTER_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def _layer_name(name: str) -> str | None:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``; None if unknown."""
-    parts = name.split(".")
-    if len(parts) != 4 or parts[0] != "blk" or not parts[1].isdecimal():
-        return None
-    if parts[2] not in _LAYER_NAMES or parts[3] not in ("weight", "bias"):
-        return None
-    return f"model.layers.{int(parts[1])}.{_LAYER_NAMES[parts[2]]}.{parts[3]}"
-
-
-def _hf_name(name: str) -> str | None:
-    return _OUTER_NAMES.get(name) or _layer_name(name)
-
 
 def llama_tensors(gguf: Gguf, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
     """Hugging Face names and 32-bit tensors, one in memory at a time, in the file's order."""
     for name in gguf.tensors:
-        target = _hf_name(name)
+        target = hf_name(name)
         if target is None:
             continue
         try:
@@ -230,13 +185,13 @@ def convert(path: Path, out: Path, *, progress: Progress = silent) -> None:
     config.save_pretrained(out)
     _generation_config(gguf, config).save_pretrained(out)
     save_tokenizer(tokenizer, out)
-    sizes = [4 * math.prod(t.shape) for n, t in gguf.tensors.items() if _hf_name(n) is not None]
+    sizes = [4 * math.prod(t.shape) for n, t in gguf.tensors.items() if hf_name(n) is not None]
     save_shards(llama_tensors(gguf, config), sizes, out, what="dequantise", progress=progress)
 
 
 def _check_tensors(gguf: Gguf, config: LlamaConfig) -> None:
     shape = Shape.from_config(config)
-    names = ((_hf_name(name), info.shape) for name, info in gguf.tensors.items())
+    names = ((hf_name(name), info.shape) for name, info in gguf.tensors.items())
     found = {name: dimensions for name, dimensions in names if name is not None}
     problems = shape.internal_problems() or tensor_problems(shape, found, "the metadata say")
     if problems:

@@ -16,12 +16,8 @@ from tokenizers import processors as post_processors
 from transformers import PreTrainedTokenizerFast
 
 from shearling import write_json
+from students.gguf_layout import LLAMA3_SPLIT
 from teachers.gguf_header import Gguf, refusal
-
-_LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def _gpt2_split() -> Any:
@@ -36,7 +32,7 @@ def _digits_split() -> Any:
 def _llama3_split() -> Any:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -1,12 +1,20 @@
-"""Commands about models: families."""
+"""Commands about models: families, export."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from pipelines.terminal import JsonOption, make_console, print_json
+from pipelines.terminal import (
+    JsonOption,
+    download_cache,
+    make_console,
+    print_json,
+    stop_signals,
+)
+from shearling import ShearlingError
 
 
 def families(
@@ -28,3 +36,46 @@ def families(
         make_console().print(families_lines(rows[0], training_table()), soft_wrap=True)
     else:
         make_console().print(families_summary(rows))
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(help="A stage's folder, a model folder, a GGUF file or a hub id.")
+    ],
+    to: Annotated[str, typer.Option(help="hf (a folder) or gguf (one file for llama.cpp).")],
+    out: Annotated[Path, typer.Option(help="The folder to write.", metavar="DIR")],
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    quantise: Annotated[
+        str | None, typer.Option(help="GGUF only: q8_0, q5_1, q5_0, q4_1 or q4_0.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model for others: its weights, its tokenizer, and what was measured on it."""
+    from pydantic import ValidationError
+
+    from pipelines.display import Display, format_bytes
+    from pipelines.export import export_model
+    from students.settings import ExportSettings
+
+    try:
+        settings = ExportSettings.model_validate({"to": to, "dtype": dtype, "quantise": quantise})
+    except ValidationError as error:
+        told = [
+            f"{'.'.join(map(str, problem['loc'])) or 'options'}: {problem['msg']}"
+            for problem in error.errors()
+        ]
+        raise ShearlingError(
+            "The model can't be exported like that: " + "; ".join(told) + ".",
+            hint="For example --to gguf --quantise q8_0, or --to hf --dtype bfloat16.",
+        ) from error
+    with stop_signals(), Display(make_console(stderr=True)) as display:
+
+        def progress(what: str, done: int, total: int, /, **numbers: float) -> None:
+            display.progress("export", what, done, total, **numbers)
+
+        facts = export_model(model, out, settings, cache=download_cache(), progress=progress)
+    if as_json:
+        print_json(facts)
+    else:
+        size = format_bytes(facts["bytes"])
+        print(f"{out}: {', '.join(facts['files'])}, {size} as {facts['kind']}")

@@ -1,4 +1,4 @@
-"""Commands that come before a run: init."""
+"""Commands that come before a run: init, plan."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pipelines.terminal import JsonOption, SetOption, download_cache, make_console, print_json
 from shearling import ShearlingError, write_text
 
 
@@ -30,3 +31,39 @@ def init(
         )
     write_text(out, starter_recipe(teacher, out))
     print(f"Wrote {out}. Next: shearling run {shlex.quote(str(out))}")
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    overrides: SetOption = None,
+    accelerator: Annotated[
+        str | None,
+        typer.Option(help="Plan for this one (h100-sxm, a100-80gb, l4, ...), not this machine."),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Processes that share a distillation.", min=1)] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what a recipe will need before it runs: parameters, memory, disk, FLOPs, time.
+
+    Works from shapes alone: a teacher that is known by name need not be downloaded.
+    """
+    from pipelines.accelerators import named_machine, this_machine
+    from pipelines.machine import pick_device
+    from pipelines.plan import make_plan, teacher_facts
+    from pipelines.recipe import load_recipe
+    from pipelines.tables import plan_table
+
+    loaded = load_recipe(recipe, overrides or [])
+    facts = teacher_facts(loaded.teacher)
+    machine = (
+        named_machine(accelerator)
+        if accelerator
+        else this_machine(download_cache(), pick_device(loaded.device), Path("runs"))
+    )
+    made = make_plan(loaded, facts, machine, processes=processes)
+    if as_json:
+        print_json(made)
+    else:
+        console = make_console()
+        for part in plan_table(made):
+            console.print(part, highlight=False, soft_wrap=True)

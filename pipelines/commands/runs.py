@@ -13,6 +13,7 @@ import typer
 from pipelines.terminal import (
     JsonOption,
     RunArgument,
+    SetOption,
     download_cache,
     log_unexpected,
     make_console,
@@ -25,15 +26,6 @@ if TYPE_CHECKING:
     from pipelines.display import Display
     from pipelines.recipe import Recipe
     from pipelines.runner import Options
-
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a key of the recipe, as in distill.tokens=100000. Can be repeated.",
-    ),
-]
 
 
 def run(

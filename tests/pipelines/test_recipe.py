@@ -86,7 +86,7 @@ def test_all_mistakes_are_told_at_once(data: dict[str, Any]) -> None:
         "prune.shape: no shape has the name 'like-3c'; did you mean 'like-3b'?",
         "prune.ridge: should be greater than 0, not -1",
         "distill.tokens: should be greater than 0, not 0",
-        "PRUNE.kind: must be one of prune, distill, correct, teacher; did you mean 'distill'?",
+        "PRUNE.kind: must be one of prune, distill, correct, teacher, export; did you mean",
         "is given to more than one stage",
     ):
         assert part in found

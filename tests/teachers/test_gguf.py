@@ -18,9 +18,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from shearling import ShearlingError
+from students.gguf_layout import llama3_rope_factors
 from teachers.checkpoint import import_teacher, open_checkpoint
 from teachers.fetch import PackagedFile, fetch
-from teachers.gguf_file import convert, llama3_rope_factors
+from teachers.gguf_file import convert
 from teachers.gguf_header import Gguf, read_gguf
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer
 from teachers.layout import halves_apart

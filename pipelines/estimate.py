@@ -1,0 +1,429 @@
+"""What each stage costs: memory, disk, floating-point operations, as formulas of shapes.
+
+Nothing here loads torch or opens a model. The formulas follow the code of ``compress`` and are
+held against it by the tests: operations against PyTorch's own counter, activations against what
+autograd keeps, peaks against the resident memory of small runs.
+
+Legend of the comments: N positions, T positions of a window, V vocabulary, E teacher hidden,
+D student hidden, Q query rows, K key/value rows, F neurons, s bytes of a product's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from compress.settings import DistillSettings, PruneSettings
+from reports.settings import BenchmarkSettings
+from students.settings import ExportSettings
+from students.shape import Shape
+
+LIBRARIES = 0.5e9
+"""A process with torch, transformers and lm-eval loaded, before any model (measured)."""
+SHARD = 2 * 1024**3  # of a model that is being written
+SURVEY_TOKENS, WALK_BATCH_TOKENS, RIDGES = (
+    16384,
+    4096,
+    9,
+)  # as in compress.survey, layer, reconstruct
+MICRO_TOKENS = 1024  # as in compress.data
+SHORT_WINDOW = 1024  # as in compress.attention
+NARROW = "weights in the products' dtype"
+SHARDED = frozenset({"weights", "gradients", "optimizer", "average", "teacher", NARROW})
+"""What FSDP divides among processes; the rest each process has for itself, the layers too that
+are gathered just now."""
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+Bytes = Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What is in memory at one moment of a stage, in bytes: on the device, and beside it.
+
+    On a CPU both are one memory.
+    """
+
+    what: str
+    device: Bytes
+    host: Bytes = field(default_factory=dict)
+
+    def device_bytes(self, processes: int = 1) -> float:
+        return sum(
+            size / processes if name in SHARDED else size for name, size in self.device.items()
+        )
+
+    def host_bytes(self) -> float:
+        return sum(self.host.values()) + LIBRARIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """A stage's needs. ``flops`` are by arithmetic: product (the fast dtype), float32, float64."""
+
+    moments: tuple[Moment, ...]
+    disk: float = 0.0
+    """Bytes that stay."""
+    scratch: float = 0.0
+    """Bytes on disk only while the stage runs."""
+    flops: Mapping[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    moved: float = 0.0
+    """Bytes read from and written to disk."""
+
+    def worst(self, *, on_cpu: bool, processes: int = 1) -> Moment:
+        """The moment that decides whether the stage fits."""
+        return max(
+            self.moments,
+            key=lambda m: m.device_bytes(processes) + (m.host_bytes() if on_cpu else 0.0),
+        )
+
+
+def _trunk_flops(shape: Shape, window: int) -> float:
+    """Of one position's forward pass without the output head."""
+    return shape.flops_per_token(window) - 2.0 * shape.vocab_size * shape.hidden_size
+
+
+# --- teacher, transfer set ----------------------------------------------------------------------
+
+
+def import_cost(shape: Shape, form: str, dtype_bytes: int) -> Cost:
+    """Bring a teacher in: ``folder`` is linked, ``hub`` downloaded, others converted by shards."""
+    converted = form in ("gguf", "meta", "mllama")
+    width = 4 if form == "gguf" else dtype_bytes
+    size = float(shape.parameters * width)
+    largest = 4.0 * shape.vocab_size * shape.hidden_size
+    memory = {"one tensor": largest, "a shard": min(size, SHARD) if converted else 0.0}
+    stays = 0.0 if form == "folder" else size
+    return Cost(
+        moments=(Moment(what="import", device={}, host=memory),),
+        disk=stays,
+        moved=size + (stays if converted else 0.0),
+    )
+
+
+def transfer_set_cost(tokens: int, vocabulary: int) -> Cost:
+    """Tokenise and pack: two bytes a token, or four where the vocabulary needs them."""
+    size = float(tokens * (2 if vocabulary <= 1 << 16 else 4))
+    # Tokenising does no matrix products; its rate stands in `plan.TOKENISING`.
+    return Cost(
+        moments=(Moment(what="tokenise", device={}, host={"text": 0.3e9}),),
+        disk=size,
+        scratch=4.0 * tokens,
+        tokens=tokens,
+        moved=2 * size,
+    )
+
+
+# --- prune --------------------------------------------------------------------------------------
+
+
+def _fits(student: Shape) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each least-squares problem of a layer."""
+    hidden, queries, neurons = student.hidden_size, student.query_size, student.intermediate_size
+    return {
+        "qkv": (hidden, queries + 2 * student.key_value_size),
+        "o_proj": (queries, hidden),
+        "gate_up": (hidden, 2 * neurons),
+        "down_proj": (neurons, hidden),
+    }
+
+
+def prune_cost(
+    before: Shape,
+    student: Shape,
+    settings: PruneSettings,
+    *,
+    window: int,
+    product: str,
+    dtype_bytes: int,
+) -> Cost:
+    """The survey, the walk and the last check. ``before`` is the model that is cut."""
+    tokens = settings.calibration_tokens if settings.refit else 0
+    survey = min(SURVEY_TOKENS, settings.calibration_tokens)
+    vocabulary, wide, narrow = student.vocab_size, before.hidden_size, student.hidden_size
+    kept = {
+        "embeddings": 4.0 * vocabulary * narrow,
+        "residual streams": 4.0 * tokens * (wide + narrow),
+        "a shard": 1.0 * min(student.parameters * dtype_bytes, SHARD),
+    }
+    whole_table = (4.0 + dtype_bytes) * vocabulary * wide
+    layers = {
+        "teacher layer": 4.0 * before.layer_parameters,
+        "student layer": 8.0 * student.layer_parameters,
+        "activations": 4.0
+        * min(WALK_BATCH_TOKENS, max(tokens, survey))
+        * (4 * before.intermediate_size + 6 * wide + 3 * before.query_size),
+    }
+    moments = [
+        Moment(
+            what="survey",
+            device=layers,
+            host={"embeddings": whole_table, "residual streams": 4.0 * survey * wide},
+        ),
+        Moment(what="start", device={}, host={**kept, "teacher's embeddings": whole_table}),
+        Moment(what="check", device={"student": 4.0 * student.parameters}, host=kept),
+    ]
+    if settings.refit:
+        moments += [
+            Moment(
+                what=f"fit of {name}",
+                device={**layers, "Gram matrices": _moments_bytes(inputs, outputs)},
+                host={**kept, "inputs of the fit": float(tokens * inputs * WIDTH[product])},
+            )
+            for name, (inputs, outputs) in _fits(student).items()
+        ]
+        tables = vocabulary * (wide + narrow)
+        moments.append(
+            Moment(what="fit of the final norm", device={"output heads": 12.0 * tables}, host=kept)
+        )
+    return Cost(
+        moments=tuple(moments),
+        disk=float(student.parameters * dtype_bytes),
+        flops=_prune_flops(before, student, tokens, survey, window),
+        tokens=max(tokens, survey),
+        moved=float(2 * before.parameters + 2 * student.parameters) * dtype_bytes,
+    )
+
+
+def _moments_bytes(inputs: int, outputs: int) -> float:
+    """Three sets of float32 moments and what the solver holds in float64."""
+    square, cross = inputs**2, inputs * outputs
+    return 12.0 * (square + cross) + 8.0 * (3 * square + 3 * cross)
+
+
+def _prune_flops(
+    before: Shape, student: Shape, tokens: int, survey: int, window: int
+) -> dict[str, float]:
+    products = survey * _trunk_flops(before, window)
+    products += tokens * (_trunk_flops(before, window) + _trunk_flops(student, window))
+    layers, single, double = student.num_hidden_layers, 0.0, 0.0
+    for inputs, outputs in _fits(student).values() if tokens else ():
+        single += 2.0 * layers * tokens * inputs * (inputs + outputs)
+        solve = inputs**3 / 3 + 4.0 * inputs**2 * outputs  # Cholesky, and the error of each ridge
+        double += layers * (RIDGES + 1) * solve
+    if tokens:
+        wide, narrow = before.hidden_size, student.hidden_size
+        double += 2.0 * student.vocab_size * narrow * (wide + narrow)
+        single += 2.0 * tokens * narrow * (wide + narrow)
+    return {"product": products, "float32": single, "float64": double}
+
+
+# --- distill ------------------------------------------------------------------------------------
+
+
+def activation_bytes(shape: Shape, window: int, product: str, *, on_cpu: bool) -> float:
+    """What autograd keeps of one position in one layer, without checkpointing.
+
+    Norms and residuals keep float32, linear maps their inputs in the products' dtype; the CPU's
+    attention for short windows keeps the probabilities, T numbers a head.
+    """
+    width, hidden = WIDTH[product], shape.hidden_size
+    neurons = 4.2 * width * shape.intermediate_size
+    if on_cpu and product == "bfloat16" and window <= SHORT_WINDOW:
+        heads = 2 * width * (shape.query_size + shape.key_value_size) / 2
+        probabilities = width * shape.num_attention_heads * window
+        return 26.0 * hidden + 1.0 * heads + neurons + probabilities
+    return 27.0 * hidden + 4.15 * width * shape.query_size + neurons
+
+
+def optimizer_bytes(shape: Shape, kind: str) -> float:
+    """Float32 state: two numbers a weight with AdamW; Muon keeps one for the layers' matrices."""
+    if kind != "muon":
+        return 8.0 * shape.parameters
+    norms = 2 * shape.hidden_size
+    matrices = shape.num_hidden_layers * (shape.layer_parameters - norms)
+    return 4.0 * matrices + 8.0 * (shape.parameters - matrices)
+
+
+def _muon_flops(shape: Shape) -> float:
+    """Of one optimizer step: five rounds of Newton and Schulz on each matrix of each layer."""
+    hidden, neurons = shape.hidden_size, shape.intermediate_size
+    queries, keys = shape.query_size, shape.key_value_size
+    sizes = [(queries, hidden)] * 2 + [(keys, hidden)] * 2 + [(neurons, hidden)] * 3
+    rounds = (5.0 * (4.0 * min(size) ** 2 * max(size) + 2.0 * min(size) ** 3) for size in sizes)
+    return shape.num_hidden_layers * sum(rounds)
+
+
+def steps_of(settings: DistillSettings, window: int) -> tuple[int, int]:
+    """Optimizer steps, and tokens of one of them, as ``compress.data`` counts them."""
+    step_windows = max(1, round(settings.batch_tokens / window))
+    step_tokens = step_windows * window
+    return max(1, round(settings.tokens / step_tokens)), step_tokens
+
+
+def distill_cost(
+    teachers: Iterable[Shape],
+    student: Shape,
+    settings: DistillSettings,
+    *,
+    window: int,
+    heldout_windows: int,
+    distinct_tokens: int,
+    product: str,
+    dtype_bytes: int,
+    on_cpu: bool,
+) -> Cost:
+    """Training steps, evaluations, and the capture of targets where they are kept."""
+    teachers = tuple(teachers)
+    steps, step_tokens = steps_of(settings, window)
+    by_default = max(1, MICRO_TOKENS // window)
+    micro = min(settings.micro_batch_windows or by_default, step_tokens // window) * window
+    live = settings.targets == "live"
+    width, parameters, vocabulary = WIDTH[product], student.parameters, student.vocab_size
+    tables = [float(vocabulary * shape.hidden_size) for shape in (student, *teachers)]
+    layer = activation_bytes(student, window, product, on_cpu=on_cpu)
+    if settings.gradient_checkpointing:
+        activations = micro * (student.num_hidden_layers * 4.0 * student.hidden_size + layer)
+    else:
+        activations = micro * student.num_hidden_layers * layer
+    narrow_weights = 0.0 if product == "float32" else float(width * parameters)
+    chunk = min(settings.chunk_tokens, micro)
+    held = {
+        "weights": 4.0 * parameters,
+        "gradients": 4.0 * parameters,
+        "optimizer": optimizer_bytes(student, settings.optimizer),
+        "teacher": sum(float(width * t.parameters) for t in teachers) if live else 0.0,
+        "teacher's output head": 0.0 if live else width * sum(tables[1:]),
+        "average": 4.0 * parameters if settings.ema else 0.0,
+        NARROW: narrow_weights,
+        "gathered layers": 2.0 * width * max(s.layer_parameters for s in (student, *teachers)),
+        "activations": activations,
+        "logits": chunk * vocabulary * (2.0 * width) + 4.0 * tables[0] + width * sum(tables),
+    }
+    moments = [Moment(what="step", device={name: size for name, size in held.items() if size})]
+    flops = _distill_flops(teachers, student, settings, window, heldout_windows, steps, step_tokens)
+    tokens, disk = steps * step_tokens, float(parameters * dtype_bytes)
+    if not live:
+        distinct = min(tokens, distinct_tokens or tokens)
+        flops += distinct * sum(teacher.flops_per_token(window) for teacher in teachers)
+        disk += distinct * cache_bytes(settings) * len(teachers)
+        capture = {
+            "weights": 4.0 * parameters,
+            "teacher": float(width * max((t.parameters for t in teachers), default=0)),
+            "gathered layers": held["gathered layers"],
+            "logits": 3.0 * 4 * min(window, MICRO_TOKENS) * vocabulary,
+        }
+        moments.append(Moment(what="capture", device=capture))
+    state = 4.0 * parameters + held["optimizer"] + held["average"]
+    return Cost(
+        moments=tuple(moments),
+        disk=disk,
+        # The new checkpoint is whole before the old one goes; the best weights lie beside them.
+        scratch=2 * state + (4.0 * parameters if settings.keep == "best" else 0.0),
+        flops={"product": flops},
+        tokens=tokens,
+        moved=float(dtype_bytes * (2 * parameters + sum(t.parameters for t in teachers))),
+    )
+
+
+def cache_bytes(settings: DistillSettings) -> int:
+    """A token's share of the target cache: four bytes a slot, and four for the entropy."""
+    return 4 * settings.target_slots + 4
+
+
+def _distill_flops(
+    teachers: tuple[Shape, ...],
+    student: Shape,
+    settings: DistillSettings,
+    window: int,
+    heldout_windows: int,
+    steps: int,
+    step_tokens: int,
+) -> float:
+    forward = student.flops_per_token(window)
+    again = _trunk_flops(student, window) if settings.gradient_checkpointing else 0.0
+    taught = sum(teacher.flops_per_token(window) for teacher in teachers)
+    total = steps * step_tokens * (3 * forward + again)
+    if settings.targets == "live":
+        total += steps * step_tokens * taught
+    if settings.optimizer == "muon":
+        total += steps * _muon_flops(student)
+    every = settings.evaluate_every
+    evaluations = 2 + (steps - 1) // every if every else 2
+    heads = sum(2.0 * t.vocab_size * t.hidden_size for t in teachers)
+    heldout = heldout_windows * window
+    return total + heldout * (taught + evaluations * (forward + heads))
+
+
+# --- benchmark, export --------------------------------------------------------------------------
+
+# Documents of a task's test split, and about how many tokens one of them costs when the choices'
+# shared beginning is read once. Counted with SmolLM2's tokenizer, rounded.
+TASKS: dict[str, tuple[int, int]] = {
+    "arc_challenge": (1172, 80),
+    "arc_easy": (2376, 70),
+    "boolq": (3270, 160),
+    "cloze_leads": (1500, 60),
+    "copa": (100, 30),
+    "grammar_pairs": (1000, 40),
+    "gsm8k": (1319, 1200),
+    "hellaswag": (10042, 170),
+    "lambada_openai": (5153, 90),
+    "lastword": (1000, 70),
+    "mmlu": (14042, 160),
+    "openbookqa": (500, 50),
+    "piqa": (1838, 90),
+    "social_iqa": (1954, 60),
+    "truthfulqa_mc2": (817, 200),
+    "wikitext2": (62, 4700),
+    "winogrande": (1267, 50),
+}
+UNKNOWN_TASK = (1000, 150)
+PERPLEXITY_WINDOW = 512
+
+
+EXPORT_BITS = {
+    **{"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5},
+    **{"q5_1": 6.0, "q5_0": 5.5, "q4_1": 5.0, "q4_0": 4.5},
+}
+"""Bits of a weight, the scales of its block among them."""
+
+
+def benchmark_tokens(settings: BenchmarkSettings) -> int:
+    """About how many tokens a benchmark puts through a model."""
+    total = len(settings.prompts) * settings.completion_tokens
+    for task in settings.tasks:
+        documents, each = TASKS.get(task, UNKNOWN_TASK)
+        limit = settings.limits.get(task, settings.limit)
+        total += min(documents, limit or documents) * each
+    if "wikitext2" in settings.tasks:
+        total += settings.perplexity_windows * PERPLEXITY_WINDOW
+    return total
+
+
+def benchmark_cost(
+    shape: Shape, settings: BenchmarkSettings, *, dtype_bytes: int, on_cpu: bool
+) -> Cost:
+    """The model and a batch; float32 on a CPU. One process: tasks are not divided."""
+    width = 4 if on_cpu else dtype_bytes
+    tokens = benchmark_tokens(settings)
+    batch = settings.batch_size * PERPLEXITY_WINDOW
+    held = {
+        "model": float(width * shape.parameters),
+        "activations": float(batch * 4 * (2 * shape.intermediate_size + 4 * shape.hidden_size)),
+        "logits": 4.0 * PERPLEXITY_WINDOW * shape.vocab_size,
+    }
+    # Measuring speed loads the model again in a process of its own.
+    runs = 2 if settings.speed else 1
+    return Cost(
+        moments=(Moment(what="tasks", device=held),),
+        flops={"float32" if on_cpu else "product": tokens * shape.flops_per_token(256)},
+        tokens=tokens,
+        moved=float(runs * dtype_bytes * shape.parameters),
+    )
+
+
+def export_cost(shape: Shape, settings: ExportSettings, dtype_bytes: int) -> Cost:
+    """One tensor in memory (and a shard, for a folder); bits a weight as the form has them."""
+    largest = 4.0 * shape.vocab_size * shape.hidden_size
+    bits = EXPORT_BITS[settings.gguf_kind()]
+    size = shape.parameters * bits / 8
+    shard = min(size, SHARD) if settings.to == "hf" else 0.0
+    return Cost(
+        moments=(
+            Moment(what="export", device={}, host={"one tensor": 3 * largest, "a shard": shard}),
+        ),
+        disk=size,
+        moved=size + dtype_bytes * shape.parameters,
+    )

@@ -1,0 +1,146 @@
+"""A finished model for others: `shearling export`, and the recipe's export stage."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from shearling import Progress, ShearlingError, disk_errors, folder_aside, silent
+from students.settings import ExportSettings
+from teachers.settings import TeacherSettings
+
+CARD = "README.md"
+
+
+def export_checkpoint(
+    folder: Path, out: Path, settings: ExportSettings, *, name: str, progress: Progress = silent
+) -> dict[str, Any]:
+    """Write the model in a Hugging Face folder as ``settings`` say; ``out`` is a folder to fill.
+
+    Returns facts of what was written.
+
+    Raises:
+        ShearlingError: the model can't be held by the form that was asked for.
+    """
+    from students.export import export_folder, export_gguf
+    from teachers.checkpoint import open_checkpoint
+    from teachers.layout import expected_tensors
+    from teachers.tokenizer import copy_tokenizer
+
+    source = open_checkpoint(folder)
+    shapes = expected_tensors(source.shape)
+    out.mkdir(parents=True, exist_ok=True)
+    if settings.to == "hf":
+        config = source.config
+        export_folder(
+            config, list(shapes), source.tensor, out, dtype=settings.dtype, progress=progress
+        )
+        copy_tokenizer(folder, out)
+        generation = folder / "generation_config.json"
+        if generation.is_file():
+            shutil.copyfile(generation, out / generation.name)
+        files = sorted(path.name for path in out.glob("*.safetensors"))
+    else:
+        kind = settings.gguf_kind()
+        file = out / f"{name}-{kind}.gguf"
+        export_gguf(
+            source.config,
+            shapes,
+            source.tensor,
+            source.tokenizer(),
+            file,
+            kind=kind,
+            name=name,
+            end_of_turn=_end_of_turn(folder),
+            progress=progress,
+        )
+        files = [file.name]
+    size = sum((out / file).stat().st_size for file in files)
+    return {
+        "to": settings.to,
+        "kind": settings.dtype if settings.to == "hf" else settings.gguf_kind(),
+        "files": files,
+        "bytes": size,
+        "parameters": source.shape.parameters,
+    }
+
+
+def _end_of_turn(folder: Path) -> int | None:
+    """The second id at which generation stops, where there are two: the end of a turn."""
+    from shearling import read_json
+
+    path = folder / "generation_config.json"
+    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    return ends[-1] if isinstance(ends, list) and len(ends) > 1 else None
+
+
+def write_card(
+    out: Path,
+    scorecard: Mapping[str, Any],
+    teacher: Mapping[str, Any] | None,
+    *,
+    name: str,
+    recipe: str = "",
+) -> None:
+    """The model card beside an exported model."""
+    from reports.model_card import model_card
+    from shearling import write_text
+
+    text = model_card(
+        dict(scorecard), dict(teacher) if teacher is not None else None, name=name, recipe=recipe
+    )
+    write_text(out / CARD, text)
+
+
+def export_model(
+    model: str, out: Path, settings: ExportSettings, *, cache: Path, progress: Progress = silent
+) -> dict[str, Any]:
+    """Export any model: a stage's folder, a Hugging Face folder, a GGUF, a hub id.
+
+    ``out`` appears as a whole. A stage of a run gets its model card, with what was measured.
+
+    Raises:
+        ShearlingError: ``out`` is there already, or the model can't be read or written.
+    """
+    from teachers.checkpoint import import_teacher
+
+    if out.exists():
+        raise ShearlingError(
+            f"{out} is already there.", hint="Name another folder with --out, or delete it."
+        )
+    given = Path(model).expanduser()
+    stage = _stage_of(given)
+    named = str(given / "model") if (given / "model").is_dir() else model
+    with tempfile.TemporaryDirectory(prefix="shearling-") as aside:
+        import_teacher(TeacherSettings(model=named), Path(aside), cache=cache, progress=progress)
+        with disk_errors(out), folder_aside(out) as filled:
+            facts = export_checkpoint(
+                Path(aside) / "model", filled, settings, name=_name(model), progress=progress
+            )
+            if stage is not None:
+                _card_of_stage(filled, *stage)
+    return facts
+
+
+def _name(model: str) -> str:
+    """A file's name for a model: of a stage's folder, a hub id, a file."""
+    path = Path(model.rstrip("/"))
+    last = path.parent.name if path.name == "model" else path.name
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in last)
+    return kept.removesuffix(".gguf").strip("._-")[:64] or "model"
+
+
+def _stage_of(model: Path) -> tuple[Path, str] | None:
+    """The run and the stage, where a model is ``RUN/stages/NAME`` or its ``model``."""
+    folder = model.parent if model.name == "model" else model
+    is_stage = folder.parent.name == "stages" and (folder / "scorecard.json").is_file()
+    return (folder.parent.parent, folder.name) if is_stage else None
+
+
+def _card_of_stage(out: Path, run: Path, stage: str) -> None:
+    from reports.model_card import write_model_card
+
+    write_model_card(out, run, stage)

@@ -1,0 +1,421 @@
+"""`shearling plan`: what a recipe will need, told before anything is spent.
+
+Everything comes from shapes: no weights are read, and a teacher that is known by name need not be
+here at all. The formulas are in ``pipelines.estimate``, the machines in ``pipelines.accelerators``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.settings import DistillSettings
+from pipelines.accelerators import MEMORY_SHARE, Machine
+from pipelines.estimate import (
+    LIBRARIES,
+    SHARDED,
+    Cost,
+    Moment,
+    benchmark_cost,
+    distill_cost,
+    export_cost,
+    import_cost,
+    prune_cost,
+    transfer_set_cost,
+)
+from pipelines.recipe import (
+    CorrectStage,
+    DistillStage,
+    ExportStage,
+    PruneStage,
+    Recipe,
+    TeacherStage,
+)
+from pipelines.stages.prune import student_shape
+from shearling import ShearlingError, read_json
+from students.shape import Shape
+from teachers.families import known_family
+from teachers.settings import TeacherSettings, TransferSetSettings
+
+SCHEMA = 1
+PLAN_FILE = "plan.json"
+MOST_PROCESSES = 1024
+TOKENISING = 100_000.0
+"""Tokens a second and core (measured: tests/bench/bench_tokenising.py)."""
+DISK = 0.5e9
+"""Bytes a second, read or written and hashed; a guess for a common disk."""
+OPENING = {"teacher": 1.0, "benchmark": 4.0}
+"""Seconds that a step takes before it works: libraries, lm-eval's tasks."""
+DIVIDED = frozenset({"distill", "correct"})
+"""Kinds of stages that several processes share; the others run in one."""
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherFacts:
+    """What planning needs to know of a teacher."""
+
+    name: str
+    shape: Shape
+    form: str
+    """folder (taken as it is), hub, gguf, meta or mllama."""
+    dtype_bytes: int
+    """Of a stored weight, once the teacher is a Hugging Face folder."""
+    context: int | None
+    told_by: str
+
+
+# --- the teacher --------------------------------------------------------------------------------
+
+
+def teacher_facts(settings: TeacherSettings, artefact: Path | None = None) -> TeacherFacts:
+    """The teacher's shape from its files, from an earlier import (``artefact``), or by its name.
+
+    Raises:
+        ShearlingError: it is not here, and its name tells no Llama that is known.
+    """
+    name = settings.model
+    local = Path(name).expanduser()
+    if artefact is not None and (artefact / "model" / "config.json").is_file():
+        form = _form_of(local, name)
+        return _from_config(name, artefact / "model" / "config.json", form, "an earlier import")
+    if local.is_file() and local.suffix.lower() == ".gguf":
+        return _from_gguf(name, local)
+    if local.is_dir():
+        return _from_folder(name, local)
+    known = known_family(name)
+    if known is None:
+        raise ShearlingError(
+            f"The shape of the teacher {name} is not known: it is not on this disk, and its name "
+            "is none of the families'.",
+            hint="Download it first, or name one of the Llamas that `shearling families` lists.",
+        )
+    form = _form_of(local, name)
+    return TeacherFacts(
+        name=name,
+        shape=known.shape,
+        form="mllama" if known.vision else form,
+        dtype_bytes=4 if form == "gguf" else 2,
+        context=known.context,
+        told_by=f"its name: {known.title}",
+    )
+
+
+def _form_of(local: Path, name: str) -> str:
+    if name.lower().endswith(".gguf"):
+        return "gguf"
+    if local.is_dir():
+        from teachers.checkpoint import folder_format
+
+        return folder_format(local)
+    return "hub"
+
+
+def _from_config(name: str, path: Path, form: str, told_by: str) -> TeacherFacts:
+    config = read_json(path)
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
+    context = config.get("max_position_embeddings")
+    return TeacherFacts(
+        name=name,
+        shape=Shape.from_config(config),
+        form=form,
+        dtype_bytes=_BYTES.get(dtype, 4),
+        context=context if isinstance(context, int) else None,
+        told_by=told_by,
+    )
+
+
+def _from_folder(name: str, folder: Path) -> TeacherFacts:
+    """A Hugging Face folder, Meta's own release, or a vision model's folder."""
+    form = _form_of(folder, name)
+    if form == "meta":
+        from teachers.meta_format import MetaRelease, meta_config
+
+        config = meta_config(MetaRelease(folder))
+    elif form == "mllama":
+        from teachers.mllama import text_config
+
+        config, _ = text_config(folder)
+    else:
+        return _from_config(name, folder / "config.json", form, "its config.json")
+    return TeacherFacts(
+        name=name,
+        shape=Shape.from_config(config),
+        form=form,
+        dtype_bytes=_BYTES.get(str(config.dtype).removeprefix("torch."), 2),
+        context=config.max_position_embeddings,
+        told_by="its files",
+    )
+
+
+def _from_gguf(name: str, path: Path) -> TeacherFacts:
+    from teachers.gguf_file import llama_config
+    from teachers.gguf_header import read_gguf
+
+    config = llama_config(read_gguf(path))
+    return TeacherFacts(
+        name=name,
+        shape=Shape.from_config(config),
+        form="gguf",
+        dtype_bytes=4,
+        context=config.max_position_embeddings,
+        told_by="its header",
+    )
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+def make_plan(
+    recipe: Recipe, teacher: TeacherFacts, machine: Machine, *, processes: int = 1
+) -> dict[str, Any]:
+    """The plan as JSON: teacher, machine, a row for each step, totals, assumptions, warnings.
+
+    Raises:
+        ShearlingError: a stage's shape does not fit the model before it.
+    """
+    rows = [
+        _row(name, kind, shape, cost, machine, processes)
+        for name, kind, shape, cost in stage_costs(recipe, teacher, machine)
+    ]
+    return {
+        "schema": SCHEMA,
+        "recipe": recipe.name,
+        "teacher": {
+            "model": teacher.name,
+            "parameters": teacher.shape.parameters,
+            "shape": teacher.shape.to_dict(),
+            "context": teacher.context,
+            "told_by": teacher.told_by,
+        },
+        "machine": machine.to_dict(),
+        "processes": processes,
+        "stages": rows,
+        "total": _total(rows),
+        "assumptions": _assumptions(machine),
+        "warnings": list(_warnings(recipe, teacher, machine, rows, processes)),
+    }
+
+
+def stage_costs(
+    recipe: Recipe, teacher: TeacherFacts, machine: Machine
+) -> Iterator[tuple[str, str, Shape | None, Cost]]:
+    """(name, kind, the shape of the model that it makes, cost) of every step, in order."""
+    window, width = recipe.transfer_set.window, teacher.dtype_bytes
+    tokens, known = transfer_set_tokens(recipe)
+
+    def measured(name: str, shape: Shape) -> tuple[str, str, Shape, Cost]:
+        cost = benchmark_cost(shape, recipe.benchmark, dtype_bytes=width, on_cpu=machine.on_cpu)
+        return f"{name}/benchmark", "benchmark", shape, cost
+
+    imported = import_cost(teacher.shape, teacher.form, width)
+    yield "teacher", "teacher", teacher.shape, imported
+    yield "transfer_set", "transfer_set", None, transfer_set_cost(tokens, teacher.shape.vocab_size)
+    yield measured("teacher", teacher.shape)
+    newest = teacher.shape
+    shapes = {"teacher": teacher.shape}
+
+    def taught(settings: DistillSettings, teachers: list[Shape]) -> Cost:
+        return distill_cost(
+            teachers,
+            newest,
+            settings,
+            window=window,
+            heldout_windows=recipe.transfer_set.heldout_windows,
+            distinct_tokens=tokens if known else 0,
+            product=machine.precision(settings.precision),
+            dtype_bytes=width,
+            on_cpu=machine.on_cpu,
+        )
+
+    for stage in recipe.stages:
+        if isinstance(stage, TeacherStage):
+            other = teacher_facts(stage)
+            shapes[stage.name] = other.shape
+            cost = import_cost(other.shape, other.form, other.dtype_bytes)
+            yield stage.name, "teacher", other.shape, cost
+            yield measured(stage.name, other.shape)
+            continue
+        if isinstance(stage, PruneStage):
+            before, newest = newest, _cut(stage, teacher.shape, newest)
+            yield (
+                stage.name,
+                "prune",
+                newest,
+                prune_cost(
+                    before,
+                    newest,
+                    stage,
+                    window=window,
+                    product=machine.precision(stage.precision),
+                    dtype_bytes=width,
+                ),
+            )
+        elif isinstance(stage, DistillStage):
+            teachers = [shapes[name] for name in stage.teachers or ("teacher",)]
+            yield stage.name, "distill", newest, taught(stage, teachers)
+        elif isinstance(stage, CorrectStage):
+            yield stage.name, "correct", newest, taught(stage.as_distillation(), [])
+        elif isinstance(stage, ExportStage):
+            yield stage.name, "export", newest, export_cost(newest, stage, width)
+            continue
+        yield measured(stage.name, newest)
+
+
+def _cut(stage: PruneStage, teacher: Shape, newest: Shape) -> Shape:
+    try:
+        return student_shape(stage.shape_spec(), teacher=teacher, newest=newest)
+    except ShearlingError as error:
+        raise ShearlingError(f"Stage {stage.name}: {error.what}", hint=error.hint) from error
+
+
+def transfer_set_tokens(recipe: Recipe) -> tuple[int, bool]:
+    """Tokens of the transfer set, and whether the recipe or its files tell them.
+
+    A local text has about one token for four bytes. Where nothing tells, it is taken to be as
+    long as the longest distillation.
+    """
+    settings: TransferSetSettings = recipe.transfer_set
+    if settings.tokens is not None:
+        return settings.tokens, True
+    counts = [source.tokens or _tokens_in(Path(source.path)) for source in settings.sources]
+    if all(counts):
+        return sum(counts), True
+    wanted = [stage.tokens for stage in recipe.stages if isinstance(stage, DistillStage)]
+    return max([sum(counts), *wanted]), False
+
+
+def _tokens_in(path: Path) -> int:
+    """About how many tokens a local file or folder of text has; 0 where it isn't here."""
+    files = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else []
+    return sum(_plain_bytes(file) for file in files if file.is_file()) // 4
+
+
+def _plain_bytes(file: Path) -> int:
+    """Of a text that may be compressed, which makes English about a third as long."""
+    return file.stat().st_size * (3 if file.suffix in (".gz", ".zst") else 1)
+
+
+def _row(
+    name: str, kind: str, shape: Shape | None, cost: Cost, machine: Machine, processes: int
+) -> dict[str, Any]:
+    divided = processes if kind in DIVIDED else 1
+    worst = cost.worst(on_cpu=machine.on_cpu, processes=divided)
+    device, host = worst.device_bytes(divided), worst.host_bytes()
+    least, most = processes_that_fit(kind, cost, machine)
+    return {
+        "name": name,
+        "kind": kind,
+        "parameters": shape.parameters if shape else None,
+        "memory_bytes": round(device + host) if machine.on_cpu else round(device),
+        "host_bytes": None if machine.on_cpu else round(host),
+        "moment": worst.what,
+        "memory": {part: round(size) for part, size in _parts(worst, machine, divided).items()},
+        "disk_bytes": round(cost.disk),
+        "scratch_bytes": round(cost.scratch),
+        "tokens": cost.tokens,
+        "flops": float(f"{sum(cost.flops.values()):.6g}"),
+        "seconds": round(seconds(kind, cost, machine) / divided, 1),
+        "least_processes": least,
+        "most_processes": most,
+    }
+
+
+def _parts(moment: Moment, machine: Machine, processes: int) -> dict[str, float]:
+    parts = {
+        name: size / processes if name in SHARDED else size for name, size in moment.device.items()
+    }
+    if machine.on_cpu:
+        for name, size in {**moment.host, "libraries": LIBRARIES}.items():
+            parts[name] = parts.get(name, 0.0) + size
+    return {name: size for name, size in parts.items() if size}
+
+
+def seconds(kind: str, cost: Cost, machine: Machine) -> float:
+    """Time of one process: each arithmetic at its share of the machine's rate, and the disk."""
+    spent = OPENING.get(kind, 0.0) + cost.moved / DISK
+    if kind == "transfer_set":
+        return spent + cost.tokens / TOKENISING
+    product = machine.rates[machine.precision("auto")]
+    for arithmetic, flops in cost.flops.items():
+        if arithmetic == "product":
+            spent += flops / (product * machine.share["distill" if kind == "correct" else kind])
+        elif kind == "benchmark":
+            spent += flops / (machine.rates[arithmetic] * machine.share[kind])
+        else:
+            spent += flops / (machine.rates[arithmetic] * machine.share[arithmetic])
+    return spent
+
+
+def processes_that_fit(kind: str, cost: Cost, machine: Machine) -> tuple[int | None, int | None]:
+    """The least number of processes with which a stage fits, and the most that fit at once.
+
+    On a CPU all processes share one memory, so more never help it to fit; elsewhere each brings
+    its own device, and there is no most (None). The least is None where no number fits.
+    """
+    room = MEMORY_SHARE * machine.memory_bytes
+    counts = [2**n for n in range(MOST_PROCESSES.bit_length())] if kind in DIVIDED else [1]
+
+    def needed(count: int) -> float:
+        worst = cost.worst(on_cpu=machine.on_cpu, processes=count)
+        each = worst.device_bytes(count)
+        return count * (each + worst.host_bytes()) if machine.on_cpu else each
+
+    fitting = [count for count in counts if needed(count) <= room]
+    if not fitting:
+        return None, 0 if machine.on_cpu else None
+    return fitting[0], fitting[-1] if machine.on_cpu else None
+
+
+def _total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    rows = list(rows)
+    return {
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "flops": float(f"{sum(row['flops'] for row in rows):.6g}"),
+        "memory_bytes": max(row["memory_bytes"] for row in rows),
+        "disk_bytes": sum(row["disk_bytes"] for row in rows)
+        + max(row["scratch_bytes"] for row in rows),
+    }
+
+
+def _assumptions(machine: Machine) -> list[str]:
+    rates = ", ".join(f"{rate / 1e12:.3g} in {name}" for name, rate in machine.rates.items())
+    shares = ", ".join(f"{share:.0%} {kind}" for kind, share in machine.share.items())
+    return [
+        f"{machine.name}: TFLOP/s {rates} ({machine.source})",
+        f"of these rates the stages reach: {shares}",
+        f"a disk moves {DISK / 1e9:g} GB/s; downloads are not counted",
+        "benchmarks: a rough number of tokens for each task",
+    ]
+
+
+def _warnings(
+    recipe: Recipe,
+    teacher: TeacherFacts,
+    machine: Machine,
+    rows: list[dict[str, Any]],
+    processes: int,
+) -> Iterator[str]:
+    window = recipe.transfer_set.window
+    if teacher.context is not None and window > teacher.context:
+        yield (
+            f"transfer_set.window {window:,} is more than the teacher's context of "
+            f"{teacher.context:,} tokens"
+        )
+    for row in rows:
+        if row["least_processes"] is None:
+            yield (
+                f"{row['name']} needs {row['memory_bytes'] / 1e9:.3g} GB ({row['moment']}); "
+                f"{machine.name} has {machine.memory_bytes / 1e9:.3g} GB"
+            )
+        elif row["kind"] in DIVIDED and row["least_processes"] > processes:
+            yield (
+                f"{row['name']} needs {row['memory_bytes'] / 1e9:.3g} GB on each of {processes} "
+                f"processes; with {row['least_processes']} it fits into "
+                f"{machine.memory_bytes / 1e9:.3g} GB"
+            )
+    need, free = _total(rows)["disk_bytes"], machine.disk_free_bytes
+    if free is not None and need > free:
+        yield f"the run writes {need / 1e9:.3g} GB; the disk has {free / 1e9:.3g} GB left"

@@ -1,0 +1,32 @@
+"""Stage export: the newest model in the form that others take. It makes no new model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stages.context import Context
+from shearling import read_json
+
+if TYPE_CHECKING:
+    from pipelines.recipe import ExportStage
+
+CODE_VERSION = 1
+RESUMABLE = False
+
+
+def run(settings: ExportStage, context: Context) -> dict[str, Any]:
+    """Write ``out/export``: weights, tokenizer, model card; returns what was written."""
+    from pipelines.export import export_checkpoint, write_card
+
+    out = context.out / "export"
+    name = f"{context.run.absolute().name}-{context.name}"
+    facts = export_checkpoint(
+        context.inputs["model"] / "model", out, settings, name=name, progress=context.progress
+    )
+    write_card(
+        out,
+        read_json(context.inputs["scorecard"] / "scorecard.json"),
+        read_json(context.inputs["teacher_scorecard"] / "scorecard.json"),
+        name=name,
+    )
+    return facts

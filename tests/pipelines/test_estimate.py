@@ -1,0 +1,202 @@
+"""The plan's formulas against what PyTorch itself counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from compress.attention import NAME, choose_attention
+from compress.optimizers import build_optimizers, optimizer_tensors
+from compress.settings import DistillSettings, PruneSettings
+from pipelines.estimate import (
+    SURVEY_TOKENS,
+    WALK_BATCH_TOKENS,
+    activation_bytes,
+    cache_bytes,
+    distill_cost,
+    optimizer_bytes,
+    prune_cost,
+    steps_of,
+)
+from students.shape import Shape
+from teachers.targets import TargetFormat
+
+WIDE = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "intermediate_size": 640,
+    "vocab_size": 512,
+    "tie_word_embeddings": True,
+}
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**WIDE, **changes}, max_position_embeddings=2048, dtype="float32")
+    return LlamaForCausalLM(config)
+
+
+def test_constants_are_those_of_the_code() -> None:
+    from compress import attention, data, layer, reconstruct, survey
+    from pipelines import estimate
+
+    assert survey.SURVEY_TOKENS == SURVEY_TOKENS
+    assert layer.BATCH_TOKENS == WALK_BATCH_TOKENS
+    assert len(reconstruct.RIDGES) == estimate.RIDGES
+    assert data._MICRO_TOKENS == estimate.MICRO_TOKENS
+    assert attention.LONGEST == estimate.SHORT_WINDOW
+
+
+@pytest.mark.parametrize("keys", [2, 4])
+def test_flops_are_those_that_pytorch_counts(keys: int) -> None:
+    model = llama(num_key_value_heads=keys)
+    model.set_attn_implementation("eager")  # the counter passes over the fused kernel
+    window = 128
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(1, window, dtype=torch.long), use_cache=False)
+    # The counter counts attention in full, the formula the causal half of it.
+    attention = 2 * 2 * WIDE["num_hidden_layers"] * 256 * window * window / 2
+    expected = Shape.from_config(model.config).flops_per_token(window) * window + attention
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("product", "window"), [("float32", 64), ("bfloat16", 64), ("bfloat16", 256)]
+)
+@pytest.mark.parametrize("own", [False, True], ids=["sdpa", "short"])
+@pytest.mark.parametrize("changes", [{}, {"intermediate_size": 1024, "num_key_value_heads": 4}])
+def test_activations_are_what_autograd_keeps(
+    product: str, window: int, own: bool, changes: dict[str, int]
+) -> None:
+    """Of one layer: the difference between a model of three layers and one of one."""
+    if own and product == "float32":
+        pytest.skip("the attention for short windows serves bfloat16 only")
+
+    def kept(layers: int) -> int:
+        model = llama(num_hidden_layers=layers, **changes).train()
+        model.set_attn_implementation(NAME if own else "sdpa")
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages: dict[int, tuple[int, Any]] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+            return tensor
+
+        # Documents restart the positions, as in packed windows, so that a mask is needed.
+        positions = torch.arange(window).repeat(2, 1) % (window // 2)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=product == "bfloat16"),
+        ):
+            model.model(torch.zeros_like(positions), position_ids=positions, use_cache=False)
+        return sum(size for size, _ in storages.values())
+
+    shape = Shape.from_config(llama(**changes).config)
+    # Autocast keeps the weights in bfloat16 too, planned as "weights in the products' dtype".
+    narrow = 2 * shape.layer_parameters if product == "bfloat16" else 0
+    measured = ((kept(3) - kept(1)) / 2 - narrow) / (2 * window)
+    assert activation_bytes(shape, window, product, on_cpu=own) == pytest.approx(measured, rel=0.12)
+
+
+def test_the_short_attention_is_planned_where_it_is_used() -> None:
+    cpu = torch.device("cpu")
+    assert choose_attention(cpu, torch.bfloat16, 1024) == NAME
+    assert choose_attention(cpu, torch.bfloat16, 1025) == "sdpa"
+    assert choose_attention(cpu, torch.float32, 64) == "sdpa"
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_optimizer_state(kind: str, tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied)
+    settings = DistillSettings(tokens=1, optimizer=kind)
+    optimizers = build_optimizers(model, settings)
+    model(torch.zeros(1, 8, dtype=torch.long)).logits.sum().backward()
+    for optimizer in optimizers.values():
+        optimizer.step()
+    measured = sum(tensor.nbytes for tensor in optimizer_tensors(model, optimizers).values())
+    shape = Shape.from_config(model.config)
+    assert optimizer_bytes(shape, kind) == pytest.approx(measured, rel=0.001)
+
+
+@pytest.mark.parametrize("slots", [14, 32])
+def test_bytes_of_a_cached_token(slots: int) -> None:
+    settings = DistillSettings(tokens=1, targets="sample", target_slots=slots)
+    kept = TargetFormat(kind="sample", slots=slots, vocabulary=128_256)
+    assert cache_bytes(settings) == kept.bytes_per_token
+    assert slots != 14 or cache_bytes(settings) == 60
+
+
+TEACHER = Shape(**{**WIDE, "num_hidden_layers": 4})
+STUDENT = Shape(**{**WIDE, "hidden_size": 128, "intermediate_size": 320})
+
+
+def distilled(**settings: Any) -> Any:
+    return distill_cost(
+        [TEACHER],
+        STUDENT,
+        DistillSettings(tokens=65536, batch_tokens=4096, **settings),
+        window=256,
+        heldout_windows=4,
+        distinct_tokens=20_000,
+        product="float32",
+        dtype_bytes=4,
+        on_cpu=True,
+    )
+
+
+def test_steps_are_the_loops() -> None:
+    assert steps_of(DistillSettings(tokens=65536, batch_tokens=4096), 256) == (16, 4096)
+    assert steps_of(DistillSettings(tokens=10, batch_tokens=10), 256) == (1, 256)
+
+
+def test_what_costs_less_memory_or_time_is_planned_so() -> None:
+    live = distilled(optimizer="adamw")
+    parts = live.moments[0].device
+    assert parts["weights"] == 4 * STUDENT.parameters
+    assert parts["gradients"] == parts["weights"]
+    assert parts["optimizer"] == 8 * STUDENT.parameters
+    assert parts["teacher"] == 4 * TEACHER.parameters
+    frugal = distilled(gradient_checkpointing=True).moments[0].device
+    assert frugal["activations"] < 0.6 * parts["activations"]
+    chunked = distilled(chunk_tokens=64).moments[0].device
+    assert chunked["logits"] < parts["logits"]
+    cached = distilled(targets="sample")
+    assert "teacher" not in cached.moments[0].device
+    assert cached.flops["product"] < live.flops["product"]
+    assert cached.disk - live.disk == 60 * 20_000  # each token is kept once
+    halves = live.worst(on_cpu=True, processes=2).device_bytes(2)
+    assert halves < live.worst(on_cpu=True).device_bytes()
+
+
+def test_pruning_does_not_need_the_teacher_in_memory() -> None:
+    """Twice the layers of the teacher change the time, not the memory."""
+    settings = PruneSettings(calibration_tokens=8192)
+
+    def cost(layers: int) -> Any:
+        teacher = Shape(**{**WIDE, "num_hidden_layers": layers, "vocab_size": 128_000})
+        student = Shape(**{**STUDENT.to_dict(), "vocab_size": 128_000})
+        return prune_cost(teacher, student, settings, window=256, product="float32", dtype_bytes=2)
+
+    few, many = cost(4), cost(8)
+    assert few.worst(on_cpu=True) == many.worst(on_cpu=True)
+    assert many.flops["product"] > 1.4 * few.flops["product"]
+    assert settings.calibration_tokens == few.tokens
+    sliced = prune_cost(
+        TEACHER,
+        STUDENT,
+        PruneSettings(refit=False),
+        window=256,
+        product="float32",
+        dtype_bytes=2,
+    )
+    assert not sliced.flops["float64"]

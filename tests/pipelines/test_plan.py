@@ -1,0 +1,190 @@
+"""`shearling plan`: from a recipe to numbers, without weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from shearling_process import Shearling
+
+from pipelines.accelerators import accelerators, named_machine, this_machine
+from pipelines.plan import make_plan, teacher_facts, transfer_set_tokens
+from pipelines.recipe import Recipe, check_recipe
+from shearling import ShearlingError, read_json
+from teachers.settings import TeacherSettings
+
+
+@pytest.fixture
+def big(recipe_data: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3.1 8B to 3B; nothing of it is on this disk."""
+    data = copy.deepcopy(recipe_data)
+    data["teacher"]["model"] = "meta-llama/Llama-3.1-8B"
+    data["transfer_set"]["window"] = 4096
+    data["stages"][0]["shape"] = "llama-3.2-3b"
+    data["stages"][1] |= {"tokens": 10**9, "batch_tokens": 2**18, "precision": "bfloat16"}
+    return data
+
+
+def planned(data: dict[str, Any], accelerator: str = "h100-sxm", processes: int = 1) -> Any:
+    recipe = check_recipe(data)
+    facts = teacher_facts(recipe.teacher)
+    return make_plan(recipe, facts, named_machine(accelerator), processes=processes)
+
+
+def row(plan: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(dict(row) for row in plan["stages"] if row["name"] == name)
+
+
+def test_a_teacher_that_is_known_by_name_need_not_be_here(big: dict[str, Any]) -> None:
+    plan = planned(big, processes=8)
+    assert plan["teacher"]["parameters"] == 8_030_261_248
+    assert row(plan, "prune")["parameters"] == 3_212_749_824
+    distill = row(plan, "distill")
+    # Twice the parameters forward, four times backward, and the teacher's forward pass.
+    least = 10**9 * (6 * 3.21e9 + 2 * 7.5e9)
+    assert least < distill["flops"] < 1.3 * least
+    assert distill["seconds"] == pytest.approx(distill["flops"] / (8 * 0.4 * 989.4e12), rel=0.02)
+    assert distill["memory"]["teacher"] == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-6)
+    assert not plan["warnings"]
+    assert json.loads(json.dumps(plan)) == plan
+
+
+def test_a_stage_that_does_not_fit_says_how_many_processes_it_needs(big: dict[str, Any]) -> None:
+    plan = planned(big, "a100-40gb")
+    distill = row(plan, "distill")
+    assert distill["least_processes"] > 1
+    assert f"with {distill['least_processes']} it fits into 40 GB" in plan["warnings"][-1]
+    big["stages"][1]["gradient_checkpointing"] = True
+    frugal = row(planned(big, "a100-40gb"), "distill")
+    assert frugal["memory_bytes"] < distill["memory_bytes"]
+    assert frugal["least_processes"] < distill["least_processes"]
+
+
+def test_long_windows_cost_memory_and_the_context_is_watched(big: dict[str, Any]) -> None:
+    short = row(planned(big), "distill")["memory"]["activations"]
+    big["transfer_set"]["window"] = 131_072
+    long = planned(big)
+    assert row(long, "distill")["memory"]["activations"] == pytest.approx(32 * short, rel=0.01)
+    big["transfer_set"]["window"] = 262_144
+    assert "more than the teacher's context of 131,072" in planned(big)["warnings"][0]
+
+
+def test_each_cut_is_planned_from_the_one_before(big: dict[str, Any]) -> None:
+    big["stages"] = [
+        {"name": "half", "kind": "prune", "shape": {"num_hidden_layers": 16}},
+        {"name": "quarter", "kind": "prune", "shape": {"intermediate_size": 7168}},
+    ]
+    plan = planned(big)
+    first, second = (row(plan, name) for name in ("half", "quarter"))
+    assert second["parameters"] < first["parameters"] < 8_030_261_248 / 1.6
+    assert second["flops"] < first["flops"]
+    big["stages"][1]["shape"] = {"num_hidden_layers": 20}
+    with pytest.raises(ShearlingError, match="Stage quarter: The student's shape does not fit"):
+        planned(big)
+
+
+def test_a_local_teacher_is_read_from_its_config(recipe_data: dict[str, Any]) -> None:
+    recipe = check_recipe(recipe_data)
+    facts = teacher_facts(recipe.teacher)
+    assert (facts.form, facts.dtype_bytes, facts.context) == ("folder", 4, 512)
+    assert facts.told_by == "its config.json"
+
+
+@pytest.mark.parametrize("name", ["nobody/knows-this", "./nowhere", "x.gguf"])
+def test_an_unknown_teacher_is_refused(name: str) -> None:
+    with pytest.raises(ShearlingError, match="is not known") as caught:
+        teacher_facts(TeacherSettings(model=name))
+    assert "shearling families" in caught.value.hint
+
+
+def test_a_gguf_is_read_from_its_header(tmp_path: Path) -> None:
+    import gguf
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_head_count(4)
+    writer.add_feed_forward_length(128)
+    writer.add_layer_norm_rms_eps(1e-5)
+    import numpy as np
+
+    writer.add_tensor("token_embd.weight", np.zeros((384, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    facts = teacher_facts(TeacherSettings(model=str(path)))
+    assert (facts.form, facts.shape.vocab_size, facts.shape.hidden_size) == ("gguf", 384, 64)
+
+
+def test_tokens_of_the_transfer_set(recipe_data: dict[str, Any]) -> None:
+    data = copy.deepcopy(recipe_data)
+    tokens, known = transfer_set_tokens(check_recipe(data))
+    assert known
+    size = Path(data["transfer_set"]["sources"][0]["path"]).stat().st_size
+    assert tokens == size // 4
+    data["transfer_set"]["sources"][0] |= {"path": "owner/dataset", "format": "dataset"}
+    assert transfer_set_tokens(check_recipe(data)) == (1024, False)  # what distill wants
+    data["transfer_set"]["sources"][0]["tokens"] = 5000
+    assert transfer_set_tokens(check_recipe(data)) == (5000, True)
+
+
+# --- machines -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", accelerators())
+def test_every_accelerator_has_a_source_and_sane_numbers(name: str) -> None:
+    machine = named_machine(name)
+    assert machine.source.startswith("https://")
+    assert machine.rates["bfloat16"] > machine.rates["float32"] >= machine.rates["float64"] > 0
+    assert 20e9 < machine.memory_bytes < 300e9
+    assert machine.precision("auto") == "bfloat16"
+
+
+def test_an_unknown_accelerator_names_the_known_ones() -> None:
+    with pytest.raises(ShearlingError, match="abacus") as caught:
+        named_machine("abacus")
+    assert "h100-sxm" in caught.value.hint
+
+
+def test_this_machine_is_measured_once(tmp_path: Path) -> None:
+    first = this_machine(tmp_path, "cpu", tmp_path / "runs" / "x")
+    assert first.on_cpu
+    assert first.disk_free_bytes
+    rates = read_json(tmp_path / "product_rates.json")["rates"]
+    (key,) = rates
+    rates[key]["bfloat16"] = 123.0
+    (tmp_path / "product_rates.json").write_text(json.dumps({"rates": rates}))
+    assert this_machine(tmp_path, "cpu", tmp_path).rates["bfloat16"] == 123.0
+    (tmp_path / "product_rates.json").write_text("[]")
+    assert this_machine(tmp_path, "cpu", tmp_path).rates["bfloat16"] > 1e8
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def test_plan_prints_a_table_or_json(
+    big: dict[str, Any], shearling: Shearling, tmp_path: Path
+) -> None:
+    (tmp_path / "big.yaml").write_text(yaml.safe_dump(big))
+    arguments = ("plan", "big.yaml", "--accelerator", "h100-sxm", "--processes", "8")
+    done = shearling(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "3,212,749,824" in done.stdout
+    assert "on 8 x h100-sxm" in done.stdout
+    plan = json.loads(shearling(*arguments, "--json", "--set", "distill.tokens=2097152").stdout)
+    assert row(plan, "distill")["tokens"] == 2097152
+    assert not (tmp_path / "runs").exists()
+
+
+def test_plan_measures_this_machine(recipe_file: Path, shearling: Shearling) -> None:
+    plan = json.loads(shearling("plan", recipe_file, "--json").stdout)
+    assert plan["machine"]["source"] == "measured here"
+    assert plan["total"]["seconds"] < 120
+    assert isinstance(check_recipe(yaml.safe_load(recipe_file.read_text())), Recipe)
+    assert shearling("plan", recipe_file, "--accelerator", "abacus").returncode == 2

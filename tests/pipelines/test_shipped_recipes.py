@@ -1,0 +1,60 @@
+"""Every shipped recipe is checked and planned from shapes; the sizes of its students are known."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.accelerators import named_machine
+from pipelines.plan import make_plan, teacher_facts
+from pipelines.recipe import DistillStage, load_recipe, shipped_recipes
+
+STUDENTS: dict[str, tuple[int, ...]] = {
+    "quickstart": (96_469_056,),
+    "llama-3.1-8b-to-3b": (3_212_749_824,),
+    "llama-3.1-8b-to-3b-two-teachers": (3_212_749_824,),
+    "llama-3.1-8b-to-1b": (3_174_988_800, 1_235_814_400),
+    "llama-3.1-70b-to-8b": (8_030_261_248,),
+    "llama-3.1-405b-to-70b": (70_553_706_496,),
+    "llama-2-7b-to-2.7b": (2_701_560_320,),
+    "llama-2-7b-to-1.3b": (1_345_423_360,),
+    "llama-1-7b-halved": (3_367_676_928,),
+    "code-llama-7b-to-3b": (2_914_765_824,),
+    "llama-3.2-11b-vision-to-3b": (3_212_749_824,),
+    "llama-3.1-8b-to-minitron-width": (4_512_746_496,),
+    "llama-3.1-8b-to-minitron-depth": (4_540_469_248,),
+}
+OWN_INPUTS = {name for name in shipped_recipes() if name.startswith("regress-")}
+
+
+def test_the_regressions_halve_their_story_teller(shared_data: Path) -> None:
+    recipe = load_recipe(
+        "regress-stories", [f"teacher.model={shared_data / 'models/stories260K/hf'}"]
+    )
+    plan = make_plan(recipe, teacher_facts(recipe.teacher), named_machine("l4"))
+    sizes = {row["name"]: row["parameters"] for row in plan["stages"]}
+    assert (sizes["teacher"], sizes["prune"]) == (260_032, 133_296)
+
+
+def test_the_sizes_of_all_students_are_asserted() -> None:
+    assert set(STUDENTS) == set(shipped_recipes()) - OWN_INPUTS
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_shipped_recipe_is_planned_without_weights(name: str) -> None:
+    recipe = load_recipe(name)
+    facts = teacher_facts(recipe.teacher)
+    plan = make_plan(recipe, facts, named_machine("h100-sxm"), processes=8)
+    pruned = [row for row in plan["stages"] if row["kind"] == "prune"]
+    assert tuple(row["parameters"] for row in pruned) == STUDENTS[name]
+    assert plan["teacher"]["context"] >= recipe.transfer_set.window
+    for stage in recipe.stages:
+        if isinstance(stage, DistillStage):
+            (row,) = [row for row in plan["stages"] if row["name"] == stage.name]
+            assert row["least_processes"] is not None  # some number of H100s will do
+            assert row["tokens"] == pytest.approx(stage.tokens, rel=0.01)
+
+
+def test_a_halved_llama_is_half() -> None:
+    assert STUDENTS["llama-1-7b-halved"][0] / 6_738_415_616 == pytest.approx(0.5, abs=0.001)
