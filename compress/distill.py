@@ -60,6 +60,8 @@ OnMetrics = Callable[[dict[str, Any]], None]
 
 _EXPLODED = 4.0
 """A loss this many times its running mean is taken for divergence, not for noise."""
+_NOTICEABLE = 0.1
+"""A loss below this many nats a token is no divergence, however small it was before."""
 _RUNNING = 0.9
 _SETTLED = 10
 """Steps after which the running mean of the loss is trusted."""
@@ -315,7 +317,7 @@ def _what_is_wrong(course: Course, line: Mapping[str, Any]) -> str | None:
     loss, norm, step = line["loss"], line["gradient_norm"], line["step"]
     if not math.isfinite(loss) or not math.isfinite(norm):
         return f"The loss became {loss} with a gradient of norm {norm} in step {step}."
-    if course.step >= _SETTLED and loss > _EXPLODED * course.running_loss:
+    if course.step >= _SETTLED and loss > max(_EXPLODED * course.running_loss, _NOTICEABLE):
         return f"The loss jumped from about {course.running_loss:.3g} to {loss:.3g} in step {step}."
     return None
 

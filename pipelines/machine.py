@@ -65,6 +65,8 @@ LESS_MEMORY = {
     "transfer_set": "Give the sources fewer `tokens`, as in --set transfer_set.sources.0.tokens=N.",
     "benchmark": "Lower benchmark.batch_size, as in --set benchmark.batch_size=1.",
     "prune": "Lower the stage's calibration_tokens, as in --set {stage}.calibration_tokens=4096.",
+    "correct": "Set {stage}.micro_batch_windows=1 or {stage}.gradient_checkpointing=true with "
+    "--set.",
     "distill": "Set {stage}.micro_batch_windows=1 or {stage}.gradient_checkpointing=true with "
     "--set, or lower {stage}.chunk_tokens.",
 }

@@ -174,12 +174,16 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _refuse_features(checkpoint: Checkpoint) -> None:
     """Refuse by name what a stock, dense, full-precision LlamaForCausalLM can't hold."""
     config, problems = checkpoint._raw_config, []
-    if config.get("quantization_config") is not None:
-        method = dict(config["quantization_config"]).get("quant_method", "unknown method")
+    quantised = config.get("quantization_config")
+    if quantised is not None:
+        known = isinstance(quantised, dict) and "quant_method" in quantised
+        method = quantised["quant_method"] if known else "unknown method"
         problems.append(f"its weights are quantised ({method}); use the original ones")
     classes = config.get("architectures") or ["LlamaForCausalLM"]
+    classes = classes if isinstance(classes, list) else [classes]
     if "LlamaForCausalLM" not in classes:
-        problems.append(f"it is a {', '.join(classes)}; a LlamaForCausalLM is needed")
+        named = ", ".join(str(name) for name in classes)
+        problems.append(f"it is a {named}; a LlamaForCausalLM is needed")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         problems.append(f"hidden_act {config['hidden_act']!r}: only silu is supported")
     if config.get("partial_rotary_factor") not in (None, 1, 1.0):
