@@ -69,6 +69,7 @@ LESS_MEMORY = {
     "--set.",
     "distill": "Set {stage}.micro_batch_windows=1 or {stage}.gradient_checkpointing=true with "
     "--set, or lower {stage}.chunk_tokens.",
+    "export": "Close other programs; a Hugging Face folder needs less than a GGUF does.",
 }
 """By kind of stage: what to lower."""
 

@@ -240,16 +240,17 @@ _HELDOUT: dict[str, Better] = {
 
 
 def _heldout(folder: Path) -> dict[str, Number]:
-    """The last evaluation on held-out windows, of a stage that trained."""
+    """What a stage that trained measured on held-out windows: before its first step (``start_``),
+    which judges the cut that it started from, and after its last."""
     from pipelines.runner import read_metrics
 
-    lines = read_metrics(folder / "metrics.jsonl")
-    last = [line for line in lines if "heldout_kl" in line][-1:]
+    lines = [line for line in read_metrics(folder / "metrics.jsonl") if "heldout_kl" in line]
     return {
-        name: Number(
+        prefix + name: Number(
             float(line[name]), better, relative=RELATIVE_KL if name == "heldout_kl" else RELATIVE
         )
-        for line in last
+        for prefix, chosen in (("start_", lines[:1]), ("", lines[-1:]))
+        for line in chosen
         for name, better in _HELDOUT.items()
         if name in line
     }
