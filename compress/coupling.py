@@ -43,11 +43,34 @@ class Coupling:
     axes: Mapping[str, tuple[str, ...]]
 
     def cut(self, name: str, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
-        """Slice a parameter: on each axis in ``kept`` take those indices, in their order."""
+        """Narrow a parameter: on each axis in ``kept`` take those indices, in their order.
+
+        Where a matrix [new, old] stands for an axis, its products are taken instead.
+        """
         for dim, axis in enumerate(self.axes[name]):
             if axis in kept:
-                tensor = tensor.index_select(dim, kept[axis].to(tensor.device))
+                tensor = narrowed(tensor, kept[axis], dim)
         return tensor
+
+
+_ROWS = 16384
+"""Rows that are multiplied at one time."""
+
+
+def narrowed(tensor: Tensor, kept: Tensor, dim: int = -1) -> Tensor:
+    """``tensor`` with one dimension cut: to the indices ``kept`` [new], or by its product with
+    ``kept`` [new, old]."""
+    if kept.ndim == 1:
+        return tensor.index_select(dim, kept.to(tensor.device))
+    matrix = kept.to(tensor.device)
+    if tensor.ndim == 1:
+        return (matrix @ tensor.to(matrix)).to(tensor.dtype)
+    # A part at a time: a large vocabulary's embedding in float32 would be the largest of all.
+    parts = [
+        (part.to(matrix) @ matrix.T).to(tensor.dtype)
+        for part in torch.split(tensor.transpose(dim, -1), _ROWS)
+    ]
+    return torch.cat(parts).transpose(dim, -1).contiguous()
 
 
 class _NormPruning(tp.BasePruningFunc):  # type: ignore[misc]

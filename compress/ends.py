@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from compress.coupling import narrowed
 from compress.slicing import Slicer
 from teachers.checkpoint import Checkpoint
 
@@ -26,6 +27,8 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "mo
 
 MAP_RIDGE = 0.001
 """Keeps small what a dropped dim adds where the metric hardly sees it."""
+BASIS_RIDGE = 0.1
+"""Keeps the last hidden state near the basis: one layer can turn the stream by a little only."""
 MERGED_LAYERS = 4
 """A merged head speaks another language than the stream: every fourth of the layers, the last
 ones, turn the stream toward it step by step."""
@@ -40,8 +43,9 @@ _ROWS = 16384
 class Ends:
     """Embedding and head of the student, and how its last hidden states become the teacher's.
 
-    ``map_DE`` is what the stream behind the last layer should be of the teacher's. With a sliced
-    head the ramp is one layer long; a merged head takes more of the last layers.
+    ``map_DE`` is what the stream behind the last layer should be of the teacher's, ``stream_DE``
+    what it is before. With a sliced head the ramp is one layer long; a merged head takes more of
+    the last layers.
     """
 
     embedding_VD: Tensor
@@ -51,15 +55,15 @@ class Ends:
     metric_DD: Tensor
     metric_DE: Tensor
     map_DE: Tensor
+    stream_DE: Tensor
     ramp: int
 
-    def target_map(self, number: int, layers: int, hidden_D: Tensor) -> Tensor | None:
-        """What layer ``number`` of ``layers`` aims at, [D, E]; None is the kept dims."""
+    def target_map(self, number: int, layers: int) -> Tensor | None:
+        """What layer ``number`` of ``layers`` aims at, [D, E]; None is the stream as it was."""
         share = (number + 1 - (layers - self.ramp)) / self.ramp
         if share <= 0:
             return None
-        slicing_DE = torch.eye(self.map_DE.shape[1]).to(self.map_DE)[hidden_D]
-        return slicing_DE.lerp(self.map_DE, share)
+        return self.stream_DE.lerp(self.map_DE, share)
 
 
 def student_ends(
@@ -71,22 +75,26 @@ def student_ends(
 ) -> Ends:
     """The ends of the student that ``slicer`` cuts; ``final_NE`` are final hidden states of the
     teacher as its head reads them. ``way`` is how two matrices become one, where they have to."""
-    device, hidden_D = final_NE.device, slicer.plan.hidden
+    device = final_NE.device
     norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
     head_VE = source.tensor(HEAD).to(device)
     embedding_VD = slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
-    head_VD, norm_D = slicer.outside_layers(HEAD, head_VE), norm_E[hidden_D]
+    head_VD, norm_D = _narrowed_head(slicer, head_VE, norm_E)
     ramp = 1
     merged = slicer.student.tie_word_embeddings and not slicer.teacher.tie_word_embeddings
     if merged:
         merge = MERGES[way]
         embedding_VD, norm_D = merge(
-            source.tensor(EMBEDDING).float(), head_VE.float() * norm_E, hidden_D
+            source.tensor(EMBEDDING).float(), head_VE.float() * norm_E, slicer.plan.stream
         )
         head_VD = embedding_VD
         ramp = max(1, slicer.student.num_hidden_layers // MERGED_LAYERS)
     metric_DD, metric_DE = fisher_metric(final_NE, head_VE, head_VD.to(device), dtype)
-    hidden = None if merged else hidden_D
+    stream_DE = narrowed(torch.eye(len(norm_E)), slicer.plan.stream, 0).to(device)
+    near_DE = None if merged or slicer.plan.basis_DE is None else stream_DE
+    map_DE = final_map(metric_DD, metric_DE, norm_D, norm_E, near_DE)
+    if not merged and near_DE is None:
+        map_DE = keeping(map_DE, slicer.plan.hidden)
     return Ends(
         embedding_VD=embedding_VD,
         head_VD=head_VD,
@@ -94,7 +102,8 @@ def student_ends(
         norm_D=norm_D,
         metric_DD=metric_DD,
         metric_DE=metric_DE,
-        map_DE=final_map(metric_DD, metric_DE, norm_D, norm_E, hidden),
+        map_DE=map_DE,
+        stream_DE=stream_DE,
         ramp=ramp,
     )
 
@@ -127,42 +136,68 @@ def fisher_metric(
 
 
 def final_map(
-    metric_DD: Tensor, metric_DE: Tensor, norm_D: Tensor, norm_E: Tensor, hidden_D: Tensor | None
+    metric_DD: Tensor,
+    metric_DE: Tensor,
+    norm_D: Tensor,
+    norm_E: Tensor,
+    near_DE: Tensor | None = None,
 ) -> Tensor:
     """What the student's last hidden state should be of the teacher's, [D, E].
 
     The map T with K diag(norm_D) T x nearest to H diag(norm_E) x for every x, in the metric; K is
-    the student's head, H the teacher's. Where K is a part of H's columns, ``hidden_D``, T is the
-    identity on the kept dims, and lets them say what the dropped ones said as well as they can.
+    the student's head, H the teacher's. A ridge holds it near ``near_DE``, or near zero.
     """
     scaled_DD = (norm_D[:, None] * metric_DD * norm_D).double()
     rows_DE = (norm_D[:, None] * metric_DE * norm_E).double()
-    damping = MAP_RIDGE * scaled_DD.diagonal().mean() * torch.eye(len(scaled_DD)).to(scaled_DD)
-    map_DE: Tensor = torch.linalg.solve(scaled_DD + damping, rows_DE)
-    if hidden_D is not None:
-        map_DE[:, hidden_D] = torch.eye(len(hidden_D)).to(map_DE)
+    ridge = MAP_RIDGE if near_DE is None else BASIS_RIDGE
+    damping = ridge * scaled_DD.diagonal().mean() * torch.eye(len(scaled_DD)).to(scaled_DD)
+    start_DE = torch.zeros_like(rows_DE) if near_DE is None else near_DE.to(rows_DE)
+    change_DE = torch.linalg.solve(scaled_DD + damping, rows_DE - scaled_DD @ start_DE)
+    map_DE: Tensor = start_DE + change_DE
     return map_DE.float()
+
+
+def keeping(map_DE: Tensor, hidden_D: Tensor) -> Tensor:
+    """The map with the kept dims as they are: only what dropped dims said is said anew."""
+    kept_DE = map_DE.clone()
+    kept_DE[:, hidden_D] = torch.eye(len(hidden_D)).to(map_DE)
+    return kept_DE
+
+
+def _narrowed_head(slicer: Slicer, head_VE: Tensor, norm_E: Tensor) -> tuple[Tensor, Tensor]:
+    """The output head, [V, D], and the final norm, [D], in the student's hidden dims.
+
+    A tied head is the embedding as it is, so the norm gets the mean of the weights along each
+    direction; a head of its own takes in what a norm can't hold, as a layer's maps do.
+    """
+    basis_DE = slicer.plan.basis_DE
+    if basis_DE is None:
+        return slicer.outside_layers(HEAD, head_VE), slicer.norm(norm_E)
+    if slicer.student.tie_word_embeddings:
+        return slicer.outside_layers(HEAD, head_VE), basis_DE.square().to(norm_E) @ norm_E
+    norm_D = slicer.norm(norm_E)
+    return slicer.outside_layers(HEAD, head_VE * norm_E) / norm_D, norm_D
 
 
 # --- one matrix out of two ---------------------------------------------------------------------
 
 
-def split_ends(embedding_VE: Tensor, head_VE: Tensor, hidden_D: Tensor) -> tuple[Tensor, Tensor]:
+def split_ends(embedding_VE: Tensor, head_VE: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
     """Half of the kept dims for the input, half for the output: matrix [V, D] and final norm [D].
 
     Each half takes the dims that matter more at its end. Output dims hold the head's columns,
     shrunk to the embedding's size, and the norm stretches them again; it silences input dims.
     """
-    kept_in, kept_out = embedding_VE[:, hidden_D], head_VE[:, hidden_D]
+    kept_in, kept_out = narrowed(embedding_VE, stream), narrowed(head_VE, stream)
     favour_D = kept_out.norm(dim=0) / kept_in.norm(dim=0).clamp_min(1e-12)
-    output_D = torch.zeros(len(hidden_D), dtype=torch.bool)
-    output_D[favour_D.argsort(descending=True)[: len(hidden_D) // 2]] = True
+    output_D = torch.zeros(len(stream), dtype=torch.bool)
+    output_D[favour_D.argsort(descending=True)[: len(stream) // 2]] = True
     shrink = kept_in.norm() / kept_out.norm()
     merged_VD = torch.where(output_D, kept_out * shrink, kept_in)
     return merged_VD, output_D.float() / shrink
 
 
-def joint_ends(embedding_VE: Tensor, head_VE: Tensor, hidden_D: Tensor) -> tuple[Tensor, Tensor]:
+def joint_ends(embedding_VE: Tensor, head_VE: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
     """Least squares over both ends: matrix [V, D] and a constant final norm [D].
 
     The D directions of vocabulary space in which both matrices, each at size one, lie best (their
@@ -172,10 +207,10 @@ def joint_ends(embedding_VE: Tensor, head_VE: Tensor, hidden_D: Tensor) -> tuple
     """
     both_VX = torch.cat([embedding_VE / embedding_VE.norm(), head_VE / head_VE.norm()], 1)
     values, vectors_XX = torch.linalg.eigh((both_VX.T @ both_VX).double())
-    count = len(hidden_D)
+    count = len(stream)
     leading_XD = vectors_XX[:, -count:] / values[-count:].clamp_min(1e-12).sqrt()
     basis_VD = both_VX @ leading_XD.float()
-    kept_VD = embedding_VE[:, hidden_D]
+    kept_VD = narrowed(embedding_VE, stream)
     left, sizes_D, right = torch.linalg.svd(basis_VD.T @ kept_VD)
     raised_D = sizes_D.clamp_min(float(MERGED_FLOOR * sizes_D.mean()))
     merged_VD = basis_VD @ ((left * raised_D) @ right)

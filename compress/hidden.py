@@ -1,7 +1,7 @@
 """Where the student's and the teacher's hidden states meet: the pruner's own selection.
 
-Student layer i was teacher layer ``layers[i]``, and student dim j teacher dim ``hidden[j]`` (or
-the j-th column of a map that the pruner wrote), so no projection has to be learnt.
+Student layer i was teacher layer ``layers[i]``, and student dim j teacher dim ``hidden[j]`` or
+the j-th column of a map that the pruner wrote, so no projection has to be learnt.
 
 Legend: B windows, T positions, N positions that count, D student hidden, E teacher hidden.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.losses import HIDDEN_LOSSES
+from compress.selection import read_map
 from compress.settings import DistillSettings, HiddenLoss, Ramp
 from shearling import ShearlingError, read_json
 
@@ -114,8 +114,8 @@ def _open_match(
 ) -> HiddenMatch:
     """Read the pruner's selection for a teacher of this config.
 
-    ``selection`` may lie beside a ``maps.safetensors`` whose tensor ``hidden``, [E, D], replaces
-    picking dims. Without a selection both models must have the same layers and hidden size.
+    Where a map of the stream lies beside ``selection``, it replaces picking dims. Without a
+    selection both models must have the same layers and hidden size.
 
     Raises:
         ShearlingError: the selection is missing or does not fit the two models.
@@ -127,8 +127,7 @@ def _open_match(
     if selection is not None:
         chosen = read_json(selection)
         layers, dims = chosen["layers"], chosen["hidden"]
-        maps = selection.parent / "maps.safetensors"
-        map_ED = load_file(maps).get("hidden") if maps.is_file() else None
+        map_ED = read_map(selection)
     fits = len(layers) == depth and max(layers, default=0) < config.num_hidden_layers
     if map_ED is None:
         fits = fits and len(dims) == width and max(dims, default=0) < config.hidden_size

@@ -18,7 +18,7 @@ from compress.coupling import derive_coupling
 from compress.ends import student_ends
 from compress.memory import reuse_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
-from compress.selection import choose, to_json
+from compress.selection import choose, write_selection
 from compress.settings import PruneSettings
 from compress.slicing import Slicer
 from compress.streams import DTYPES, Streams
@@ -30,7 +30,6 @@ from shearling import (
     disk_errors,
     sha256_of_json,
     silent,
-    write_json,
 )
 from students.shape import Shape
 from teachers.checkpoint import open_checkpoint
@@ -49,7 +48,8 @@ def prune(
     device: str = "cpu",
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Cut the model in ``teacher`` to ``shape``; writes ``out/model`` and ``out/selection.json``.
+    """Cut the model in ``teacher`` to ``shape``; writes ``out/model`` and ``out/selection.json``
+    (with ``out/selection.safetensors`` where the stream was turned: ``compress.selection``).
 
     ``model`` is a stock Hugging Face folder with the teacher's tokenizer, in the teacher's dtype.
     Returns the numbers that a report shows.
@@ -135,9 +135,10 @@ def prune(
             ) from error
         _copy_companions(teacher, out / "model")
         logit_error = _gate(walk, out / "model", shape)
-    write_json(
+    write_selection(
         out / "selection.json",
-        to_json(slicer.plan) | {"importance": survey.to_json(), "reconstruction": walk.errors},
+        slicer.plan,
+        {"importance": survey.to_json(), "reconstruction": walk.errors},
     )
     shutil.rmtree(out / "streams", ignore_errors=True)
     return _summary(walk, shape, windows, precision, logit_error)

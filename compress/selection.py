@@ -5,14 +5,17 @@ Legend: L layers, D hidden dims, H query heads, K key/value heads, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from shearling import ShearlingError
+from compress.basis import principal_basis
+from shearling import ShearlingError, write_json
 from students.shape import Shape
 
 if TYPE_CHECKING:
@@ -109,16 +112,28 @@ def rotary_channels(teacher_dim: int, head_dim: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What stays: layers, hidden dims, and of each kept layer heads, neurons, value basis."""
+    """What stays: layers, hidden dims, and of each kept layer heads, neurons, value basis.
+
+    With ``basis_DE`` the student's stream is that map of the teacher's, and ``hidden`` are the
+    teacher's dims to which its dims lie nearest.
+    """
 
     layers: list[int]
     hidden: Tensor
+    basis_DE: Tensor | None
     chosen: list[LayerSelection]
     value_basis_KCc: list[Tensor | None]
+
+    @property
+    def stream(self) -> Tensor:
+        """How the stream is narrowed: numbers of dims, [D], or the basis, [D, E]."""
+        return self.hidden if self.basis_DE is None else self.basis_DE
 
 
 def choose(survey: Survey, shape: Shape) -> Plan:
     """Turn what the survey found into the selection that has exactly the student's shape."""
+    hidden = top(survey.hidden_E, shape.hidden_size)
+    basis_DE = principal_basis(survey.gram_EE, hidden) if len(survey.gram_EE) else None
     chosen = [survey.chosen[layer] for layer in survey.layers]
     grams = [
         survey.value_gram_LKCC[layer][kept.key_value_heads]
@@ -126,7 +141,8 @@ def choose(survey: Survey, shape: Shape) -> Plan:
     ]
     return Plan(
         layers=survey.layers,
-        hidden=top(survey.hidden_E, shape.hidden_size),
+        hidden=hidden,
+        basis_DE=basis_DE,
         chosen=chosen,
         value_basis_KCc=[_value_basis(gram_KCC, shape.head_dim) for gram_KCC in grams],
     )
@@ -144,9 +160,12 @@ def _value_basis(gram_KCC: Tensor, head_dim: int) -> Tensor | None:
     return vectors[..., -head_dim:].float()
 
 
-def to_json(plan: Plan) -> dict[str, Any]:
-    """The part of ``selection.json`` that says what stayed."""
-    return {
+# --- on the disk -------------------------------------------------------------------------------
+
+
+def write_selection(path: Path, plan: Plan, more: Mapping[str, Any]) -> None:
+    """Write what stayed to ``path`` (JSON), and ``more``; the basis, if there is one, beside it."""
+    chosen = {
         "schema": 1,
         "layers": plan.layers,
         "hidden": plan.hidden.tolist(),
@@ -154,3 +173,20 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "key_value_heads": [layer.key_value_heads.tolist() for layer in plan.chosen],
         "neurons": [layer.neurons.tolist() for layer in plan.chosen],
     }
+    write_json(path, chosen | dict(more))
+    write_map(path, None if plan.basis_DE is None else plan.basis_DE.T)
+
+
+def write_map(selection: Path, map_ED: Tensor | None) -> None:
+    """Put the map of the stream beside its selection; none, where it is picked dims."""
+    path = selection.with_suffix(".safetensors")
+    if map_ED is None:
+        path.unlink(missing_ok=True)
+    else:
+        save_file({"hidden": map_ED.contiguous()}, path)
+
+
+def read_map(selection: Path) -> Tensor | None:
+    """What ``write_map`` wrote: teacher's stream times it is the student's stream, [E, D]."""
+    path = selection.with_suffix(".safetensors")
+    return load_file(path)["hidden"] if path.is_file() else None

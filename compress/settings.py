@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from students.settings import Settings
+from students.shape import Shape
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -30,6 +31,12 @@ class PruneSettings(Settings):
         "others, refitted, can best do without (greedy); by the size of what they add to the "
         "stream (activation); by the loss's gradient, hidden dims too (taylor); or by the size of "
         "their weights, hidden dims too (magnitude).",
+    )
+    basis: Literal["principal", "dims"] | None = Field(
+        default=None,
+        description="How the residual stream is narrowed: to the leading principal directions of "
+        "the teacher's, turned toward its largest dims (principal), or to those dims (dims). By "
+        "default principal, but dims where two matrices are merged (see `merge`).",
     )
     merge: Literal["split", "least_squares"] = Field(
         default="least_squares",
@@ -66,6 +73,13 @@ class PruneSettings(Settings):
         description="Seconds between checkpoints of the walk, taken between two layers; 0 takes "
         "one after each.",
     )
+
+    def basis_for(self, teacher: Shape, student: Shape) -> Literal["principal", "dims"]:
+        """How a student of this shape gets its stream; see ``basis``."""
+        merged = student.tie_word_embeddings and not teacher.tie_word_embeddings
+        if student.hidden_size == teacher.hidden_size or (self.basis is None and merged):
+            return "dims"
+        return self.basis or "principal"
 
 
 class Ramp(Settings):

@@ -6,15 +6,19 @@ Legend: N positions, O outputs, K key/value heads, C teacher head dim, c student
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress.coupling import HIDDEN, KEY_VALUE, NEURONS, QUERY, Coupling
-from compress.layer import ATTENTION, MLP, LayerWeights
+from compress.coupling import HIDDEN, KEY_VALUE, NEURONS, QUERY, Coupling, narrowed
+from compress.layer import ATTENTION, BLOCKS, MLP, LayerWeights
 from compress.selection import Plan, rotary_channels, rows_of_heads
 from students.shape import Shape
+
+_LEAST_NORM = 0.01
+"""Least weight of a norm, as a share of the mean: maps are divided by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +32,22 @@ class Slicer:
 
     def kept(self, stream_BTE: Tensor) -> Tensor:
         """The student's dims of a teacher's stream."""
-        return stream_BTE.index_select(-1, self.plan.hidden.to(stream_BTE.device))
+        return narrowed(stream_BTE, self.plan.stream)
 
     def outside_layers(self, name: str, tensor: Tensor) -> Tensor:
-        """The embedding, the final norm or the output head without the dropped hidden dims."""
-        return self.coupling.cut(name, tensor, {HIDDEN: self.plan.hidden})
+        """The embedding or the output head in the student's hidden dims."""
+        return self.coupling.cut(name, tensor, {HIDDEN: self.plan.stream})
+
+    def norm(self, norm_E: Tensor) -> Tensor:
+        """A norm's weights in the student's hidden dims, [D].
+
+        A direction that mixes dims gets the root mean square of their weights: the maps that read
+        through the norm keep about the size that they had, and take the rest (``layer``).
+        """
+        if self.plan.basis_DE is None:
+            return narrowed(norm_E, self.plan.hidden)
+        size_D = (self.plan.basis_DE.square().to(norm_E) @ norm_E.square()).sqrt()
+        return size_D.clamp_min(_LEAST_NORM * float(size_D.mean()))
 
     def layer(self, number: int, teacher: LayerWeights) -> LayerWeights:
         """The student's layer ``number``, sliced and not yet refitted."""
@@ -40,7 +55,7 @@ class Slicer:
         wide = self.teacher.head_dim
         rotary = rotary_channels(wide, self.student.head_dim)
         every = torch.arange(wide)
-        kept = {HIDDEN: self.plan.hidden, NEURONS: chosen.neurons}
+        kept = {HIDDEN: self.plan.stream, NEURONS: chosen.neurons}
         rotated = kept | {
             QUERY: rows_of_heads(chosen.heads, rotary, wide),
             KEY_VALUE: rows_of_heads(chosen.key_value_heads, rotary, wide),
@@ -49,13 +64,37 @@ class Slicer:
             QUERY: rows_of_heads(chosen.heads, every, wide),
             KEY_VALUE: rows_of_heads(chosen.key_value_heads, every, wide),
         }
+        norms = {block.norm: teacher[block.norm] for block in BLOCKS}
         student = {}
-        for name, tensor in teacher.items():
+        for name, tensor in self._with_norms_inside(teacher).items():
             side = rotated if name.startswith(ATTENTION.inputs[:2]) else whole
             student[name] = self.coupling.cut(name, tensor, side)
+        self._take_norms_out(student, norms)
         if basis is not None:
             self._narrow_heads(student, basis)
         return student
+
+    def _with_norms_inside(self, teacher: LayerWeights) -> LayerWeights:
+        """The same layer with its norms' weights in the maps that read through them.
+
+        A basis that mixes dims can't be taken through a norm's weights. Picked dims can.
+        """
+        if self.plan.basis_DE is None:
+            return teacher
+        inside = dict(teacher)
+        for block in BLOCKS:
+            for name in block.inputs:
+                inside[f"{name}.weight"] = teacher[f"{name}.weight"] * teacher[block.norm]
+        return inside
+
+    def _take_norms_out(self, student: LayerWeights, norms: Mapping[str, Tensor]) -> None:
+        """Give the student norms of its own, and take them out of the maps behind them."""
+        if self.plan.basis_DE is None:
+            return
+        for block in BLOCKS:
+            norm_D = student[block.norm] = self.norm(norms[block.norm])
+            for name in block.inputs:
+                student[f"{name}.weight"] /= norm_D
 
     def _narrow_heads(self, student: LayerWeights, basis_KCc: Tensor) -> None:
         """Project values onto their basis and let the queries carry the change of softmax scale.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.basis import stream_gram
 from compress.depth import layers_by_divergence
 from compress.greedy import keep_heads, keep_inputs
 from compress.importance import (
@@ -55,10 +56,12 @@ class Survey:
     ``layers`` are the numbers of those that stay; ``chosen`` is what each of the teacher's layers
     keeps, if it is kept itself.
     ``value_gram_LKCC`` holds, for each key/value head, the second moments of what its query heads
-    hand to o_proj. ``final_NE`` are some of the final hidden states as the output head reads them.
+    hand to o_proj. ``gram_EE`` are the stream's second moments, empty where dims are picked.
+    ``final_NE`` are some of the final hidden states as the output head reads them.
     """
 
     hidden_E: Tensor
+    gram_EE: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     final_NE: Tensor = field(default_factory=lambda: torch.empty(0))
     layers: list[int] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
@@ -82,6 +85,7 @@ class Survey:
         """All of it as named tensors, for a walk that goes on in another process."""
         return {
             "hidden": self.hidden_E,
+            "gram": self.gram_EE,
             "final": self.final_NE,
             "layers": torch.tensor(self.layers),
             "distances": torch.tensor(self.distances, dtype=torch.float64),
@@ -103,6 +107,7 @@ class Survey:
         )
         return cls(
             hidden_E=tensors["hidden"],
+            gram_EE=tensors["gram"],
             final_NE=tensors["final"],
             layers=tensors["layers"].tolist(),
             distances=tensors["distances"].tolist(),
@@ -134,15 +139,20 @@ def take_survey(
     maths = LayerMath(source.config, windows_BT.shape[1], device, dtype)
     stream_BTE = source.tensor("model.embed_tokens.weight")[windows_BT].float()
     survey = Survey(torch.zeros(shape.hidden_size, dtype=torch.float64, device=device))
+    projects = settings.basis_for(shape, target) == "principal"
+    if projects:
+        survey.gram_EE = torch.zeros(shape.hidden_size, shape.hidden_size)
     for number in range(shape.num_hidden_layers):
         progress("survey", number, shape.num_hidden_layers)
         weights = read_layer(source, number, device)
-        layer = LayerSurvey(maths, shape, weights, settings.importance == "greedy")
+        layer = LayerSurvey(maths, shape, weights, settings.importance == "greedy", projects)
         for rows in batches(stream_BTE):
             before = stream_BTE[rows].to(device)
             stream_BTE[rows] = layer.add(before).to(stream_BTE)
         scores = taylor[number] if taylor else layer.scores(settings.importance)
         survey.hidden_E += scores.hidden_E.to(survey.hidden_E)
+        if projects:
+            survey.gram_EE += layer.gram_EE.cpu()
         survey.distances.append(float(layer.distance) / stream_BTE[..., 0].numel())
         survey.heads_LH.append(scores.heads_H.cpu())
         survey.value_gram_LKCC.append(layer.gram_KCC.cpu())
@@ -164,8 +174,11 @@ def take_survey(
 class LayerSurvey:
     """One layer of the teacher: sums over positions, and the choice that follows from them."""
 
-    def __init__(self, maths: LayerMath, shape: Shape, weights: LayerWeights, greedy: bool) -> None:
-        self.maths, self.shape, self.weights, self.greedy = maths, shape, weights, greedy
+    def __init__(
+        self, maths: LayerMath, shape: Shape, weights: LayerWeights, greedy: bool, projects: bool
+    ) -> None:
+        self.maths, self.shape, self.weights = maths, shape, weights
+        self.greedy, self.projects = greedy, projects
 
         def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=maths.device)
@@ -175,6 +188,8 @@ class LayerSurvey:
         self.hidden_E = zeros(shape.hidden_size, dtype=torch.float64)
         self.distance = zeros(dtype=torch.float64)
         self.gram_KCC = zeros(shape.num_key_value_heads, shape.head_dim, shape.head_dim)
+        if projects:
+            self.gram_EE = zeros(shape.hidden_size, shape.hidden_size)
         if greedy:
             self.gram_QQ = zeros(shape.query_size, shape.query_size)
             self.gram_FF = zeros(shape.intermediate_size, shape.intermediate_size)
@@ -190,6 +205,8 @@ class LayerSurvey:
         after = middle + maths.linear(active, weights, MLP.output)
         for stream in (before_BTE, middle):
             self.hidden_E += relative_energy(stream)
+            if self.projects:
+                self.gram_EE += stream_gram(stream, maths.eps)
         self.query_Q += channel_energy(mixed)
         self.neurons_F += channel_energy(active)
         by_group = mixed.view(-1, len(self.gram_KCC), self.shape.group_size, self.shape.head_dim)

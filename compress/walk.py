@@ -155,14 +155,14 @@ class Walk:
         fit = InputFit(student, block)
         for rows in batches(self.teacher_stream):
             before = self._read(self.teacher_stream, rows)
-            input_BTE, parts = self.teacher_math.read(block, before, teacher)
+            _, parts = self.teacher_math.read(block, before, teacher)
             targets = [
                 self.slicer.target(number, name, _flat(part))
                 for name, part in zip(block.inputs, parts, strict=True)
             ]
             fit.add(
                 self._student_normed(rows),
-                self.slicer.kept(input_BTE),
+                _flat(self.slicer.kept(normed(before, self.teacher_math.eps))),
                 targets,
                 _weights(before),
                 _held_out(rows, before),
@@ -244,7 +244,7 @@ class Walk:
         if block is not MLP:
             number -= 1  # attention of a layer still aims where the layer before it did
         layers = len(self.slicer.plan.layers)
-        return self.ends.target_map(number, layers, self.slicer.plan.hidden)
+        return self.ends.target_map(number, layers)
 
     def _finish(self) -> None:
         """The final norm and, untied, the output head; then the folder is complete."""
@@ -309,15 +309,15 @@ class InputFit:
         weight_N: Tensor,
         heldout_N: Tensor,
     ) -> None:
-        """Take in a batch: the student's stream divided by its size, the teacher's normed input
-        on the kept dims, the wanted output of each map, and how much each position counts."""
+        """Take in a batch: the student's stream divided by its size, the same of the teacher's
+        in the student's dims, the wanted output of each map, and how much each position counts."""
         input_ND = normed_ND * self.norm_D
         unbiased = [
             target if bias is None else target - bias
             for target, bias in zip(targets, self.biases, strict=True)
         ]
         self.moments.add(input_ND, torch.cat(unbiased, dim=1), weight_N, heldout_N)
-        shared, energy = scale_of_norm(input_ND, _flat(teacher_ND), weight_N)
+        shared, energy = scale_of_norm(input_ND, teacher_ND * self.norm_D, weight_N)
         self._shared += shared
         self._energy += energy
 

@@ -29,6 +29,7 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
     from compress.answers import Taught
     from compress.distill import distill
     from compress.parallel import leads
+    from compress.selection import read_map, write_map
     from teachers.tokenizer import check_same_tokenizer
 
     student = context.inputs["model"]
@@ -37,6 +38,7 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
     # Teaching moves no dimension, so what the student kept of the teacher stays true.
     if leads():
         shutil.copyfile(selection, context.out / TEACHER_SELECTION)
+        write_map(context.out / TEACHER_SELECTION, read_map(selection))
     names = sorted(settings.teachers, key=lambda name: name != "teacher")  # the first is compared
     summary = distill(
         context.inputs["teacher"] / "model",

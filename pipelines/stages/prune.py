@@ -11,9 +11,11 @@ from shearling import read_json, write_json
 from students.shape import Shape, resolve_shape
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pipelines.recipe import PruneStage
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 RESUMABLE = True
 TEACHER_SELECTION = "teacher_selection.json"
 """What a student kept of the *teacher*; ``selection.json`` is about the model that was cut."""
@@ -22,11 +24,13 @@ TEACHER_SELECTION = "teacher_selection.json"
 def run(settings: PruneStage, context: Context) -> dict[str, Any]:
     """Write ``out/model`` and ``out/selection.json``; goes on from ``out/resume`` where it is."""
     from compress.prune import prune
+    from compress.selection import read_map, write_map
 
     newest = context.inputs["model"]
+    teacher = Shape.from_config(read_json(context.inputs["teacher"] / "model" / "config.json"))
     shape = student_shape(
         settings.shape_spec(),
-        teacher=Shape.from_config(read_json(context.inputs["teacher"] / "model" / "config.json")),
+        teacher=teacher,
         newest=Shape.from_config(read_json(newest / "model" / "config.json")),
     )
     summary = prune(
@@ -39,10 +43,18 @@ def run(settings: PruneStage, context: Context) -> dict[str, Any]:
         device=context.device,
         progress=context.progress,
     )
-    selection = read_json(context.out / "selection.json")
-    if (newest / TEACHER_SELECTION).is_file():
-        selection = joined_selection(read_json(newest / TEACHER_SELECTION), selection)
+    cut, before = context.out / "selection.json", newest / TEACHER_SELECTION
+    selection, map_ED = read_json(cut), read_map(cut)
+    if before.is_file():
+        first, first_map = read_json(before), read_map(before)
+        map_ED = joined_map(
+            teacher.hidden_size,
+            first["hidden"] if first_map is None else first_map,
+            selection["hidden"] if map_ED is None else map_ED,
+        )
+        selection = joined_selection(first, selection)
     write_json(context.out / TEACHER_SELECTION, selection)
+    write_map(context.out / TEACHER_SELECTION, map_ED)
     shutil.rmtree(context.out / "resume", ignore_errors=True)
     return summary
 
@@ -56,6 +68,24 @@ def student_shape(spec: str | dict[str, Any], *, teacher: Shape, newest: Shape) 
     if isinstance(spec, str):
         return resolve_shape(resolve_shape(spec, teacher).to_dict(), newest)
     return resolve_shape(spec, newest)
+
+
+def joined_map(
+    teacher_size: int, first: Tensor | Sequence[int], second: Tensor | Sequence[int]
+) -> Tensor | None:
+    """The map of the stream through two cuts, [teacher_size, C]; None where both picked dims.
+
+    Each cut is given by its own map, [E, D] and [D, C], or by the dims that it picked.
+    """
+    import torch
+
+    if isinstance(first, torch.Tensor):
+        return first @ second if isinstance(second, torch.Tensor) else first[:, list(second)]
+    if not isinstance(second, torch.Tensor):
+        return None
+    whole_EC = second.new_zeros(teacher_size, second.shape[1])
+    whole_EC[list(first)] = second
+    return whole_EC
 
 
 def joined_selection(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

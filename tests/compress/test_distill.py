@@ -287,7 +287,7 @@ def test_what_attention_adds_is_compared_with_a_weight_that_changes(bench: Bench
 def test_a_map_beside_the_selection_replaces_picking(bench: Bench) -> None:
     chosen = selection(bench, [1, 3])
     picked, _ = bench.run("picked", hidden={"weight": 0.5}, selection=chosen, tokens=256)
-    save_file({"hidden": torch.eye(32)[:, 3:27].contiguous()}, chosen.parent / "maps.safetensors")
+    save_file({"hidden": torch.eye(32)[:, 3:27].contiguous()}, chosen.with_suffix(".safetensors"))
     mapped, _ = bench.run("mapped", hidden={"weight": 0.5}, selection=chosen, tokens=256)
     assert steps(mapped)[0]["hidden"] == pytest.approx(steps(picked)[0]["hidden"], rel=1e-5)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from compress.ends import final_map, fisher_metric
+from compress.ends import final_map, fisher_metric, keeping
 
 
 def test_the_metric_is_the_curvature_of_the_divergence() -> None:
@@ -29,7 +29,7 @@ def test_what_dropped_dims_say_is_said_by_kept_ones() -> None:
     head = torch.randn(50, 3)
     head[:, 1] = 3 * head[:, 0]  # the second dim's column is the first's, times three
     metric = (head.T @ head)[kept]
-    found = final_map(metric[:, kept], metric, norm[kept], norm, kept)
+    found = keeping(final_map(metric[:, kept], metric, norm[kept], norm), kept)
     torch.testing.assert_close(
         found, torch.tensor([[1.0, 1.5, 0.0], [0.0, 0.0, 1.0]]), rtol=1e-2, atol=1e-2
     )

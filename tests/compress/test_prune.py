@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from compress.basis import principal_basis
 from compress.coupling import derive_coupling
 from compress.depth import layers_by_divergence
 from compress.importance import channel_energy
 from compress.layer import LayerMath, read_layer
 from compress.prune import prune
 from compress.reconstruct import Moments, SplitMoments, final_norm_refit, ridge_refit
-from compress.selection import choose_heads, choose_layers, rotary_channels, top
+from compress.selection import choose_heads, choose_layers, read_map, rotary_channels, top
 from compress.settings import PruneSettings
 from shearling import ShearlingError, read_json
 from students.shape import Shape
@@ -264,12 +265,54 @@ def test_unused_hidden_dims_are_cut_and_the_norms_take_the_change_of_scale(
             layer.mlp.down_proj.weight[dead] = 0
 
     teacher = edited(tiny_llama, tmp_path / "teacher", silence)
-    cut(teacher, tmp_path / "out", tiny_transfer_set, {"hidden_size": 24}, ridge=1e-6)
+    cut(teacher, tmp_path / "out", tiny_transfer_set, {"hidden_size": 24}, ridge=1e-6, basis="dims")
     kept = read_json(tmp_path / "out" / "selection.json")["hidden"]
     assert all(dim % 4 for dim in kept)
     torch.testing.assert_close(
         logits(tmp_path / "out" / "model"), logits(teacher), rtol=1e-2, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_stream_in_a_subspace_is_cut_to_it_without_a_trace(
+    tiny_llama: Path, tiny_llama_untied: Path, tiny_transfer_set: Path, tmp_path: Path, tied: bool
+) -> None:
+    """24 directions of 32 dims carry all there is; no dim of them is silent."""
+    basis_DE = torch.linalg.qr(torch.randn(32, 24))[0].T
+
+    def embed_in_subspace(model: LlamaForCausalLM) -> None:
+        if tied:
+            model.model.norm.weight.fill_(1.5)  # else the head would look out of the subspace
+        embedding = model.model.embed_tokens.weight
+        embedding.copy_(embedding[:, :24] @ basis_DE)
+        for layer in model.model.layers:
+            for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+                norm.weight.uniform_(0.5, 2.0)
+            for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                output.weight.copy_(basis_DE.T @ output.weight[:24])
+
+    source = tiny_llama if tied else tiny_llama_untied
+    teacher = edited(source, tmp_path / "teacher", embed_in_subspace)
+    cut(teacher, tmp_path / "out", tiny_transfer_set, {"hidden_size": 24}, ridge=1e-6)
+    torch.testing.assert_close(
+        logits(tmp_path / "out" / "model"), logits(teacher), rtol=1e-2, atol=5e-3
+    )
+    map_ED = read_map(tmp_path / "out" / "selection.json")
+    assert map_ED is not None
+    torch.testing.assert_close(map_ED.T @ map_ED, torch.eye(24), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(basis_DE @ map_ED @ map_ED.T, basis_DE, rtol=1e-3, atol=1e-3)
+
+
+def test_the_basis_lies_near_the_dims_that_it_is_turned_toward() -> None:
+    sizes_E = torch.linspace(3, 0.1, 16)
+    mixing_EE = torch.linalg.qr(torch.eye(16) + 0.05 * torch.randn(16, 16))[0]
+    gram_EE = mixing_EE @ torch.diag(sizes_E) @ mixing_EE.T
+    dims_D = torch.tensor([1, 3, 4, 6, 7, 9])
+    basis_DE = principal_basis(gram_EE, dims_D)
+    turned = torch.linalg.qr(torch.randn(6, 6))[0] @ basis_DE
+    assert basis_DE[:, dims_D].trace() > turned[:, dims_D].trace()
+    leading = torch.linalg.eigvalsh(gram_EE)[-6:].sum()
+    torch.testing.assert_close((basis_DE @ gram_EE @ basis_DE.T).trace(), leading)
 
 
 def test_half_the_head_dim_is_exact_where_the_other_half_is_silent(
@@ -325,7 +368,7 @@ def test_all_axes_at_once_give_a_stock_model_with_the_teachers_tokenizer(
 def test_an_untied_teacher_keeps_its_own_head(
     tiny_llama_untied: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:
-    cut(tiny_llama_untied, tmp_path, tiny_transfer_set, {"hidden_size": 24})
+    cut(tiny_llama_untied, tmp_path, tiny_transfer_set, {"hidden_size": 24}, basis="dims")
     model = load(tmp_path / "model")
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     kept = read_json(tmp_path / "selection.json")["hidden"]

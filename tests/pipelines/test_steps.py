@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pipelines.recipe import check_recipe
-from pipelines.stages.prune import joined_selection, student_shape
+from pipelines.stages.prune import joined_map, joined_selection, student_shape
 from pipelines.steps import Step, build_steps, decide, differences
 from pipelines.store import FileHashes, Store
 from students.shape import Shape
@@ -189,6 +190,19 @@ def test_a_mirror_file_that_appears_later_is_measured(
     assert steps_of(data, store)["teacher/benchmark"].key == before.key
     (tmp_path / "mirror" / "copa.jsonl").write_text("{}")
     assert steps_of(data, store)["teacher/benchmark"].key != before.key
+
+
+def test_maps_of_the_stream_are_joined_as_the_cuts_followed() -> None:
+    stream_E = torch.randn(8)
+    dims_D, dims_C = [1, 3, 4, 6], [0, 3]
+    map_ED, map_DC = torch.randn(8, 4), torch.randn(4, 2)
+    for first, narrow in ((dims_D, stream_E[dims_D]), (map_ED, stream_E @ map_ED)):
+        for second, narrower in ((dims_C, narrow[dims_C]), (map_DC, narrow @ map_DC)):
+            joined = joined_map(8, first, second)
+            if joined is None:
+                assert (first, second) == (dims_D, dims_C)
+            else:
+                torch.testing.assert_close(stream_E @ joined, narrower)
 
 
 def test_cuts_one_after_another_are_joined() -> None:
