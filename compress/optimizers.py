@@ -20,16 +20,16 @@ def build_optimizers(
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest.
 
+    Embeddings and output head learn at a share of the rate (`set_learning_rate`).
     Weight decay pulls on matrices only. The Llama papers say nothing of exceptions, but a norm's
     gain has no reason to tend to 0: in a pruned student it holds the scale of the kept dims.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [entry for entry in named if entry[1].ndim >= 2]
+    inner = [(name, p) for name, p in named if p.ndim >= 2 and ".layers." in f".{name}"]
+    ends = [(name, p) for name, p in named if p.ndim >= 2 and ".layers." not in f".{name}"]
     vectors = [entry for entry in named if entry[1].ndim < 2]
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if settings.optimizer == "muon":
-        inner = [(name, p) for name, p in matrices if ".layers." in f".{name}"]
-        matrices = [entry for entry in matrices if all(entry[1] is not p for _, p in inner)]
         # Scaled by 0.2 sqrt(max(A, B)) an orthogonal update has the size of AdamW's, so the same
         # learning rate and decay serve both (https://arxiv.org/abs/2502.16982).
         kind = SplitMuon if processes() > 1 else torch.optim.Muon
@@ -39,11 +39,15 @@ def build_optimizers(
             weight_decay=settings.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
+        inner = []
+    decay, share = settings.weight_decay, settings.embedding_learning_rate
+    groups = [
+        {"params": _parameters(inner), "weight_decay": decay},
+        {"params": _parameters(ends), "weight_decay": decay, "share": share},
+        {"params": _parameters(vectors), "weight_decay": 0.0},
+    ]
     optimizers["adamw"] = torch.optim.AdamW(
-        [
-            {"params": _parameters(matrices), "weight_decay": settings.weight_decay},
-            {"params": _parameters(vectors), "weight_decay": 0.0},
-        ],
+        [group for group in groups if group["params"]],
         lr=settings.learning_rate,
         betas=settings.betas,
         eps=settings.eps,
@@ -64,10 +68,10 @@ def _can_fuse(named: Iterable[Named]) -> bool:
 
 
 def set_learning_rate(optimizers: Mapping[str, torch.optim.Optimizer], rate: float) -> None:
-    """Give every group of every optimizer the same rate."""
+    """Give every group of every optimizer this rate, or its ``share`` of it."""
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("share", 1.0)
 
 
 def optimizer_tensors(

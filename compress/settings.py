@@ -195,6 +195,11 @@ class DistillSettings(Settings):
         "its updates are scaled to AdamW's size, so learning rates mean the same.",
     )
     learning_rate: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
+    embedding_learning_rate: float = Field(
+        default=0.3,
+        gt=0,
+        description="Learning rate of embeddings and output head, as a share of the others'.",
+    )
     final_learning_rate: float = Field(
         default=0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
     )
@@ -316,4 +321,6 @@ class CorrectSettings(Settings):
     def as_distillation(self) -> DistillSettings:
         """The same as settings of the training loop: labels and no divergence."""
         mine = {name: getattr(self, name) for name in CorrectSettings.model_fields}
-        return DistillSettings(**mine, forward_kl=0.0, cross_entropy=1.0)
+        return DistillSettings(
+            **mine, forward_kl=0.0, cross_entropy=1.0, embedding_learning_rate=1.0
+        )

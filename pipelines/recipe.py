@@ -143,6 +143,7 @@ def published_training(stage: Mapping[str, Any]) -> dict[str, Any]:
         "clip": published.gradient_clip,
         "final_learning_rate": published.final_learning_rate_ratio,
         "learning_rate": rate,
+        "embedding_learning_rate": 1.0,
     }
     found = {name: value for name, value in told.items() if value is not None}
     if "warmup" not in stage:

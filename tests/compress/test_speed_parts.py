@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 
 from compress.attention import LONGEST, NAME, choose_attention
 from compress.memory import reuse_freed_memory
-from compress.optimizers import build_optimizers
+from compress.optimizers import build_optimizers, set_learning_rate
 from compress.precision import fast_dtype, product_rate
 from compress.schedule import warmup_then_cosine
 from compress.settings import DistillSettings
@@ -100,6 +100,18 @@ def test_muon_takes_the_layers_matrices_only_and_no_weight_twice(tiny_llama: Pat
     assert sorted(held["muon"] + held["adamw"]) == sorted(names.values())
     assert all("_proj" in name for name in held["muon"])
     assert "model.embed_tokens.weight" in held["adamw"]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_embeddings_learn_at_a_share_of_the_rate(tiny_llama: Path, optimizer: str) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    settings = DistillSettings(tokens=1, optimizer=optimizer, embedding_learning_rate=0.25)
+    optimizers = build_optimizers(model, settings)
+    set_learning_rate(optimizers, 0.008)
+    groups = [group for built in optimizers.values() for group in built.param_groups]
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert rates[id(p)] == (0.002 if "embed" in name else 0.008), name
 
 
 def test_norms_have_no_weight_decay(tiny_llama: Path) -> None:
