@@ -2,6 +2,9 @@
 
     params.json  consolidated.00.pth ... consolidated.NN.pth  tokenizer.model
 
+A vision model's file may be named consolidated.pth; of its weights those of the text tower are
+taken, as ``teachers.mllama`` takes them out of the Hugging Face version.
+
 The parts are what model parallelism (fairscale) left on each GPU: query, key, value, gate, up and
 output matrices are cut between rows, the other two between columns, the embedding between columns
 (Llama 1 and 2) or rows (Llama 3). They are memory-mapped and joined tensor by tensor, so no more
@@ -33,10 +36,9 @@ from teachers.meta_tokenizer import END_OF_TURN, meta_tokenizer
 from teachers.weights import load_state, save_shards
 
 _AGAIN = "Download the model again, all files of its folder."
-_PART = re.compile(r"consolidated\.(\d+)\.pth")
+_PART = re.compile(r"consolidated(?:\.(\d+))?\.pth")
 _NEEDED = ("dim", "n_layers", "n_heads", "norm_eps")
 _FEATURES = {
-    "vision_chunk_size": "vision (its Hugging Face version can be opened: the text tower is taken)",
     "moe_args": "a mixture of experts",
     "lora_args": "adapters (LoRA)",
     "quantization_args": "quantised weights",
@@ -59,12 +61,17 @@ _LAYER = {
     "feed_forward.w2.weight": "mlp.down_proj.weight",
 }
 _CUT_BY_COLUMNS = (".wo.weight", ".w2.weight")
+_SAMPLED_ROWS = 64
 _COMPUTED = "rope.freqs"  # Llama 1 and 2 carry the frequencies along
+_TEXT = "text_model."  # what the text weights of a vision model are called
+_OF_VISION = ("vision_model.", "text_model.cross_attention_layers.", "text_model.learnable_")
 
 
 def is_meta_folder(folder: Path) -> bool:
     """Whether a folder looks like one of Meta's releases."""
-    return (folder / "params.json").is_file() and any(folder.glob("consolidated.*.pth"))
+    return (folder / "params.json").is_file() and any(
+        _PART.fullmatch(path.name) for path in folder.iterdir()
+    )
 
 
 def hf_name(name: str) -> str | None:
@@ -87,6 +94,8 @@ class MetaRelease:
     def params(self) -> dict[str, Any]:
         params = read_json(self.folder / "params.json")
         found = params if isinstance(params, dict) else {}
+        nested = found.get("model")  # some fine-tuned releases have it all under this key
+        found = nested if isinstance(nested, dict) else found
         problems = [f"it lacks {key}" for key in _NEEDED if not found.get(key)]
         problems += [what for key, what in _FEATURES.items() if found.get(key)]
         if problems:
@@ -101,7 +110,7 @@ class MetaRelease:
     def parts(self) -> list[dict[str, Tensor]]:
         """The tensors of each part, memory-mapped."""
         files = {
-            int(match.group(1)): path
+            int(match.group(1) or 0): path
             for path in self.folder.iterdir()
             if (match := _PART.fullmatch(path.name))
         }
@@ -109,7 +118,7 @@ class MetaRelease:
         if missing:
             names = ", ".join(f"consolidated.{number:02d}.pth" for number in missing)
             raise ShearlingError(f"{self.folder} lacks the parts {names}.", hint=_AGAIN)
-        parts = [load_state(files[number]) for number in sorted(files)]
+        parts = [self._text(load_state(files[number])) for number in sorted(files)]
         for number, part in enumerate(parts):
             if set(part) != set(parts[0]):
                 odd = sorted(set(part) ^ set(parts[0]))
@@ -119,6 +128,16 @@ class MetaRelease:
                     hint=_AGAIN,
                 )
         return parts
+
+    def _text(self, part: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights of the text, under the names that a release without vision has."""
+        if not self.params.get("vision_chunk_size"):
+            return part
+        return {
+            name.removeprefix(_TEXT): tensor
+            for name, tensor in part.items()
+            if not name.startswith(_OF_VISION)
+        }
 
     def names(self) -> list[str]:
         return [name for name in self.parts[0] if name != _COMPUTED]
@@ -152,10 +171,19 @@ class MetaRelease:
         if "output.weight" not in self.parts[0]:
             return True
         return all(
-            part["output.weight"].shape == part["tok_embeddings.weight"].shape
-            and torch.equal(part["output.weight"], part["tok_embeddings.weight"])
-            for part in self.parts
+            _same(part["output.weight"], part["tok_embeddings.weight"]) for part in self.parts
         )
+
+
+def _same(one_VD: Tensor, other_VD: Tensor) -> bool:
+    """Whether two mapped matrices are equal; some rows tell of most that they aren't.
+
+    All of Llama 3's two tables would be 2 GB to read, only to learn that they differ.
+    """
+    if one_VD.shape != other_VD.shape:
+        return False
+    some = slice(None, None, max(1, len(one_VD) // _SAMPLED_ROWS))
+    return torch.equal(one_VD[some], other_VD[some]) and torch.equal(one_VD, other_VD)
 
 
 def meta_config(release: MetaRelease) -> LlamaConfig:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,40 +85,55 @@ def _name(name: str, numbers: dict[int, int]) -> str | None:
     return f"model.layers.{numbers[int(match.group(1))]}.{match.group(2)}"
 
 
+class TextTower:
+    """The text weights of a vision model under Llama's names, read lazily."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config, layers = text_config(folder)
+        self.weights = WeightFiles(weight_files(folder))
+        numbers = {old: new for new, old in enumerate(layers)}
+        found = {target: name for name in self.weights.names() if (target := _name(name, numbers))}
+        if self.config.tie_word_embeddings:
+            found.pop("lm_head.weight", None)
+        self._stored = found
+        self.shapes = {target: self._shape(target) for target in found}
+        self._check()
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Without the rows of the embedding that stand for the image."""
+        rows, *rest = self.weights.infos[self._stored[name]].shape
+        most = self.config.vocab_size if name == "model.embed_tokens.weight" else rows
+        return (min(rows, most), *rest)
+
+    def _check(self) -> None:
+        shape = Shape.from_config(self.config)
+        if problems := tensor_problems(shape, self.shapes, "config.json says"):
+            raise ShearlingError(
+                f"The text weights in {self.folder} don't fit its config.json:\n"
+                + "\n".join(f"  - {problem}" for problem in problems),
+                hint="Download or copy the model again.",
+            )
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def tensor(self, name: str) -> Tensor:
+        tensor, rows = self.weights.tensor(self._stored[name]), self.shapes[name][0]
+        return tensor if len(tensor) == rows else tensor[:rows].clone()
+
+    def bytes(self, name: str) -> int:
+        width = _BYTES.get(self.weights.infos[self._stored[name]].dtype, 4)
+        return width * math.prod(self.shapes[name])
+
+
 def convert(folder: Path, out: Path, *, progress: Progress = silent) -> None:
     """Write the text tower as a Hugging Face folder in the dtype it has."""
-    config, layers = text_config(folder)
-    numbers = {old: new for new, old in enumerate(layers)}
-    weights = WeightFiles(weight_files(folder))
-    names = {name: target for name in weights.names() if (target := _name(name, numbers))}
-    if config.tie_word_embeddings:
-        names = {name: target for name, target in names.items() if target != "lm_head.weight"}
-    shapes = {}
-    for name, target in names.items():
-        rows, *rest = weights.infos[name].shape
-        shapes[target] = (_rows(target, rows, config), *rest)
-    problems = tensor_problems(Shape.from_config(config), shapes, "config.json says")
-    if problems:
-        raise ShearlingError(
-            f"The text weights in {folder} don't fit its config.json:\n"
-            + "\n".join(f"  - {problem}" for problem in problems),
-            hint="Download or copy the model again.",
-        )
+    tower = TextTower(folder)
     out.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(out)
+    tower.config.save_pretrained(out)
     copy_tokenizer(folder, out)
-    sizes = [_BYTES.get(weights.infos[n].dtype, 4) * math.prod(shapes[t]) for n, t in names.items()]
-    tensors = _tensors(weights, names, config)
+    names = tower.names()
+    tensors = ((name, tower.tensor(name)) for name in names)
+    sizes = [tower.bytes(name) for name in names]
     save_shards(tensors, sizes, out, what="text tower", progress=progress)
-
-
-def _rows(target: str, rows: int, config: LlamaConfig) -> int:
-    return min(rows, config.vocab_size) if target == "model.embed_tokens.weight" else rows
-
-
-def _tensors(
-    weights: WeightFiles, names: dict[str, str], config: LlamaConfig
-) -> Iterator[tuple[str, Tensor]]:
-    for name, target in names.items():
-        tensor = weights.tensor(name)
-        yield target, tensor[: _rows(target, tensor.shape[0], config)].clone()

@@ -1,7 +1,8 @@
-"""Meta's own format, against Meta's own arithmetic: a replica is run in its layout and in ours."""
+"""Meta's own format, against Meta's own arithmetic and against transformers' own conversion."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import struct
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from shearling import ShearlingError
 from teachers.checkpoint import import_teacher, open_checkpoint
+from teachers.fetch import fetch
 from teachers.meta_tokenizer import meta_tokenizer
 from teachers.settings import TeacherSettings
 
@@ -97,7 +99,7 @@ def cut(name: str, tensor: Tensor, part: int, parts: int, *, by_rows: bool) -> T
     if tensor.dim() == 1:
         return tensor
     columns = name.endswith((".wo.weight", ".w2.weight"))
-    if name == "tok_embeddings.weight":
+    if name.endswith("tok_embeddings.weight"):
         columns = not by_rows
     return tensor.chunk(parts, 1 if columns else 0)[part].clone()
 
@@ -148,6 +150,91 @@ def test_the_converted_release_has_metas_logits(
     torch.testing.assert_close(ours, metas_logits(weights, params, ids), rtol=1e-4, atol=1e-4)
     assert model.config.num_key_value_heads == params["n_kv_heads"]
     assert not model.config.tie_word_embeddings
+
+
+# --- transformers' own conversion ---
+
+
+@pytest.fixture(scope="module")
+def conversion(real_cache: Path) -> Any:
+    """The script in transformers 4.47.1; later wheels leave it out."""
+    name = "transformers/models/llama/convert_llama_weights_to_hf.py"
+    known = "d11a220cda7c675c47f44f5e403f326000d26cfc5285d75312067c84da86b5fd"
+    try:
+        path = fetch(f"pypi:transformers==4.47.1/{name}", sha256=known, cache=real_cache)
+    except ShearlingError as error:
+        pytest.skip(f"transformers 4.47.1 can't be had: {error.what}")
+    spec = importlib.util.spec_from_file_location("transformers_conversion", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+GENERATIONS = {  # the script's word for it: Meta's parameters, how the embedding is cut
+    "1": ({key: value for key, value in PARAMS.items() if key != "n_kv_heads"}, False),
+    "2": (PARAMS, False),
+    "3": (GROUPED, True),
+    "3.1": ({**GROUPED, "use_scaled_rope": True}, True),
+}
+
+
+@pytest.mark.parametrize("parts", [1, 2, 8])
+@pytest.mark.parametrize("version", GENERATIONS)
+def test_the_logits_are_those_of_transformers_own_conversion(
+    conversion: Any, tok512: Path, tmp_path: Path, version: str, parts: int
+) -> None:
+    params, by_rows = GENERATIONS[version]
+    params = {**params, "multiple_of": 32, "ffn_dim_multiplier": 0.5}
+    assert conversion.compute_intermediate_size(64, 0.5, 32) == FFN
+    weights = {n: t.bfloat16() for n, t in release_weights({"n_kv_heads": 8, **params}).items()}
+    folder = write_release(tmp_path / "meta", tok512, params, weights, parts=parts, by_rows=by_rows)
+    conversion.write_model(
+        str(tmp_path / "theirs"),
+        str(folder),
+        llama_version=version,
+        vocab_size=VOCABULARY,
+        num_shards=parts,
+    )
+    ours = imported(folder, tmp_path / "out")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    ids = torch.randint(0, VOCABULARY, (1, 200))
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+    for key in ("rope_parameters", "rms_norm_eps", "num_key_value_heads", "head_dim"):
+        assert getattr(ours.config, key) == getattr(theirs.config, key), key
+
+
+@pytest.mark.parametrize("parts", [1, 8])
+def test_the_text_tower_of_a_vision_release(tok512: Path, tmp_path: Path, parts: int) -> None:
+    """What the release has besides the text is left alone; the 11B's one file has no number."""
+    params = {**GROUPED, "use_scaled_rope": True}
+    text = release_weights(params)
+    plain = imported(write_release(tmp_path / "plain", tok512, params, text), tmp_path / "a")
+    weights = {f"text_model.{name}": tensor for name, tensor in text.items()}
+    weights |= {
+        "text_model.learnable_embedding.weight": torch.randn(8, 64),
+        "text_model.cross_attention_layers.0.attention.wq.weight": torch.randn(64, 64),
+        "text_model.cross_attention_layers.0.gate_attn": torch.randn(1),
+        "vision_model.vision_encoder.conv1._linear.weight": torch.randn(16, 16),
+    }
+    params |= {"vision_chunk_size": 448, "vision_num_cross_attention_layers": 1}
+    folder = write_release(tmp_path / "meta", tok512, params, weights, parts=parts)
+    if parts == 1:
+        (folder / "consolidated.00.pth").rename(folder / "consolidated.pth")
+    model = imported(folder, tmp_path / "out")
+    ids = torch.randint(0, VOCABULARY, (1, 40))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, plain(ids).logits)
+    configs = [(tmp_path / each / "model/config.json").read_text() for each in ("out", "a")]
+    assert configs[0] == configs[1]
+
+
+def test_parameters_under_model_are_found(tok512: Path, tmp_path: Path) -> None:
+    folder = write_release(tmp_path / "meta", tok512, PARAMS, release_weights(PARAMS))
+    (folder / "params.json").write_text(json.dumps({"model": PARAMS}))
+    assert imported(folder, tmp_path / "out").config.hidden_size == 64
 
 
 def test_a_tied_release_is_seen_and_stored_once(tok512: Path, tmp_path: Path) -> None:
@@ -205,7 +292,7 @@ def _remove_tokenizer(folder: Path) -> None:
         (_remove_last_part, "has shape"),
         (_truncate, "can't be read"),
         (_params(moe_args={"n": 8}), "mixture of experts"),
-        (_params(vision_chunk_size=448), "vision"),
+        (_params(vision_chunk_size=448, dim=32), "has shape"),
         (_params(dim=0), "lacks dim"),
         (_params(n_layers=3), "tensors are missing"),
         (_params(n_layers=10**12), "layers"),
