@@ -58,6 +58,7 @@ def benchmark(
     {"schema", "model", "parameters", "bytes", "results": {task: {metric: {"value", "stderr"}}},
     "tasks": {task: facts that must agree before two scorecards may be compared, and chance},
     "skipped": {task: reason}, "speed", "peak_memory_bytes", "completions", "versions",
+    "by_position": losses of stretches of the longest perplexity windows,
     "samples": {task: {metric: one number, or [log-likelihood, weight], a document}},
     "answers": {task: what the model wrote, a document, where it was asked to write}}
 
@@ -77,6 +78,7 @@ def benchmark(
         "peak_memory_bytes": None,
         "completions": complete(loaded, tokenizer, settings),
         "versions": versions(),
+        "by_position": {},
         "samples": {},
         "answers": {},
     }

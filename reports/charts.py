@@ -6,14 +6,20 @@ from collections.abc import Sequence
 
 from reports.chart import Chart
 from reports.pruning_charts import heads, hidden_dims, layers, reconstruction
-from reports.quality_charts import quality_by_size, quality_by_speed, tasks_by_model
+from reports.quality_charts import (
+    quality_by_position,
+    quality_by_size,
+    quality_by_speed,
+    tasks_by_model,
+)
 from reports.run_folder import Run
 from reports.training_charts import gradient_norms, heldout, learning_rates, losses, speeds
 
 
 def make_charts(run: Run, rivals: Sequence[Run] = ()) -> list[Chart]:
     """All charts that the run has data for."""
-    charts = [quality_by_size(run, rivals), quality_by_speed(run, rivals), tasks_by_model(run)]
+    charts = [quality_by_size(run, rivals), quality_by_speed(run, rivals)]
+    charts += [tasks_by_model(run), quality_by_position(run)]
     training = (losses, heldout, learning_rates, gradient_norms, speeds)
     cuts = (layers, heads, hidden_dims, reconstruction)
     charts += [maker(run) for maker in (*training, *cuts)]

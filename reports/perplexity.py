@@ -7,15 +7,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from transformers import LlamaForCausalLM
 
 from reports.lm import score_positions
 from shearling import Progress, ShearlingError, silent
 
+Floats = npt.NDArray[np.float64]
+
+FIRST_PLACES = 16
+"""The first stretch of positions is shorter than this; each after it is twice as long."""
+
 
 @torch.inference_mode()
-def window_losses(
+def position_losses(
     model: LlamaForCausalLM,
     tokenizer: Any,
     text: str,
@@ -23,12 +29,12 @@ def window_losses(
     length: int,
     windows: int,
     progress: Progress = silent,
-) -> list[float]:
-    """Mean negative log-likelihood (nats) of each of the text's first ``windows`` token windows.
+) -> Floats:
+    """Negative log-likelihoods (nats) in the text's first ``windows`` token windows.
 
-    Non-overlapping windows of ``length`` tokens; no special tokens are added; the first token of a
-    window is not predicted, so each mean is over ``length - 1`` tokens. A last, shorter window is
-    left out. A text of less than one window is a ShearlingError.
+    [window, position]: non-overlapping windows of ``length`` tokens; no special tokens are added;
+    the first token of a window is not predicted, so there are ``length - 1`` positions. A last,
+    shorter window is left out. A text of less than one window is a ShearlingError.
     """
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     count = min(windows, len(tokens) // length)
@@ -37,15 +43,42 @@ def window_losses(
             f"The text has {len(tokens)} tokens, fewer than one window of {length}.",
             hint="Use a longer text.",
         )
-    losses = []
+    losses = np.empty((count, length - 1))
     for window in range(count):
         progress(f"perplexity at {length}", window, count)
         ids = torch.tensor(tokens[window * length : (window + 1) * length], device=model.device)
         hidden_TD = model.model(ids[None], use_cache=False).last_hidden_state[0]
         places = torch.arange(length - 1, device=model.device)
         logprob_T, _ = score_positions(hidden_TD, model.lm_head.weight, places, ids[1:])
-        losses.append(-float(logprob_T.mean()))
+        losses[window] = -logprob_T.cpu().numpy()
     return losses
+
+
+def losses_by_position(losses_WP: Floats) -> list[dict[str, float | int | None]]:
+    """Mean losses (nats) and standard errors of stretches of positions, each twice the last.
+
+    ``first`` and ``last`` count the tokens that the model had read before those it predicts.
+    """
+    rows: list[dict[str, float | int | None]] = []
+    start, positions = 1, losses_WP.shape[1]
+    while start <= positions:
+        end = min(max(FIRST_PLACES, 2 * start), positions + 1)
+        means_W = losses_WP[:, start - 1 : end - 1].mean(axis=1)
+        error = (
+            float(np.std(means_W, ddof=1)) / math.sqrt(len(means_W)) if len(means_W) > 1 else None
+        )
+        loss = float(means_W.mean())
+        known = math.isfinite(loss)
+        rows.append(
+            {
+                "first": start,
+                "last": end - 1,
+                "loss": loss if known else None,
+                "stderr": error if known else None,
+            }
+        )
+        start = end
+    return rows
 
 
 def perplexity_of_windows(losses: Sequence[float]) -> tuple[float, float | None]:

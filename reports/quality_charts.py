@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,6 +156,68 @@ def _points(run: Run, key: tuple[str, str], of: Any) -> list[Data]:
             }
         )
     return rows
+
+
+_MOST_NATS = 700.0  # exp of more is no number
+
+
+def quality_by_position(run: Run) -> Chart | None:
+    """Perplexity against how much a model had read: does it still use a long context?"""
+    rows: list[Data] = []
+    for stage in run.measured:
+        measured = (stage.scorecard or {})["by_position"]
+        for row in measured["positions"]:
+            loss, spread = row["loss"], row["stderr"] or 0.0
+            if row["first"] < 1 or row["last"] < row["first"] or loss + spread > _MOST_NATS:
+                continue
+            rows.append(
+                {
+                    "model": stage.name,
+                    "read": math.sqrt(row["first"] * row["last"]),
+                    "positions": f"{row['first']:,.0f}–{row['last']:,.0f}",
+                    "perplexity": math.exp(loss),
+                    "low": math.exp(loss - spread),
+                    "high": math.exp(loss + spread),
+                }
+            )
+    if len({row["positions"] for row in rows}) < 2:
+        return None
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    scale = alt.Scale(domain=names, range=[SERIES[i % len(SERIES)] for i in range(len(names))])
+    x = alt.X(
+        "read:Q",
+        title="tokens read before (log)",
+        scale=alt.Scale(type="log", nice=False, padding=10),
+        axis=alt.Axis(tickCount=6, format="~s"),
+    )
+    y = alt.Y(
+        "perplexity:Q",
+        title="perplexity (log)",
+        scale=alt.Scale(type="log", nice=False, padding=20),
+        axis=alt.Axis(tickCount=5),
+    )
+    colour = alt.Color("model:N", scale=scale, title=None)
+    base = alt.Chart(values(rows))
+    bars = base.mark_rule(strokeWidth=1.2).encode(
+        x, alt.Y("low:Q", title=""), alt.Y2("high:Q"), color=colour
+    )
+    line = base.mark_line().encode(x, y, color=colour)
+    points = base.mark_point(filled=True, size=50, opacity=1).encode(
+        x, y, color=colour, tooltip=["model:N", "positions:N", "perplexity:Q"]
+    )
+    longest = max((s.scorecard or {})["by_position"]["window"] or 0.0 for s in run.measured)
+    said = "; ".join(
+        f"{row['model']}, {row['positions']}: {significant(row['perplexity'])}" for row in rows
+    )
+    return finish(
+        "quality-by-position",
+        "Perplexity by position",
+        f"Perplexity (wikitext2; lower is better) of tokens by how many stood before them, in "
+        f"windows of {longest:,.0f}, with standard errors. A model that uses all of its context "
+        "goes down to the right.",
+        bars + line + points,
+        numbers=said,
+    )
 
 
 def tasks_by_model(run: Run) -> Chart | None:

@@ -224,8 +224,24 @@ def read_scorecard(path: Path, problems: list[str]) -> Data | None:
         task: [str(text) for text in as_list(texts)]
         for task, texts in as_dict(card.get("answers")).items()
     }
+    card["by_position"] = _by_position(card.get("by_position"))
     card["completions"] = [as_dict(entry) for entry in as_list(card.get("completions"))]
     return card
+
+
+def _by_position(measured: Any) -> Data:
+    """Only stretches of positions that were measured and are numbers."""
+    known = as_dict(measured)
+    rows = [
+        {key: as_number(as_dict(row).get(key)) for key in ("first", "last", "loss", "stderr")}
+        for row in as_list(known.get("positions"))
+    ]
+    needed = ("first", "last", "loss")
+    return {
+        "window": as_number(known.get("window")),
+        "windows": as_number(known.get("windows")),
+        "positions": [row for row in rows if None not in (row[key] for key in needed)],
+    }
 
 
 def _metrics(metrics: Any) -> Data:

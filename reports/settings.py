@@ -6,6 +6,9 @@ from pydantic import Field, PositiveInt
 
 from students.settings import Settings
 
+MAIN_WINDOW = 512
+"""The window of the main perplexity, of calibration and of agreement."""
+
 
 class BenchmarkSettings(Settings):
     """What is measured on every model, the teacher included."""
@@ -38,7 +41,8 @@ class BenchmarkSettings(Settings):
         default=(128, 512, 2048),
         min_length=1,
         description="Window lengths of the token perplexities; each over about as many tokens. "
-        "Those that exceed the model's positions are left out with a word.",
+        "Those that exceed the model's positions are left out with a word. The longest one is also "
+        "shown by position: name the transfer set's window here if it is longer.",
     )
     agreement_windows: int = Field(
         default=8,
@@ -58,3 +62,7 @@ class BenchmarkSettings(Settings):
         default=True,
         description="Measure speed and memory, in a process of its own (adds some seconds).",
     )
+
+    def windows_of(self, length: int) -> int:
+        """How many windows of this length have as many tokens as ``perplexity_windows`` of 512."""
+        return max(1, self.perplexity_windows * MAIN_WINDOW // length)

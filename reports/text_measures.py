@@ -18,30 +18,38 @@ from reports.agreement import (
     read_windows,
 )
 from reports.load import load_model
-from reports.perplexity import perplexity_of_windows, window_losses
+from reports.perplexity import losses_by_position, perplexity_of_windows, position_losses
+from reports.settings import MAIN_WINDOW as WINDOW
 from reports.settings import BenchmarkSettings
 from shearling import Progress
 
 TASK = "wikitext2"
-WINDOW = 512
-"""The window of the main perplexity, of calibration and of agreement."""
 
 
 def add_perplexities(
     card: dict[str, Any], model: LlamaForCausalLM, tokenizer: Any, text: str,
     settings: BenchmarkSettings, progress: Progress,
 ) -> None:  # fmt: skip
-    """Perplexity at each of the settings' window lengths, over about the same number of tokens."""
-    for length in settings.perplexity_lengths:
+    """Perplexity at each of the settings' window lengths, over about the same number of tokens.
+
+    In the longest windows also by position: whether a model still uses what it read long ago.
+    """
+    for length in sorted(settings.perplexity_lengths):
         metric = f"token_perplexity_{length}"
         if length > model.config.max_position_embeddings:
             reason = f"the model has {model.config.max_position_embeddings} positions"
             card["tasks"][TASK].setdefault("left_out", {})[metric] = reason
             continue
-        windows = max(1, settings.perplexity_windows * WINDOW // length)
-        losses = window_losses(
+        windows = settings.windows_of(length)
+        losses_WP = position_losses(
             model, tokenizer, text, length=length, windows=windows, progress=progress
         )
+        losses = [float(loss) for loss in losses_WP.mean(axis=1)]
+        card["by_position"] = {
+            "window": length,
+            "windows": len(losses),
+            "positions": losses_by_position(losses_WP),
+        }
         _add(card, metric, *perplexity_of_windows(losses), losses, higher_is_better=False)
         if length == WINDOW:
             card["tasks"][TASK]["perplexity_windows"] = len(losses)

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lm_eval import simple_evaluate
@@ -19,7 +20,12 @@ from reports.benchmark import benchmark, finite, floors, keep_samples, read_metr
 from reports.compare import mismatch, written_alike
 from reports.hub import hub_answers
 from reports.load import load_model, quiet_libraries
-from reports.perplexity import perplexity_of_windows, ratio_error, window_losses
+from reports.perplexity import (
+    losses_by_position,
+    perplexity_of_windows,
+    position_losses,
+    ratio_error,
+)
 from reports.settings import BenchmarkSettings
 from reports.speed import measure_speed
 from reports.tasks import prepare
@@ -107,7 +113,40 @@ def test_token_perplexity_is_what_the_formats_say(
     assert found["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert cards["teacher"]["tasks"]["wikitext2"]["perplexity_windows"] == len(losses)
     with pytest.raises(ShearlingError, match="fewer than one window"):
-        window_losses(model, tokenizer, "short", length=512, windows=1)
+        position_losses(model, tokenizer, "short", length=512, windows=1)
+
+
+def test_losses_by_position_are_what_the_formats_say(
+    cards: dict[str, dict[str, Any]], models: Any, local_wikitext: str
+) -> None:
+    """The longest window that the model has room for, cut into stretches that double."""
+    model, tokenizer = load_model(models.teacher)
+    ids = tokenizer(local_wikitext, add_special_tokens=False)["input_ids"]
+    windows_WT = torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)[:6]
+    with torch.no_grad():
+        logprobs_WPV = model(windows_WT).logits[:, :-1].double().log_softmax(-1)
+    losses_WP = -logprobs_WPV.gather(-1, windows_WT[:, 1:, None])[..., 0]
+    found = cards["teacher"]["by_position"]
+    assert (found["window"], found["windows"]) == (512, len(windows_WT))
+    stretches = [(row["first"], row["last"]) for row in found["positions"]]
+    assert stretches == [(1, 15), (16, 31), (32, 63), (64, 127), (128, 255), (256, 511)]
+    for row in found["positions"]:
+        means_W = losses_WP[:, row["first"] - 1 : row["last"]].mean(dim=1)
+        assert row["loss"] == pytest.approx(float(means_W.mean()), abs=1e-4)
+        assert row["stderr"] == pytest.approx(float(means_W.std() / len(means_W) ** 0.5), rel=1e-2)
+    weights = [last - first + 1 for first, last in stretches]
+    mean = np.average([row["loss"] for row in found["positions"]], weights=weights)
+    perplexity = cards["teacher"]["results"]["wikitext2"]["token_perplexity_512"]["value"]
+    assert math.exp(mean) == pytest.approx(perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", [1, 7, 15, 16, 100, 1023])
+def test_every_position_is_in_one_stretch(positions: int) -> None:
+    rows = losses_by_position(np.arange(2.0 * positions).reshape(2, positions))
+    covered = [p for row in rows for p in range(row["first"], row["last"] + 1)]  # type: ignore[arg-type, operator]
+    assert covered == list(range(1, positions + 1))
+    assert rows[0]["stderr"] is not None
+    assert losses_by_position(np.full((1, 20), np.inf))[1]["loss"] is None
 
 
 def test_other_windows_cover_the_same_text_and_too_long_ones_say_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -23,6 +24,7 @@ from reports.pruning_charts import layer_scores
 from reports.run_folder import read_run
 from reports.verdict import judge
 from reports.view import make_view
+from reports.words import significant
 from shearling import ShearlingError, read_json, write_json
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -285,6 +287,22 @@ def test_charts_are_valid_vega_lite(run: Path) -> None:
     for chart in make_charts(found):
         altair.Chart.from_dict(chart.spec, validate=True)
         assert chart.spec["$schema"].startswith("https://vega.github.io/schema/vega-lite/v6")
+
+
+def test_perplexity_by_position_is_shown_for_every_model(run: Path) -> None:
+    (chart,) = [c for c in make_charts(read_run(run)) if c.name == "quality-by-position"]
+    assert "in windows of 512" in chart.text
+    for name in ("teacher", "prune", "distill"):
+        card = read_json(run / "stages" / name / "scorecard.json")
+        last = card["by_position"]["positions"][-1]
+        assert f"{name}, 256–511: {significant(math.exp(last['loss']))}" in chart.numbers
+    text = parse(run).text
+    assert "Perplexity by position" in text
+    # A scorecard of an earlier version has none.
+    for name in ("teacher", "prune", "distill"):
+        path = run / "stages" / name / "scorecard.json"
+        write_json(path, {k: v for k, v in read_json(path).items() if k != "by_position"})
+    assert "quality-by-position" not in [c.name for c in make_charts(read_run(run))]
 
 
 def test_importance_may_be_recorded_in_other_ways(run: Path) -> None:
