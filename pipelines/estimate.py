@@ -28,6 +28,7 @@ SURVEY_TOKENS, WALK_BATCH_TOKENS, RIDGES = (
 )  # as in compress.survey, layer, reconstruct
 MICRO_TOKENS = 1024  # as in compress.data
 SHORT_WINDOW = 1024  # as in compress.attention
+MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
 NARROW = "weights in the products' dtype"
 SHARDED = frozenset({"weights", "gradients", "optimizer", "average", "teacher", NARROW})
 """What FSDP divides among processes; the rest each process has for itself, the layers too that
@@ -216,7 +217,8 @@ def activation_bytes(shape: Shape, window: int, product: str, *, on_cpu: bool) -
     """What autograd keeps of one position in one layer, without checkpointing.
 
     Norms and residuals keep float32, linear maps their inputs in the products' dtype; the CPU's
-    attention for short windows keeps the probabilities, T numbers a head.
+    attention for short windows keeps the probabilities, T numbers a head. PyTorch's keeps the mask
+    that holds documents apart, T numbers: little in short windows, most of it in long ones.
     """
     width, hidden = WIDTH[product], shape.hidden_size
     neurons = 4.2 * width * shape.intermediate_size
@@ -224,7 +226,14 @@ def activation_bytes(shape: Shape, window: int, product: str, *, on_cpu: bool) -
         heads = 2 * width * (shape.query_size + shape.key_value_size) / 2
         probabilities = width * shape.num_attention_heads * window
         return 26.0 * hidden + 1.0 * heads + neurons + probabilities
-    return 27.0 * hidden + 4.15 * width * shape.query_size + neurons
+    return 27.0 * hidden + 4.15 * width * shape.query_size + neurons + 1.0 * width * window
+
+
+def answer_bytes(shape: Shape, window: int, product: str) -> float:
+    """What a position of a forward pass without gradients needs in its widest layer."""
+    width = WIDTH[product]
+    numbers = 3 * shape.intermediate_size + 4 * shape.hidden_size + 2 * shape.query_size
+    return 1.0 * width * (numbers + window) + MASK * window
 
 
 def optimizer_bytes(shape: Shape, kind: str) -> float:
@@ -289,9 +298,16 @@ def distill_cost(
         NARROW: narrow_weights,
         "gathered layers": 2.0 * width * max(s.layer_parameters for s in (student, *teachers)),
         "activations": activations,
+        "mask": MASK * micro * window,
         "logits": chunk * vocabulary * (2.0 * width) + 4.0 * tables[0] + width * sum(tables),
     }
     moments = [Moment(what="step", device={name: size for name, size in held.items() if size})]
+    if live and teachers:
+        answering = micro * max(answer_bytes(each, window, product) for each in teachers)
+        during = held | {"activations": answering, "mask": 0.0, "logits": 0.0}
+        moments.append(
+            Moment(what="answer", device={name: size for name, size in during.items() if size})
+        )
     flops = _distill_flops(teachers, student, settings, window, heldout_windows, steps, step_tokens)
     tokens, disk = steps * step_tokens, float(parameters * dtype_bytes)
     if not live:
@@ -303,6 +319,8 @@ def distill_cost(
             "teacher": float(width * max((t.parameters for t in teachers), default=0)),
             "gathered layers": held["gathered layers"],
             "logits": 3.0 * 4 * min(window, MICRO_TOKENS) * vocabulary,
+            "activations": max(window, MICRO_TOKENS)
+            * max((answer_bytes(each, window, product) for each in teachers), default=0.0),
         }
         moments.append(Moment(what="capture", device=capture))
     state = 4.0 * parameters + held["optimizer"] + held["average"]
@@ -388,7 +406,8 @@ def benchmark_tokens(settings: BenchmarkSettings) -> int:
         limit = settings.limits.get(task, settings.limit)
         total += min(documents, limit or documents) * each
     if "wikitext2" in settings.tasks:
-        total += settings.perplexity_windows * PERPLEXITY_WINDOW
+        lengths = settings.perplexity_lengths
+        total += sum(length * settings.windows_of(length) for length in lengths)
     return total
 
 
@@ -398,7 +417,7 @@ def benchmark_cost(
     """The model and a batch; float32 on a CPU. One process: tasks are not divided."""
     width = 4 if on_cpu else dtype_bytes
     tokens = benchmark_tokens(settings)
-    batch = settings.batch_size * PERPLEXITY_WINDOW
+    batch = max(settings.batch_size * PERPLEXITY_WINDOW, *settings.perplexity_lengths)
     held = {
         "model": float(width * shape.parameters),
         "activations": float(batch * 4 * (2 * shape.intermediate_size + 4 * shape.hidden_size)),

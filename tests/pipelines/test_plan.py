@@ -65,10 +65,21 @@ def test_a_stage_that_does_not_fit_says_how_many_processes_it_needs(big: dict[st
 
 
 def test_long_windows_cost_memory_and_the_context_is_watched(big: dict[str, Any]) -> None:
+    """Activations grow with the window, the masks that keep documents apart with its square."""
+
+    def masks(window: int) -> int:
+        return 28 * 2 * window**2  # of 28 layers, in 16 bits
+
     short = row(planned(big), "distill")["memory"]["activations"]
     big["transfer_set"]["window"] = 131_072
-    long = planned(big)
-    assert row(long, "distill")["memory"]["activations"] == pytest.approx(32 * short, rel=0.01)
+    long = row(planned(big), "distill")["memory"]
+    linear = 32 * (short - masks(4096))
+    assert long["activations"] == pytest.approx(linear + masks(131_072), rel=0.01)
+    assert long["mask"] == 131_072**2
+    big["stages"][1]["gradient_checkpointing"] = True
+    frugal = row(planned(big), "distill")["memory"]
+    assert frugal["activations"] < long["activations"] / 15
+    assert frugal["logits"] == long["logits"]  # a chunk of tokens, whatever the window
     big["transfer_set"]["window"] = 262_144
     assert "more than the teacher's context of 131,072" in planned(big)["warnings"][0]
 
