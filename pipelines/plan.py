@@ -25,6 +25,7 @@ from pipelines.estimate import (
     prune_cost,
     transfer_set_cost,
 )
+from pipelines.preflight import check_tokenizers
 from pipelines.recipe import (
     CorrectStage,
     DistillStage,
@@ -174,8 +175,10 @@ def make_plan(
     """The plan as JSON: teacher, machine, a row for each step, totals, assumptions, warnings.
 
     Raises:
-        ShearlingError: a stage's shape does not fit the model before it.
+        ShearlingError: a stage's shape does not fit the model before it, or a teacher has another
+            tokenizer than the recipe's.
     """
+    check_tokenizers(recipe)
     rows = [
         _row(name, kind, shape, cost, machine, processes)
         for name, kind, shape, cost in stage_costs(recipe, teacher, machine)

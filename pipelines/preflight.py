@@ -9,6 +9,7 @@ from pipelines.stages.prune import student_shape
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, read_json
 from students.shape import Shape
+from teachers.families import known_family
 
 _FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".raw", ".gz", ".zst", ".gguf", ".md")
 
@@ -115,6 +116,36 @@ def check_shapes(recipe: Recipe, teacher: Shape) -> None:
                 raise ShearlingError(
                     f"Stage {stage.name}: {error.what}", hint=error.hint
                 ) from error
+
+
+def check_tokenizers(recipe: Recipe) -> None:
+    """All teachers give the same ids, as far as their folders or their names tell by now.
+
+    Raises:
+        ShearlingError: one of them can't teach this recipe's students; says what would work.
+    """
+    others = [stage for stage in recipe.stages if isinstance(stage, TeacherStage)]
+    for other in others:
+        try:
+            _check_tokenizer(other.model, recipe.teacher.model)
+        except ShearlingError as error:
+            raise ShearlingError(f"Stage {other.name}: {error.what}", hint=error.hint) from error
+
+
+def _check_tokenizer(other: str, teacher: str) -> None:
+    from teachers.checkpoint import folder_format
+    from teachers.tokenizer import check_same_tokenizer, other_tokenizer
+
+    folders = [Path(model).expanduser() for model in (other, teacher)]
+    if all(folder.is_dir() and folder_format(folder) == "folder" for folder in folders):
+        check_same_tokenizer(*folders)
+        return
+    known = [known_family(model) for model in (other, teacher)]
+    if None in known:
+        return  # told when both are here
+    told = [f"{f.tokenizer}, {f.shape.vocab_size:,} tokens" for f in known if f is not None]
+    if told[0] != told[1]:
+        raise other_tokenizer(f"{other} has {told[0]}; {teacher} has {told[1]}")
 
 
 def known_teacher_shape(recipe: Recipe, artefact: Path) -> Shape | None:

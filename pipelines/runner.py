@@ -80,6 +80,7 @@ def check(recipe: Recipe, options: Options) -> list[Step]:
     shape = preflight.known_teacher_shape(recipe, store.artefact("teacher", steps[0].key))
     if shape is not None:
         preflight.check_shapes(recipe, shape)
+    preflight.check_tokenizers(recipe)
     preflight.check_tasks(recipe.benchmark)
     return steps
 

@@ -56,8 +56,9 @@ _PROBE = "In 2023, 1234567 sheep 🐑: x**2\n\t美洲驼 é\u0301 <s>"
 def check_same_tokenizer(teacher: Path, student: Path) -> None:
     """The student's tokenizer gives the teacher's ids: else their probabilities can't be compared.
 
-    Chat template and padding of the vocabulary may differ: logits beyond the tokens that both
-    have are left out of the loss.
+    Chat template, names of special tokens (Llama 3.1 gave some of 3's reserved ones a use) and
+    padding of the vocabulary may differ: logits beyond the rows that both have are left out of the
+    loss.
 
     Raises:
         ShearlingError: two tokenizers; says what would work.
@@ -65,18 +66,32 @@ def check_same_tokenizer(teacher: Path, student: Path) -> None:
     if tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
         return
     theirs, ours = load_tokenizer(teacher), load_tokenizer(student)
-    differing = sum(ours.get_vocab().get(t) != i for t, i in theirs.get_vocab().items())
+    their_ids, our_ids = _ordinary(theirs), _ordinary(ours)
     same_ids = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
-    if not differing and len(theirs) == len(ours) and same_ids:
+    if their_ids == our_ids and same_ids:
         return
-    raise ShearlingError(
-        f"Teacher and student have different tokenizers: {len(theirs):,} tokens in {teacher}, "
-        f"{len(ours):,} in {student}, {differing:,} of the teacher's with another number or none. "
+    differing = sum(our_ids.get(token) != number for token, number in their_ids.items())
+    raise other_tokenizer(
+        f"{len(theirs):,} tokens in {teacher}, {len(ours):,} in {student}, {differing:,} of the "
+        "teacher's with another number or none"
+    )
+
+
+def other_tokenizer(how: str) -> ShearlingError:
+    """Why two models can't be teacher and student, and what would work."""
+    return ShearlingError(
+        f"Teacher and student have different tokenizers: {how}. "
         "What the teacher says of its tokens can't be compared with the student's.",
         hint="Teach with a model of the student's own family (Llama 3, 3.1 and 3.2 share one "
-        "tokenizer, so do Llama 1 and 2), or cut the student out of this teacher with a prune "
-        "stage, which keeps the teacher's tokenizer.",
+        "tokenizer, so do Llama 1 and 2), or make this teacher the recipe's `teacher` and cut the "
+        "student out of it with a prune stage, which keeps the teacher's tokenizer.",
     )
+
+
+def _ordinary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens that text is made of: all but those that were added, and their numbers."""
+    added = tokenizer.get_added_vocab()
+    return {token: n for token, n in tokenizer.get_vocab().items() if token not in added}
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

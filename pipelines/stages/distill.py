@@ -34,7 +34,8 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
 
     student = context.inputs["model"]
     selection = student / TEACHER_SELECTION
-    check_same_tokenizer(context.inputs["teacher"] / "model", student / "model")
+    for name in settings.teachers or ("teacher",):
+        check_same_tokenizer(context.inputs[teacher_role(name)] / "model", student / "model")
     # Teaching moves no dimension, so what the student kept of the teacher stays true.
     if leads():
         shutil.copyfile(selection, context.out / TEACHER_SELECTION)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from compress.distill import distill
 from compress.settings import DistillSettings
 from pipelines.tiny import make_tiny_llama
 from shearling import ShearlingError, read_json
-from teachers.tokenizer import check_same_tokenizer, copy_tokenizer
+from teachers.tokenizer import check_same_tokenizer, copy_tokenizer, load_tokenizer
 
 
 def padded(folder: Path, out: Path, rows: int) -> Path:
@@ -74,6 +75,33 @@ def test_another_tokenizer_is_refused_with_what_would_work(
     with pytest.raises(ShearlingError, match="different tokenizers") as caught:
         check_same_tokenizer(other, tiny_llama)
     assert "prune stage" in caught.value.hint
+
+
+def renamed(folder: Path, out: Path, added: dict[str, int]) -> Path:
+    """A copy of a model whose special tokens have other names."""
+    shutil.copytree(folder, out)
+    path = out / "tokenizer.json"
+    data = json.loads(path.read_text())
+    kept = {token["content"] for token in data["added_tokens"]}
+    data["model"]["vocab"] = {t: i for t, i in data["model"]["vocab"].items() if t not in kept}
+    for token in data["added_tokens"]:
+        token["content"] = next((t for t, i in added.items() if i == token["id"]), token["content"])
+    path.write_text(json.dumps(data))
+    return out
+
+
+def test_renamed_special_tokens_are_no_other_tokenizer(shared_data: Path, tmp_path: Path) -> None:
+    """Llama 3.1 named some of Llama 3's reserved tokens and numbered the others anew."""
+    llama3 = shared_data / "tokenizers/llama3"
+    names = {"<|finetune_right_pad_id|>": 128004, "<|eom_id|>": 128008, "<|python_tag|>": 128010}
+    newer = renamed(llama3, tmp_path / "newer", names)
+    tokenizer = load_tokenizer(newer)
+    assert tokenizer.convert_ids_to_tokens(128008) == "<|eom_id|>"
+    assert tokenizer.get_vocab() != load_tokenizer(llama3).get_vocab()
+    check_same_tokenizer(newer, llama3)
+    check_same_tokenizer(llama3, newer)
+    with pytest.raises(ShearlingError, match="different tokenizers: 32,000 tokens in"):
+        check_same_tokenizer(shared_data / "tokenizers/llama2", llama3)
 
 
 def test_another_chat_template_is_no_other_tokenizer(tiny_llama: Path, tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from pipelines.accelerators import named_machine
 from pipelines.machine import pick_device
-from pipelines.preflight import check_parents, known_teacher_shape
-from pipelines.recipe import check_recipe
-from pipelines.stages import transfer_set
+from pipelines.plan import make_plan, teacher_facts
+from pipelines.preflight import check_parents, check_tokenizers, known_teacher_shape
+from pipelines.recipe import DistillStage, check_recipe
+from pipelines.stages import distill, transfer_set
 from pipelines.stages.context import Context
+from pipelines.tiny import make_tiny_llama
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, silent
 from teachers.settings import SourceSettings, TransferSetSettings
@@ -44,6 +47,60 @@ def test_a_window_longer_than_the_teachers_context(tmp_path: Path) -> None:
     )
     with pytest.raises(ShearlingError, match="512 tokens at most"):
         transfer_set.run(TransferSetSettings(sources=(source,), window=513), context)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "second"),
+    [
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-2-70b-hf"),
+        ("meta-llama/Llama-2-7b-hf", "codellama/CodeLlama-7b-hf"),
+    ],
+)
+def test_a_second_teacher_of_another_family_is_refused_by_its_name(
+    recipe_data: dict[str, Any], teacher: str, second: str
+) -> None:
+    """Before anything is downloaded, and with what would work."""
+    stage = {"name": "second", "kind": "teacher", "model": second}
+    recipe = check_recipe({**recipe_data, "teacher": {"model": teacher}, "stages": [stage]})
+    with pytest.raises(ShearlingError, match="second: Teacher and student have diff") as caught:
+        make_plan(recipe, teacher_facts(recipe.teacher), named_machine("l4"))
+    assert second in caught.value.what
+    assert "Llama 3, 3.1 and 3.2 share one" in caught.value.hint
+    stage["model"] = teacher.replace("8B", "70B").replace("7b", "70b")
+    recipe = check_recipe({**recipe_data, "teacher": {"model": teacher}, "stages": [stage]})
+    assert make_plan(recipe, teacher_facts(recipe.teacher), named_machine("l4"))["stages"]
+
+
+def test_a_second_teacher_with_another_tokenizer_is_refused_before_work(
+    recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    other = make_tiny_llama(tmp_path / "other", vocabulary=300)
+    stage = {"name": "second", "kind": "teacher", "model": str(other)}
+    recipe = check_recipe({**recipe_data, "stages": [stage, *recipe_data["stages"]]})
+    with pytest.raises(ShearlingError, match=r"300 tokens in .*other"):
+        check_tokenizers(recipe)
+    # Where only the import tells, the stage that would learn from it does.
+    own = Path(recipe_data["teacher"]["model"])
+    folders = {"teacher": own, "teacher second": other, "model": own}
+    for role, folder in folders.items():
+        (tmp_path / role).mkdir()
+        (tmp_path / role / "model").symlink_to(folder)
+    context = Context(
+        name="distill",
+        inputs={role: tmp_path / role for role in folders},
+        out=tmp_path / "out",
+        run=tmp_path,
+        seed=0,
+        device="cpu",
+        cache=tmp_path,
+        progress=silent,
+        on_metrics=print,
+    )
+    settings = DistillStage(
+        name="distill", kind="distill", tokens=1, teachers={"teacher": 1, "second": 1}
+    )
+    with pytest.raises(ShearlingError, match="300 tokens in"):
+        distill.run(settings, context)
 
 
 def test_a_path_below_a_file(tmp_path: Path) -> None:
