@@ -232,6 +232,7 @@ def training_state(course: Course, identity: str, metrics_bytes: int) -> Trainin
         "first": course.first,
         "latest": course.latest,
         "precision": course.precision.to_dict(),
+        "mix": course.data.mix.history if course.data.mix else None,
     }
     return TrainingState(step=course.step, state=state, tensors=tensors)
 
@@ -247,3 +248,5 @@ def restore(course: Course, checkpoint: TrainingState) -> None:
     course.step, course.seconds = checkpoint.step, state["seconds"]
     course.running_loss, course.skipped = state["running_loss"], state.get("skipped", 0)
     course.best, course.first, course.latest = state["best"], state["first"], state["latest"]
+    if course.data.mix is not None:
+        course.data.mix.restore(state["mix"])

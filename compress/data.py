@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.losses import IGNORED
+from compress.mixing import Mix
 from compress.parallel import processes, rank
 from compress.settings import DistillSettings
 from shearling import ShearlingError
@@ -36,6 +37,8 @@ class Batch:
     positions: int
     labelled: int
     windows: tuple[int, ...] = ()
+    sources_BT: Tensor | None = None
+    """Of which source each token is; known of held-out windows where the mix adapts."""
 
     def counting_everywhere(self) -> Batch:
         """The same text with every position counted, for a cache that serves any mask."""
@@ -121,9 +124,27 @@ class StepData:
                 hint=f"Set batch_tokens to {processes() * text.window} or more, or start fewer "
                 "processes.",
             )
+        self.mix = self._open_mix() if settings.adaptive_mix else None
+        """What decides on the windows where sources that lag get more."""
+
+    def _open_mix(self) -> Mix:
+        if len(self.text.source_names) < 2:
+            raise ShearlingError(
+                "adaptive_mix needs several sources, and the transfer set has one.",
+                hint="Add to transfer_set.sources, or remove adaptive_mix.",
+            )
+        return Mix(
+            self.text.source_names,
+            self.text.window_owners(),
+            step_windows=self.step_windows,
+            seed=self.seed,
+            order=lambda epoch: self.text.order(self.seed, epoch),
+        )
 
     def windows(self, step: int) -> list[int]:
         """The window numbers of ``step`` (from 0), through as many epochs as it takes."""
+        if self.mix is not None:
+            return self.mix.windows(step)
         count = len(self.text.tokens)
         first = step * self.step_windows
         places = [divmod(place, count) for place in range(first, first + self.step_windows)]
@@ -171,8 +192,9 @@ class StepData:
         count = len(self.text.heldout)
         for start in range(0, count, self.micro_windows):
             numbers = list(range(start, min(start + self.micro_windows, count)))
-            batch = self.text.heldout_batch(numbers)
-            yield self._batch(batch)
+            batch = self._batch(self.text.heldout_batch(numbers))
+            owners_BT = self.text.heldout_owners(numbers) if self.mix is not None else None
+            yield replace(batch, sources_BT=owners_BT)
 
     def _batch(self, batch: Mapping[str, Tensor], windows: Sequence[int] = ()) -> Batch:
         ids_BT, positions_BT = batch["input_ids"], batch["position_ids"]

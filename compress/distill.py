@@ -15,7 +15,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -326,27 +327,35 @@ def _what_is_wrong(course: Course, line: Mapping[str, Any]) -> str | None:
 
 
 @torch.no_grad()
-def evaluate(course: Course) -> dict[str, float]:
-    """KL to the teacher, perplexity, and how often the first choices agree, on held-out windows."""
-    found = None
+def evaluate(course: Course) -> list[Comparison]:
+    """Student beside teacher on held-out windows: all of it, or one for each source in a mix."""
+    found: list[Comparison] = []
     course.inside.eval()
     for number, batch in course.data.my_heldout():
         targets = course.answers.heldout(number, batch)
-        part = course.inside(partial(_compare, course, batch, targets))
-        found = part if found is None else found + part
+        parts = course.inside(partial(_compare, course, batch, targets))
+        found = list(map(add, found, parts)) if found else parts
     course.inside.train()
     course.inside.release()
-    assert found is not None, "a transfer set has held-out windows"
-    return _evaluation(found.of_all(), taught=not course.alone)
+    assert found, "a transfer set has held-out windows"
+    return [part.of_all() for part in found]
 
 
 def _compare(
     course: Course, batch: Batch, targets: LiveAnswer | None, student: LlamaForCausalLM
-) -> Comparison:
+) -> list[Comparison]:
     student_ND, head_VD = trunk(student, batch, course.precision), head(student)
     # Without a teacher the student is compared with itself, for its perplexity.
     targets = targets or LiveTargets(student_ND, head_VD)
-    return compare(student_ND, head_VD, targets, batch.labels_N, course.loss)
+    if course.data.mix is None:
+        return [compare(student_ND, head_VD, targets, batch.labels_N, course.loss)]
+    assert batch.sources_BT is not None, "held-out windows know their sources"
+    source_N = batch.sources_BT.to(batch.mask_BT.device)[batch.mask_BT]
+    mine = (source_N == source for source in range(len(course.data.mix.names)))
+    return [
+        compare(student_ND[m], head_VD, targets.rows(m), batch.labels_N[m], course.loss)
+        for m in mine
+    ]
 
 
 def _evaluation(found: Comparison, *, taught: bool) -> dict[str, float]:
@@ -370,7 +379,8 @@ def _measure(course: Course) -> tuple[str, str]:
 def _evaluate_and_keep(course: Course, out: Path) -> dict[str, Any]:
     """Evaluate the weights that would be kept; keep them aside when they are the best so far."""
     with averaged(course):
-        numbers = evaluate(course)
+        found = evaluate(course)
+        numbers = _evaluation(reduce(add, found), taught=not course.alone)
         measure, said = _measure(course)
         if not math.isfinite(numbers[measure]):
             raise ShearlingError(
@@ -386,7 +396,23 @@ def _evaluate_and_keep(course: Course, out: Path) -> dict[str, Any]:
             if 0 < course.step < course.data.steps and course.settings.keep == "best":
                 save_best(out / "resume", course.step, weights_of(course.student))
     tokens = course.step * course.data.step_tokens
-    return {"step": course.step, "tokens": tokens, **numbers}
+    return {"step": course.step, "tokens": tokens, **numbers, **_adapt_mix(course, found)}
+
+
+def _adapt_mix(course: Course, found: Sequence[Comparison]) -> dict[str, Any]:
+    """Give the sources that lag a larger share of the steps to come; says what it did."""
+    mix = course.data.mix
+    if mix is None:
+        return {}
+    lags = {
+        name: (part.cross_entropy - part.teacher_cross_entropy) / part.labelled
+        for name, part in zip(mix.names, found, strict=True)
+        if part.labelled
+    }
+    if 0 < course.step < course.data.steps:
+        mix.update(course.step, lags, course.settings.adaptive_mix)
+    shares = mix.shares(course.step).round(6).tolist()
+    return {"lag": lags, "mix": dict(zip(mix.names, shares, strict=True))}
 
 
 # --- beginning and end ----------------------------------------------------------------------
@@ -432,4 +458,19 @@ def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
         "kept_step": kept["step"],
         **({"processes": processes()} if processes() > 1 else {}),
         **({"targets": course.targets_facts} if course.targets_facts else {}),
+        **_mix_facts(course),
     }
+
+
+def _mix_facts(course: Course) -> dict[str, Any]:
+    """The sources' shares at the start and the end, and the tokens that each gave."""
+    mix = course.data.mix
+    if mix is None:
+        return {}
+    tokens = mix.taken(course.step) * course.data.text.window
+    kept = {
+        "start": mix.natural_S.round(6).tolist(),
+        "end": mix.shares(course.step).round(6).tolist(),
+        "tokens": tokens.tolist(),
+    }
+    return {"mix": {what: dict(zip(mix.names, of, strict=True)) for what, of in kept.items()}}

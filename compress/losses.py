@@ -197,7 +197,7 @@ class LiveTargets:
     hidden_NE: Tensor
     head_VE: Tensor
 
-    def rows(self, chunk: slice) -> LiveTargets:
+    def rows(self, chunk: slice | Tensor) -> LiveTargets:
         return LiveTargets(self.hidden_NE[chunk], self.head_VE)
 
 
@@ -215,7 +215,7 @@ class SparseTargets:
     tail_N: Tensor
     entropy_N: Tensor
 
-    def rows(self, chunk: slice) -> SparseTargets:
+    def rows(self, chunk: slice | Tensor) -> SparseTargets:
         return SparseTargets(
             self.ids_NK[chunk], self.weights_NK[chunk], self.tail_N[chunk], self.entropy_N[chunk]
         )
@@ -228,7 +228,7 @@ class MixedTargets:
     parts: tuple[LiveTargets, ...]
     weights: tuple[float, ...]
 
-    def rows(self, chunk: slice) -> MixedTargets:
+    def rows(self, chunk: slice | Tensor) -> MixedTargets:
         return MixedTargets(tuple(part.rows(chunk) for part in self.parts), self.weights)
 
 

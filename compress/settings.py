@@ -189,6 +189,15 @@ class DistillSettings(Settings):
         default=1.0, gt=0, description="Temperature at which the student writes."
     )
 
+    adaptive_mix: float = Field(
+        default=0.0,
+        ge=0,
+        description="How strongly sources are favoured on which the student lags: at each "
+        "evaluation a source's share of the steps is multiplied by exp(this x how far its loss on "
+        "held-out text lies above the teacher's, in nats). 1 is Sheared-LLaMA's dynamic batch "
+        "loading; 0 is off. Needs two sources and live targets.",
+    )
+
     optimizer: Literal["adamw", "muon"] = Field(
         default="muon",
         description="muon takes the layers' matrices and leaves embeddings and norms to AdamW; "
@@ -264,6 +273,13 @@ class DistillSettings(Settings):
         unkept += ["temperature"] if self.temperature != 1 else []
         unkept += ["attention.weight"] if self.attention.weight else []
         unkept += ["on_policy"] if self.on_policy else []
+        if self.adaptive_mix and not self.evaluate_every:
+            raise ValueError("adaptive_mix follows evaluations; set evaluate_every above 0")
+        if self.adaptive_mix and self.targets != "live":
+            raise ValueError(
+                f"adaptive_mix can't be used with targets: {self.targets}, for which windows "
+                "would have to be known before; set targets to live"
+            )
         if self.targets != "live" and unkept:
             raise ValueError(
                 f"{', '.join(unkept)} can't be used with targets: {self.targets}, which keeps "

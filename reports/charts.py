@@ -13,14 +13,21 @@ from reports.quality_charts import (
     tasks_by_model,
 )
 from reports.run_folder import Run
-from reports.training_charts import gradient_norms, heldout, learning_rates, losses, speeds
+from reports.training_charts import (
+    gradient_norms,
+    heldout,
+    learning_rates,
+    losses,
+    mixes,
+    speeds,
+)
 
 
 def make_charts(run: Run, rivals: Sequence[Run] = ()) -> list[Chart]:
     """All charts that the run has data for."""
     charts = [quality_by_size(run, rivals), quality_by_speed(run, rivals)]
     charts += [tasks_by_model(run), quality_by_position(run)]
-    training = (losses, heldout, learning_rates, gradient_norms, speeds)
+    training = (losses, heldout, mixes, learning_rates, gradient_norms, speeds)
     cuts = (layers, heads, hidden_dims, reconstruction)
     charts += [maker(run) for maker in (*training, *cuts)]
     return [chart for chart in charts if chart is not None]

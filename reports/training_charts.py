@@ -162,6 +162,41 @@ def heldout(run: Run) -> Chart | None:
     )
 
 
+def mixes(run: Run) -> Chart | None:
+    """Share of each source in the steps, where the mix adapts to what the student lags in."""
+    rows: list[Data] = []
+    for stage, offset in _with_offsets(run):
+        lines = [line for line in stage.metrics if isinstance(line.get("mix"), dict)]
+        rows += [
+            {"tokens": (offset + _tokens(line)) / 1000, "source": source, "value": 100 * share}
+            for line in _thinned(lines)
+            for source, share in line["mix"].items()
+            if as_number(share) is not None
+        ]
+    names = list(dict.fromkeys(row["source"] for row in rows))
+    if not names:
+        return None
+    colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
+    chart, interrupted = _marked(
+        alt.Chart(values(rows))
+        .mark_line(interpolate="step-after", point=True)
+        .encode(
+            _tokens_axis(),
+            alt.Y("value:Q", title="share of the steps (%)", scale=alt.Scale(zero=True)),
+            alt.Color("source:N", scale=alt.Scale(domain=names, range=colours), title=None),
+            tooltip=["source:N", "tokens:Q", "value:Q"],
+        ),
+        run,
+    )
+    ends = [[row["value"] for row in rows if row["source"] == name] for name in names]
+    went = ", ".join(
+        f"{name} {shares[0]:.0f}% to {shares[-1]:.0f}%"
+        for name, shares in zip(names, ends, strict=True)
+    )
+    text = f"Sources on which the student lags behind the teacher get more: {went}."
+    return finish("mix", "Share of each source", text + interrupted, chart)
+
+
 def learning_rates(run: Run) -> Chart | None:
     """The schedule as it was."""
     rows = _rows(run, "learning_rate")

@@ -76,6 +76,12 @@ def _write_header(file: IO[bytes], kind: np.dtype[Any], shape: tuple[int, ...]) 
     np.lib.format.write_array_header_1_0(file, header)
 
 
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    with path.open("wb") as file:
+        _write_header(file, array.dtype, array.shape)
+        file.write(array.tobytes())
+
+
 def write_windows(
     out: Path,
     prefix: str,
@@ -104,9 +110,8 @@ def write_windows(
                 break
     starts = np.cumsum(piece.lengths) - piece.lengths
     starts = starts[starts < total]
-    with (out / f"{prefix}document_starts.npy").open("wb") as file:
-        _write_header(file, starts.dtype, starts.shape)
-        file.write(starts.tobytes())
+    _write_array(out / f"{prefix}document_starts.npy", starts)
+    _write_array(out / f"{prefix}document_sources.npy", piece.source[: len(starts)])
 
 
 def write_loss_mask(

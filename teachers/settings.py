@@ -171,6 +171,13 @@ class TransferSetSettings(Settings):
     )
 
     @model_validator(mode="after")
+    def _names_differ(self) -> TransferSetSettings:
+        names = [source.name for source in self.sources]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two sources have the name {twice}")
+        return self
+
+    @model_validator(mode="after")
     def _mix_adds_up(self) -> TransferSetSettings:
         bare = [s.name for s in self.sources if s.weight is None and s.tokens is None]
         if bare and len(bare) < len(self.sources) and any(s.weight for s in self.sources):

@@ -2,10 +2,12 @@
 
 tokens.npy                    [windows, window] uint16 or uint32
 document_starts.npy           [documents] int64, flat offsets into tokens, sorted, first is 0
+document_sources.npy          [documents] int64, index into the facts' ``sources``
 loss_mask.npy                 [windows, window] bool, whether the token after a position is to
                               be learnt; only where a source says `loss: answers`
 heldout_tokens.npy            [heldout windows, window]
 heldout_document_starts.npy
+heldout_document_sources.npy
 heldout_loss_mask.npy
 transfer_set.json             facts
 """
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from teachers.cleaned import Cleaner, Questions
 
 SCHEMA = 1
+# What the text is; of which source a document is changes no answer of a teacher, so it isn't here.
 _ARRAYS = ("tokens", "document_starts", "heldout_tokens", "heldout_document_starts")
 _OPTIONAL = ("loss_mask", "heldout_loss_mask")
 
@@ -286,6 +289,8 @@ class TransferSet:
             self.heldout: NDArray[Any] = np.load(self.folder / "heldout_tokens.npy", "r")
             self.starts = np.load(self.folder / "document_starts.npy")
             self.heldout_starts = np.load(self.folder / "heldout_document_starts.npy")
+            self.document_sources = np.load(self.folder / "document_sources.npy")
+            self.heldout_document_sources = np.load(self.folder / "heldout_document_sources.npy")
             self.loss_mask, self.heldout_loss_mask = map(self._mask, _OPTIONAL)
         except (OSError, ValueError, EOFError) as error:
             raise ShearlingError(
@@ -312,6 +317,28 @@ class TransferSet:
     def heldout_batch(self, indices: NDArray[np.int64] | list[int]) -> dict[str, Tensor]:
         """The same of held-out windows."""
         return _windows(indices, self.heldout, self.heldout_starts, self.heldout_loss_mask)
+
+    @property
+    def source_names(self) -> list[str]:
+        """The sources, in the order in which their indices count."""
+        return [source["name"] for source in self.facts["sources"]]
+
+    def window_owners(self) -> NDArray[np.int64]:
+        """The source that has most of each window's tokens, [W] (of equals the first)."""
+        count, sources = len(self), len(self.source_names)
+        cuts = np.union1d(self.starts, np.arange(count) * self.window)
+        lengths = np.diff(cuts, append=count * self.window)
+        owners = self.document_sources[np.searchsorted(self.starts, cuts, "right") - 1]
+        places = cuts // self.window * sources + owners
+        tokens_WS = np.bincount(places, lengths, count * sources).reshape(count, sources)
+        most_W: NDArray[np.int64] = tokens_WS.argmax(axis=1)
+        return most_W
+
+    def heldout_owners(self, indices: NDArray[np.int64] | list[int]) -> Tensor:
+        """The source of each token of held-out windows, [B, T] int64."""
+        offsets_BT = np.asarray(indices)[:, None] * self.window + np.arange(self.window)
+        document_BT = np.searchsorted(self.heldout_starts, offsets_BT, "right") - 1
+        return torch.from_numpy(self.heldout_document_sources[document_BT])
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """The order of all windows in one epoch: a function of seed and epoch only."""

@@ -8,7 +8,7 @@ from pipelines.stages.context import Context
 from shearling import ShearlingError, read_json, write_json
 from teachers.settings import TransferSetSettings
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 RESUMABLE = False
 
 

@@ -45,6 +45,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "ema": 0.5},
     "sample": {"targets": "sample", "target_slots": 8},
     "narrow": {"precision": "bfloat16"},
+    "mix": {"adaptive_mix": 1.0},
 }
 UNTIED = ("untied", "muon")
 
@@ -78,8 +79,10 @@ def start_processes(jobs: Path, count: int = 2) -> None:
 class Runs:
     """The same runs with one process, here, and with two."""
 
-    def __init__(self, folder: Path, models: dict[str, tuple[Path, Path]], text: Path) -> None:
-        self.folder, self.models, self.text = folder, models, text
+    def __init__(
+        self, folder: Path, models: dict[str, tuple[Path, Path]], text: Path, sources: Path
+    ) -> None:
+        self.folder, self.models, self.text, self.sources = folder, models, text, sources
         selection = folder / "selection.json"
         selection.write_text(json.dumps({"layers": [0, 2], "hidden": list(range(3, 27))}))
 
@@ -89,7 +92,7 @@ class Runs:
             "teacher": teacher,
             "student": student,
             "out": self.folder / out,
-            "transfer_set": self.text,
+            "transfer_set": self.sources if kind == "mix" else self.text,
             "selection": self.folder / "selection.json",
             "cache": self.folder / f"cache-{out}",
         }
@@ -113,6 +116,7 @@ def runs(
     tiny_llama_untied: Path,
     tiny_student: Path,
     tiny_transfer_set: Path,
+    two_sources: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
     """Every run in one process as NAME-1, in two as NAME-2; and broken off as FIRST-SECOND."""
@@ -129,7 +133,7 @@ def runs(
         tie_word_embeddings=False,
     )
     models = {"tied": (tiny_llama, tiny_student), "untied": (tiny_llama_untied, untied_student)}
-    found = Runs(folder, models, tiny_transfer_set)
+    found = Runs(folder, models, tiny_transfer_set, two_sources)
     jobs = []
     for kind in RUNS:
         found.here(kind, f"{kind}-1")
@@ -167,7 +171,7 @@ def alike(runs: Runs, one: str, other: str, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=30 * tolerance)
 
 
-@pytest.mark.parametrize("kind", ["all", "untied", "sample"])
+@pytest.mark.parametrize("kind", ["all", "untied", "sample", "mix"])
 def test_two_processes_learn_what_one_does(runs: Runs, kind: str) -> None:
     alike(runs, f"{kind}-1", f"{kind}-2")
 

@@ -306,6 +306,24 @@ def test_perplexity_by_position_is_shown_for_every_model(run: Path) -> None:
     assert "quality-by-position" not in [c.name for c in make_charts(read_run(run))]
 
 
+def test_the_sources_shares_over_time_are_shown_where_they_change(run: Path) -> None:
+    assert "mix" not in [chart.name for chart in make_charts(read_run(run))]
+    path = run / "stages" / "distill" / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    evaluations = [line for line in lines if "heldout_kl" in line]
+    for number, line in enumerate(evaluations):
+        share = 0.5 + 0.4 * number / (len(evaluations) - 1)
+        line["mix"] = {"books": share, "<b>web": 1 - share}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chart = next(chart for chart in make_charts(read_run(run)) if chart.name == "mix")
+    assert "books 50% to 90%, <b>web 50% to 10%" in chart.text
+    write_report(run)
+    assert parse(run).count("b") == 0
+    evaluations[0]["mix"] = {"books": None, "web": "x"}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(run)
+
+
 def test_importance_may_be_recorded_in_other_ways(run: Path) -> None:
     path = run / "stages" / "prune" / "selection.json"
     for wrong in (None, [], {"layers": ["x"]}, {"layers": None}, 3):
