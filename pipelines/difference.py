@@ -60,6 +60,7 @@ class Difference:
         for key, label in (
             ("prefill_tokens_per_second", "tokens read a second"),
             ("decode_tokens_per_second", "tokens written a second"),
+            ("time_to_first_token_seconds", "seconds to the first token"),
         ):
             speeds = [card["speed"].get(key) for card in (self.first, self.second)]
             if all(isinstance(speed, int | float) and speed > 0 for speed in speeds):
@@ -160,9 +161,11 @@ def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:
     }
     if len(shots) == 1:
         like["num_fewshot"] = shots.pop()
-    windows = tasks.get("wikitext2", {}).get("perplexity_windows")
-    if windows:
-        like["perplexity_windows"] = windows
+    if any(facts.get("chat_template") for task, facts in tasks.items() if task in chosen):
+        like["chat_template"] = True
+    for windows in ("perplexity_windows", "agreement_windows"):
+        if found := tasks.get("wikitext2", {}).get(windows):
+            like[windows] = found
     return like | asked
 
 

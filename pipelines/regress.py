@@ -4,12 +4,14 @@ A baseline file holds each number with its direction and its tolerance:
 
     {"schema": 1, "recipe": ..., "versions": {...},
      "numbers": {"distill/wikitext2/word_perplexity":
-                 {"value": 61.2, "better": "lower", "tolerance": {"relative": 0.05}}}}
+                 {"value": 61.2, "better": "lower", "tolerance": {"relative": 0.05},
+                  "asked": "3f2a..."}}}
 
 Tolerances are at most one standard error, so that no fall passes that a reader would see, and small
 shares where that is wide; they are there for other processors, whose sums round differently. They
-are edited by hand and survive ``--update``. A number that got better never fails, but is pointed
-out.
+are edited by hand and survive ``--update``. ``asked`` is a fingerprint of the task's questions,
+limit and few-shot examples: numbers of other questions are not compared, and that fails too. A
+number that got better never fails, but is pointed out.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from pipelines.machine import package_versions
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runner import Options, run_recipe
 from pipelines.tiny import make_tiny_llama, tiny_documents, write_documents, write_last_words
+from reports.compare import asked_as
 from shearling import ShearlingError, read_json, write_json
 
 SCHEMA = 1
@@ -60,6 +63,8 @@ class Number:
     """How many answers an accuracy is the mean of."""
     relative: float = RELATIVE
     stderr: float | None = None
+    asked: str | None = None
+    """Fingerprint of the task's questions, limit and examples, where a task gave the number."""
 
     def rounded(self) -> float:
         """As a baseline file keeps it: counts exactly, measurements to eight digits."""
@@ -82,7 +87,7 @@ class Finding:
     """How one number stands against its baseline."""
 
     name: str
-    verdict: Literal["ok", "better", "worse", "missing", "new", "skipped"]
+    verdict: Literal["ok", "better", "worse", "missing", "new", "skipped", "asked otherwise"]
     baseline: float | None
     measured: float | None
     allowed: float
@@ -90,7 +95,7 @@ class Finding:
 
     @property
     def fails(self) -> bool:
-        return self.verdict in ("worse", "missing")
+        return self.verdict in ("worse", "missing", "asked otherwise")
 
     def row(self) -> tuple[str, str, str, str, str, str]:
         """Name, baseline, measured, change, allowed, verdict: as text."""
@@ -216,6 +221,7 @@ def _scores(scorecard: Mapping[str, Any]) -> dict[str, Number]:
     numbers = {"parameters": Number(scorecard["parameters"], "same")}
     for task, metrics in scorecard["results"].items():
         facts = scorecard.get("tasks", {}).get(task, {})
+        asked = asked_as(facts) if facts else None
         directions = facts.get("higher_is_better", {})
         for metric, entry in metrics.items():
             if isinstance(entry["value"], (int, float)):
@@ -228,6 +234,7 @@ def _scores(scorecard: Mapping[str, Any]) -> dict[str, Number]:
                     None if metric == "teacher_first_choice" else samples,
                     relative=share,
                     stderr=entry.get("stderr"),
+                    asked=asked,
                 )
     return numbers
 
@@ -274,6 +281,8 @@ def compare(
             findings.append(Finding(name, verdict, value, None, allowed))
         else:
             verdict = _verdict(number.value, value, known["better"], allowed)
+            if known.get("asked", number.asked) != number.asked:
+                verdict = "asked otherwise"
             findings.append(Finding(name, verdict, value, number.value, allowed))
     new = [name for name in measured if name not in baseline["numbers"]]
     return findings + [Finding(name, "new", None, measured[name].value, 0.0) for name in new]
@@ -306,6 +315,7 @@ def baseline_of(
                 "value": number.rounded(),
                 "better": number.better,
                 "tolerance": known.get(key, {}).get("tolerance") or number.default_tolerance(),
+                **({"asked": number.asked} if number.asked else {}),
             }
             for key, number in sorted(measured.items())
         },
@@ -329,7 +339,11 @@ def _need_baseline(path: Path, name: str) -> dict[str, Any]:
 # --- showing ------------------------------------------------------------------------------------
 
 _COLUMNS = ("number", "baseline", "now", "change", "allowed", "")
-_STYLES = {"worse": "bold red", "missing": "bold red", "better": "green", "skipped": "dim"}
+_STYLES = {
+    **dict.fromkeys(("worse", "missing", "asked otherwise"), "bold red"),
+    "better": "green",
+    "skipped": "dim",
+}
 
 
 def show(name: str, findings: list[Finding], console: Console) -> None:
@@ -349,6 +363,13 @@ def show(name: str, findings: list[Finding], console: Console) -> None:
         console.print(Text(verdict + worst, style="bold red"), soft_wrap=True)
     else:
         console.print(f"{name}: {len(findings)} numbers hold", highlight=False)
+    if any(finding.verdict == "asked otherwise" for finding in findings):
+        console.print(
+            "Some tasks ask other questions than the baseline's did, so nothing can be said of "
+            "them: look why, then write them with `shearling regress --update`.",
+            highlight=False,
+            soft_wrap=True,
+        )
     if any(finding.verdict == "better" for finding in findings):
         console.print(
             "Some got better than the baseline: keep that with `shearling regress --update`.",

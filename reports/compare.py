@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from shearling import sha256_of_json
+
 Floats = npt.NDArray[np.float64]
 
 MUST_AGREE = ("version", "hash", "data_sha256", "limit", "num_fewshot", "chat_template", "samples")
@@ -87,6 +89,11 @@ def mismatch(first: Mapping[str, Any], second: Mapping[str, Any], task: str) -> 
         if (one.get(fact) or None) != (two.get(fact) or None)  # false, 0 and absent are one
     ]
     return "measured differently: " + ", ".join(different) if different else None
+
+
+def asked_as(facts: Mapping[str, Any]) -> str:
+    """A short fingerprint of what a task asked; other fingerprints, other questions."""
+    return sha256_of_json({fact: facts.get(fact) or None for fact in MUST_AGREE})[:12]
 
 
 def _short(value: Any) -> str:

@@ -115,6 +115,12 @@ def test_settings_follow_the_scorecard(measured_run: Path) -> None:
         "tasks": ["copa"], "limits": {"copa": 3}, "num_fewshot": 0, "speed": False,
         "mirror": "here",
     }  # fmt: skip
+    card["tasks"]["copa"]["chat_template"] = True
+    card["tasks"]["wikitext2"] = {"agreement_windows": 2}
+    card["results"]["wikitext2"] = {}
+    like = settings_like(card, {})
+    assert like["chat_template"]
+    assert like["agreement_windows"] == 2
 
 
 def test_a_file_that_is_no_scorecard_is_a_clear_error(

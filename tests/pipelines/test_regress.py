@@ -13,6 +13,7 @@ from pipelines import regress
 from pipelines.regress import BASELINES, RECIPES, Number, baseline_of, compare
 from pipelines.stages import distill
 from pipelines.stages.context import Context
+from reports.compare import asked_as
 from shearling import ShearlingError
 
 MEASURED = {
@@ -65,6 +66,23 @@ def test_a_new_number_is_shown_and_does_not_fail(baseline: dict[str, Any]) -> No
     (new,) = (f for f in compare(baseline, now, set()) if "piqa" in f.name)
     assert new.verdict == "new"
     assert not new.fails
+
+
+def test_numbers_of_other_questions_are_not_compared(baseline: dict[str, Any]) -> None:
+    assert verdicts(baseline, acc=Number(0.6, "higher", 20, asked="a"))["acc"] == "ok"  # an old one
+    kept = baseline_of("r", {"distill/copa/acc": Number(0.6, "higher", 20, asked="a")}, before=None)
+    for asked, verdict in (("a", "ok"), ("b", "asked otherwise"), (None, "asked otherwise")):
+        now = {"distill/copa/acc": Number(0.6, "higher", 20, asked=asked)}
+        (found,) = compare(kept, now, set())
+        assert found.verdict == verdict
+        assert found.fails == (verdict != "ok")
+
+
+@pytest.mark.parametrize("fact", ["hash", "limit", "num_fewshot", "version", "chat_template"])
+def test_the_fingerprint_knows_what_changes_numbers(fact: str) -> None:
+    facts = {"hash": "ab", "limit": 50, "num_fewshot": 0, "version": 1, "chat_template": False}
+    assert asked_as(facts) == asked_as({**facts, "floor": {"acc": 0.3}})
+    assert asked_as(facts) != asked_as({**facts, fact: 7})
 
 
 def test_an_update_keeps_tolerances_set_by_hand(baseline: dict[str, Any]) -> None:
