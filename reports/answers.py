@@ -35,7 +35,7 @@ def answer_table(run: Run, judgement: Judgement) -> Table | None:
         "after Holm's correction for all rows.",
         columns=["task", "worse?", "by how much", "more than noise?", "above guessing?"],
         rows=rows,
-        numeric=False,
+        kind="words",
     )
 
 
@@ -49,7 +49,10 @@ def _answer(entry: Comparison) -> tuple[Cell, Cell, Cell]:
     worse = {"worse": "yes", "better": "no, better", "the same": "no"}.get(entry.verdict)
     return (
         Cell(text=worse or "can't be told", mark=entry.verdict),
-        Cell(text=words.difference(entry.metric, entry.difference, entry.stderr)),
+        Cell(
+            text=words.difference(entry.metric, entry.difference, entry.stderr),
+            sort=entry.difference,
+        ),
         Cell(
             text="yes" if entry.verdict in ("worse", "better") else "no",
             note=f"p {words.probability(entry.p_adjusted)}",

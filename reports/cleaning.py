@@ -131,7 +131,7 @@ def _samples(cleaning: Data, names: list[str]) -> Table | None:
         caption="Examples of what was removed.",
         columns=["filter", "source", "how it begins"],
         rows=rows,
-        numeric=False,
+        kind="texts",
     )
 
 

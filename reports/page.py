@@ -101,6 +101,7 @@ def _environment(escape: bool) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["cell"] = markdown_cell
+    environment.filters["together"] = together
     return environment
 
 
@@ -139,6 +140,11 @@ def markdown_cell(text: str) -> str:
     """A text that stays one cell of a table and starts no markup or HTML."""
     flat = " ".join(str(text).split())
     return re.sub(r"([\\`*_{}\[\]<>|#])", r"\\\1", flat)
+
+
+def together(text: str) -> str:
+    """A sentence in which no line ends between a number and its error or unit."""
+    return re.sub(r" (?=±|pp\b|times\b)|(?<=±) ", "\N{NO-BREAK SPACE}", text)
 
 
 def script_json(data: Any) -> Markup:

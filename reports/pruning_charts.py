@@ -61,7 +61,7 @@ def layers(run: Run) -> Chart | None:
 
 
 def _kept_and_cut() -> alt.Scale:
-    return alt.Scale(domain=["kept", "cut"], range=[SERIES[0], "var(--faint)"])
+    return alt.Scale(domain=["kept", "cut"], range=[SERIES[0], "var(--cut)"])
 
 
 def heads(run: Run) -> Chart | None:
@@ -128,9 +128,14 @@ def hidden_dims(run: Run) -> Chart | None:
     ]
     chart = (
         alt.Chart(values(rows))
-        .mark_tick(thickness=1.5, bandSize=14, orient="vertical")
+        .mark_circle(size=36 if len(rows) <= 200 else 12, opacity=1)
         .encode(
-            alt.X("rank:Q", title="rank by importance", scale=alt.Scale(nice=False)),
+            alt.X(
+                "rank:Q",
+                title="rank by importance",
+                scale=alt.Scale(nice=False, padding=6),
+                axis=alt.Axis(tickCount=8, grid=False),
+            ),
             alt.Y(
                 "importance:Q",
                 title="importance (log)",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
@@ -11,7 +12,7 @@ import altair as alt
 from reports.chart import SERIES, Chart, finish, values
 from reports.compare import headline_metrics
 from reports.run_folder import Data, Run, as_dict, as_number
-from reports.words import count, metric_label, score, significant
+from reports.words import count, is_share, metric_label, percent, score, significant
 
 
 def metric_number(card: Data | None, task: str, metric: str) -> tuple[float | None, float | None]:
@@ -37,8 +38,88 @@ def main_perplexity(cards: Sequence[Data]) -> tuple[str, str] | None:
     return best[1] if best[0] else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """The mean share of right answers over some tasks, which are taken to be independent."""
+
+    value: float
+    stderr: float
+    tasks: int
+
+
+def share_tasks(card: Data | None) -> dict[str, str]:
+    """Tasks of a scorecard that have right answers -> the metric that counts them."""
+    headlines = {
+        task: (headline_metrics(task, as_dict(results)) or [""])[0]
+        for task, results in as_dict((card or {}).get("results")).items()
+    }
+    return {
+        task: metric
+        for task, metric in headlines.items()
+        if is_share(metric) and metric_number(card, task, metric)[0] is not None
+    }
+
+
+def mean_share(card: Data | None, tasks: Sequence[str] | None = None) -> Mean | None:
+    """Mean over the tasks that have right answers, or over those of them that are named."""
+    found = [
+        metric_number(card, task, metric)
+        for task, metric in share_tasks(card).items()
+        if tasks is None or task in tasks
+    ]
+    shares = [(value, error or 0.0) for value, error in found if value is not None]
+    if not shares:
+        return None
+    return Mean(
+        value=sum(value for value, _ in shares) / len(shares),
+        stderr=sum(error**2 for _, error in shares) ** 0.5 / len(shares),
+        tasks=len(shares),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What stands for quality in the charts of it."""
+
+    axis: str
+    told: str
+    logarithmic: bool
+    of: Callable[[Data | None], tuple[float | None, float | None]]
+    """Scorecard -> value and standard error."""
+    show: Callable[[float], str]
+
+
+def measure_of(cards: Sequence[Data]) -> Measure | None:
+    """Perplexity where the models have one, else the share of right answers on common tasks."""
+    key = main_perplexity(cards)
+    if key is not None:
+        return Measure(
+            axis="perplexity (log)",
+            told=f"{metric_label(*key).capitalize()} ({key[0]}; lower is better)",
+            logarithmic=True,
+            of=lambda card: metric_number(card, *key),
+            show=significant,
+        )
+    common = [task for task in share_tasks(cards[0]) if all(task in share_tasks(c) for c in cards)]
+    if not common:
+        return None
+
+    def of(card: Data | None) -> tuple[float | None, float | None]:
+        mean = mean_share(card, common)
+        return (mean.value, mean.stderr) if mean else (None, None)
+
+    tasks = common[0] if len(common) == 1 else f"mean of {len(common)} tasks"
+    return Measure(
+        axis="right answers",
+        told=f"Share of right answers ({tasks}; higher is better)",
+        logarithmic=False,
+        of=of,
+        show=lambda value: percent(value, 1),
+    )
+
+
 def quality_by_size(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
-    """Perplexity against parameters: where each model of the run, and of its rivals, lies."""
+    """Quality against parameters: where each model of the run, and of its rivals, lies."""
     return _quality(
         run,
         rivals,
@@ -52,7 +133,7 @@ def quality_by_size(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
 
 
 def quality_by_speed(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
-    """Perplexity against the speed of writing."""
+    """Quality against the speed of writing."""
     return _quality(
         run,
         rivals,
@@ -76,15 +157,16 @@ def _quality(
     against: str,
     told: Any,
 ) -> Chart | None:
-    """Perplexity against something of a scorecard; each run is a colour and a dashed path."""
-    key = main_perplexity([stage.scorecard for stage in run.measured if stage.scorecard])
-    if key is None:
+    """Quality against something of a scorecard; each run is a colour and a dashed path."""
+    cards = [s.scorecard for each in (run, *rivals) for s in each.measured if s.scorecard]
+    measure = measure_of(cards) if cards else None
+    if measure is None:
         return None
     rows: list[Data] = []
     for label, each in run_labels([run, *rivals]):
         rows += [
             {**row, "run": label, "order": order}
-            for order, row in enumerate(_points(each, key, of))
+            for order, row in enumerate(_points(each, measure, of))
         ]
     if len(rows) < 2:
         return None
@@ -95,10 +177,10 @@ def _quality(
         axis=alt.Axis(tickCount=6),
     )
     y = alt.Y(
-        "perplexity:Q",
-        title="perplexity (log)",
-        scale=alt.Scale(type="log", nice=False, padding=30),
-        axis=alt.Axis(tickCount=5),
+        "quality:Q",
+        title=measure.axis,
+        scale=alt.Scale(nice=False, padding=30, **_scale(measure.logarithmic)),
+        axis=alt.Axis(tickCount=5, format="~g" if measure.logarithmic else "%"),
     )
     runs = list(dict.fromkeys(row["run"] for row in rows))
     colours = [SERIES[i % len(SERIES)] for i in range(len(runs))]
@@ -114,18 +196,25 @@ def _quality(
     )
     bars = base.mark_rule(strokeWidth=1.5).encode(x, alt.Y("low:Q", title=""), alt.Y2("high:Q"))
     points = base.mark_point(filled=True, size=110, opacity=1).encode(
-        x, y, color=colour, tooltip=["run:N", "model:N", "x:Q", "perplexity:Q"]
+        x, y, color=colour, tooltip=["run:N", "model:N", "x:Q", "quality:Q"]
     )
-    names = base.mark_text(align="center", dy=-16).encode(x, y, text="label:N")
+    # The same text twice: first a halo in the paper's colour, or the bars would cross it out.
+    halo, ink = (
+        base.mark_text(align="center", dy=-16, **look).encode(x, y, text="label:N")
+        for look in ({"stroke": "var(--sheet)", "strokeWidth": 5, "strokeJoin": "round"}, {})
+    )
     said = "; ".join(f"{told(row['x'])}: {row['label']}" for row in rows)
     return finish(
         name,
         title,
-        f"{metric_label(*key).capitalize()} ({key[0]}; lower is better) against {against}, with "
-        "standard errors.",
-        path + bars + points + names,
+        f"{measure.told} against {against}, with standard errors.",
+        path + bars + points + halo + ink,
         numbers=said,
     )
+
+
+def _scale(logarithmic: bool) -> Data:
+    return {"type": "log"} if logarithmic else {"zero": False}
 
 
 def run_labels(runs: Sequence[Run]) -> list[tuple[str, Run]]:
@@ -137,10 +226,10 @@ def run_labels(runs: Sequence[Run]) -> list[tuple[str, Run]]:
     ]
 
 
-def _points(run: Run, key: tuple[str, str], of: Any) -> list[Data]:
+def _points(run: Run, measure: Measure, of: Any) -> list[Data]:
     rows = []
     for stage in run.measured:
-        value, error = metric_number(stage.scorecard, *key)
+        value, error = measure.of(stage.scorecard)
         place = of(stage.scorecard)
         if value is None or value <= 0 or not place:
             continue
@@ -149,10 +238,10 @@ def _points(run: Run, key: tuple[str, str], of: Any) -> list[Data]:
             {
                 "model": stage.name,
                 "x": place,
-                "perplexity": value,
+                "quality": value,
                 "low": max(value - spread, value / 10),
                 "high": value + spread,
-                "label": f"{stage.name} · {significant(value)}",
+                "label": f"{stage.name} · {measure.show(value)}",
             }
         )
     return rows

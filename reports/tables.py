@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from reports import words
 from reports.compare import headline_metrics
-from reports.quality_charts import main_perplexity, metric_number
+from reports.quality_charts import main_perplexity, mean_share, metric_number
 from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
 from reports.verdict import Judgement
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One cell of a table. ``sort`` is what a sorted column goes by."""
+    """One cell of a table. ``sort`` is what a sorted column goes by; without one it's the text."""
 
     text: str
     note: str = ""
@@ -32,7 +32,8 @@ class Table:
     caption: str
     columns: list[str]
     rows: list[list[Cell]]
-    numeric: bool = True
+    kind: Literal["numbers", "words", "texts"] = "numbers"
+    """What its cells hold: numbers, short answers, or what models wrote."""
 
 
 def stage_table(run: Run) -> Table | None:
@@ -87,18 +88,11 @@ def _perplexity_cell(card: Data, key: tuple[str, str] | None) -> Cell:
 
 def _mean_cell(card: Data) -> Cell:
     """Mean share of right answers over the tasks that have them, with its standard error."""
-    found = [
-        metric_number(card, task, headline_metrics(task, results)[0])
-        for task, results in as_dict(card.get("results")).items()
-        if words.is_share(headline_metrics(task, results)[0])
-    ]
-    shares = [(value, error or 0.0) for value, error in found if value is not None]
-    if not shares:
+    mean = mean_share(card)
+    if mean is None:
         return cell(None, words.percent)
-    mean = sum(value for value, _ in shares) / len(shares)
-    error = sum(error**2 for _, error in shares) ** 0.5 / len(shares)
-    tasks = "1 task" if len(shares) == 1 else f"{len(shares)} tasks"
-    return cell(mean, lambda v: words.percent(v, 1), f"± {100 * error:.1f}, {tasks}")
+    tasks = "1 task" if mean.tasks == 1 else f"{mean.tasks} tasks"
+    return cell(mean.value, lambda v: words.percent(v, 1), f"± {100 * mean.stderr:.1f}, {tasks}")
 
 
 def cell(value: float | None, show: Any, note: str = "") -> Cell:
@@ -235,7 +229,7 @@ def completion_table(run: Run) -> Table | None:
         caption="Completions: what each model writes after the same beginning, greedily.",
         columns=["beginning", *(stage.name for stage in run.measured)],
         rows=rows,
-        numeric=False,
+        kind="texts",
     )
 
 
@@ -275,12 +269,17 @@ def transfer(run: Run) -> Data:
     return next((stage.transfer_set for stage in run.stages if stage.transfer_set), {})
 
 
+TRANSFER_HASHES = {"sha256": "transfer set", "tokenizer_sha256": "tokenizer"}
+"""Hashes in transfer_set.json, and of what they are."""
+
+
 def transfer_facts(run: Run) -> list[tuple[str, str]]:
     """All plain numbers and texts of transfer_set.json."""
     return [
         (key.replace("_", " "), plain(value))
         for key, value in transfer(run).items()
-        if key not in ("schema", "sources") and isinstance(value, str | int | float)
+        if key not in ("schema", "sources", *TRANSFER_HASHES)
+        and isinstance(value, str | int | float)
     ]
 
 

@@ -127,7 +127,7 @@ def losses(run: Run) -> Chart | None:
     colours = [SERIES[i % len(SERIES)] for i in range(len(shown))]
     chart, interrupted = _marked(
         alt.Chart(values(rows))
-        .mark_line(interpolate="monotone")
+        .mark_line(strokeWidth=1.5)
         .encode(
             _tokens_axis(),
             alt.Y("value:Q", title="nats per token", scale=alt.Scale(zero=False)),
@@ -219,17 +219,18 @@ def gradient_norms(run: Run) -> Chart | None:
     rows = [row for row in _rows(run, "gradient_norm") if row["value"] > 0]
     if len(rows) < 2:
         return None
-    highest = max(row["value"] for row in rows)
+    highest, lowest = (limit(row["value"] for row in rows) for limit in (max, min))
+    wide = highest > 10 * lowest
     return _one_line(
         run,
         rows,
         name="gradient-norm",
         title="Gradient norm",
-        unit="norm (log)",
+        unit="norm (log)" if wide else "norm",
         text="Norm of the whole gradient in each step, before it was clipped; the largest was "
         f"{significant(highest)}.",
         height=150,
-        logarithmic=True,
+        logarithmic=wide,
     )
 
 

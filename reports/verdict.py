@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reports import words
@@ -66,7 +67,8 @@ def verdict(run: Run, judgement: Judgement) -> str:
             f"{student.name} has {words.count(card.get('parameters'))} parameters. The teacher has "
             "not been measured, so there is nothing to compare it with."
         )
-    parts = _size_and_speed(card, teacher) + _perplexity(judgement, student, teacher)
+    parts = _size_and_speed(card, teacher)
+    parts += _perplexity(judgement, student, teacher) or _right_answers(judgement, student)
     sentence = f"After {student.name}, {', '.join(parts[:-1])}, and {parts[-1]}"
     if len(parts) == 1:
         sentence = f"After {student.name}, {parts[0]}"
@@ -106,6 +108,44 @@ def _perplexity(judgement: Judgement, student: Stage, teacher: Data) -> list[str
     return []
 
 
+def mean_difference(compared: Sequence[Comparison]) -> Comparison | None:
+    """All tasks with right answers as one comparison: means, and the error of their difference.
+
+    The tasks are taken to be independent; within one of them the documents are paired. None where
+    there is no such task.
+    """
+    tasks = [
+        (entry, entry.reference, entry.value, entry.difference, entry.stderr or 0.0)
+        for entry in compared
+        if words.is_share(entry.metric) and entry.difference is not None
+    ]
+    shares = [(r, v, d, s) for _, r, v, d, s in tasks if None not in (r, v, d)]
+    if not shares:
+        return None
+    if len(shares) == 1:
+        return next(entry for entry, *_ in tasks)
+    mean = [sum(column) / len(shares) for column in zip(*shares, strict=True)]
+    stderr = sum(error**2 for *_, error in shares) ** 0.5 / len(shares)
+    noise = stderr == 0 or abs(mean[2]) < 1.96 * stderr
+    verdict = "within noise" if noise else "better" if mean[2] > 0 else "worse"
+    return Comparison(
+        task=f"{len(shares)} tasks", metric="acc", reference=mean[0], value=mean[1],
+        difference=mean[2], stderr=stderr, verdict=verdict,
+    )  # fmt: skip
+
+
+def _right_answers(judgement: Judgement, student: Stage) -> list[str]:
+    """The same of tasks with right answers, for runs without a perplexity."""
+    mean = mean_difference(judgement.comparisons.get(student.name, []))
+    if mean is None or mean.difference is None:
+        return []
+    gap = words.difference(mean.metric, mean.difference, mean.stderr)
+    return [
+        f"the student answers {words.score('acc', mean.value)} of {mean.task} right instead of "
+        f"{words.score('acc', mean.reference)} ({gap}, {mean.verdict})"
+    ]
+
+
 def verdict_details(run: Run, judgement: Judgement) -> list[str]:
     """How the tasks with right answers came out, and where the scorecards can't be compared."""
     student = last_student(run)
@@ -121,6 +161,13 @@ def verdict_details(run: Run, judgement: Judgement) -> list[str]:
             if word in verdicts
         ]
         tasks = "one task" if len(judged) == 1 else f"{len(judged)} tasks"
+        mean = mean_difference(judged)
+        if len(judged) > 1 and mean is not None and mean.difference is not None:
+            gap = words.difference("acc", mean.difference, mean.stderr)
+            told[-1] += (
+                f"; on average {words.score('acc', mean.value)} are right instead of "
+                f"{words.score('acc', mean.reference)} ({gap}, {mean.verdict})"
+            )
         found.append(f"Against the teacher on {tasks} with right answers: {', '.join(told)}.")
     refused = [entry for entry in compared if entry.p is None and entry.reason]
     found += [f"{entry.task} is not compared: {entry.reason}." for entry in refused]
@@ -128,7 +175,7 @@ def verdict_details(run: Run, judgement: Judgement) -> list[str]:
 
 
 def headline_facts(run: Run, judgement: Judgement) -> list[tuple[str, str, str]]:
-    """The four numbers that stand large at the top."""
+    """The few numbers that stand large at the top."""
     student, teacher = last_student(run), run.teacher
     if student is None or student.scorecard is None or teacher is None:
         return []
@@ -144,6 +191,11 @@ def headline_facts(run: Run, judgement: Judgement) -> list[tuple[str, str, str]]
         if (entry.task, entry.metric) == key and entry.difference is not None:
             gap = words.difference(entry.metric, entry.difference, entry.stderr)
             facts.append((words.score(entry.metric, entry.value), f"perplexity on {key[0]}", gap))
+    mean = mean_difference(judgement.comparisons.get(student.name, []))
+    if mean is not None and mean.difference is not None:
+        gap = words.difference("acc", mean.difference, mean.stderr)
+        right = f"right answers, {mean.task}"
+        facts.append((words.score("acc", mean.value), right, gap))
     back = _main_recovery(run, judgement)
     if back is not None:
         between = f"{words.percent(back.low)} to {words.percent(back.high)}"

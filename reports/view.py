@@ -18,6 +18,7 @@ from reports.reality import reality_table
 from reports.rivals import rival_table
 from reports.run_folder import Data, Run, as_dict, as_list, as_number
 from reports.tables import (
+    TRANSFER_HASHES,
     Table,
     completion_table,
     metric_table,
@@ -173,6 +174,9 @@ def versions(run: Run) -> list[tuple[str, str]]:
 def hashes(run: Run) -> list[tuple[str, str]]:
     """What the numbers are a function of: hashes of recipe, code, stages and tasks."""
     found = [(key, plain(run.lock.get(key))) for key in ("recipe_sha256", "seed", "git", "device")]
+    found += [
+        (f"{what} sha256", plain(transfer(run).get(key))) for key, what in TRANSFER_HASHES.items()
+    ]
     found += [(f"input {key}", str(v)) for key, v in as_dict(run.lock.get("inputs")).items()]
     found += [(f"stage {key}", str(v)) for key, v in as_dict(run.lock.get("keys")).items()]
     tasks: dict[str, Data] = {}

@@ -2,14 +2,11 @@
 (() => {
   const charts = JSON.parse(document.getElementById("charts").textContent);
   for (const place of document.querySelectorAll("[data-chart]")) {
+    // Vega names what it draws into in its own words; ours are on the element around it.
     // The expressions of a chart are interpreted (ast), so the page needs no `eval`.
     window
       .vegaEmbed(place, charts[place.dataset.chart], { actions: false, renderer: "svg", ast: true })
-      .then(() => {
-        place.dataset.drawn = "yes";
-        const svg = place.querySelector("svg");
-        if (svg) svg.setAttribute("aria-hidden", "true");
-      })
+      .then(() => (place.dataset.drawn = "yes"))
       .catch((error) => {
         place.textContent = "The chart could not be drawn; its text is below.";
         console.error(error);

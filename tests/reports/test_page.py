@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from reports import words
 from reports.charts import make_charts
 from reports.page import (
     markdown_cell,
@@ -18,11 +19,12 @@ from reports.page import (
     report_data,
     script_json,
     script_text,
+    together,
     write_report,
 )
 from reports.pruning_charts import layer_scores
 from reports.run_folder import read_run
-from reports.verdict import judge
+from reports.verdict import judge, mean_difference
 from reports.view import make_view
 from reports.words import significant
 from shearling import ShearlingError, read_json, write_json
@@ -90,6 +92,59 @@ CHARTS = [
 ]  # fmt: skip
 
 
+def test_the_contents_lead_to_the_sections_that_are_there(run: Path) -> None:
+    (run / "plan.json").unlink()
+    page = parse(run)
+    ids = {attrs.get("id") for _, attrs in page.elements}
+    links = [attrs["href"] for tag, attrs in page.elements if tag == "a"]
+    assert all((link or "").removeprefix("#") in ids for link in links)
+    assert "#quality" in links
+    assert "#plan" not in links
+
+
+def without_perplexity(run: Path) -> Path:
+    for path in run.glob("stages/*/scorecard.json"):
+        card = read_json(path)
+        for part in ("results", "tasks", "samples"):
+            card[part].pop("wikitext2", None)
+        write_json(path, card)
+    return run
+
+
+def test_a_run_without_perplexity_is_judged_by_right_answers(run: Path) -> None:
+    """Two tasks: their means, and the error of independent differences."""
+    found = read_run(without_perplexity(run))
+    judgement = judge(found)
+    entries = judgement.comparisons["distill"]
+    assert [entry.task for entry in entries] == ["grammar_pairs", "piqa"]
+    differences = [entry.difference or 0.0 for entry in entries]
+    stderr = sum((entry.stderr or 0.0) ** 2 for entry in entries) ** 0.5 / 2
+    mean = mean_difference(entries)
+    assert mean is not None
+    assert mean.difference == pytest.approx(sum(differences) / 2)
+    assert mean.stderr == pytest.approx(stderr)
+    view = make_view(found, judgement)
+    told = f"the student answers {words.score('acc', mean.value)} of 2 tasks right instead of "
+    assert told in view.verdict
+    (chart,) = [chart for chart in view.charts if chart.name == "quality-by-size"]
+    assert "higher is better" in chart.text
+    shares = [row["quality"] for row in chart.spec["data"]["values"]]
+    assert all(0 <= share <= 1 for share in shares)
+    assert len(shares) == 3
+
+
+def test_one_tasks_difference_is_its_own(run: Path) -> None:
+    judgement = judge(read_run(without_perplexity(run)))
+    entry = judgement.comparisons["distill"][1]
+    assert mean_difference([entry]) is entry
+    assert mean_difference([]) is None
+
+
+def test_lines_do_not_end_between_a_number_and_its_error() -> None:
+    assert together("67.6 (+31.6 ± 2.7 pp)") == "67.6 (+31.6\u00a0±\u00a02.7\u00a0pp)"
+    assert together("a supper") == "a supper"
+
+
 def test_the_page_is_small_and_loads_nothing(run: Path) -> None:
     page = parse(run)
     assert (run / "report.html").stat().st_size < 2_000_000
@@ -110,7 +165,7 @@ def test_the_page_can_be_read_without_eyes(run: Path) -> None:
     for tag, attrs in page.elements:
         if tag == "th":
             assert attrs.get("scope") in ("row", "col")
-        if "data-chart" in attrs:
+        if (attrs.get("id") or "").startswith("chart-"):
             assert attrs["role"] == "img"
             assert len(attrs["aria-label"] or "") > 20
     assert page.count("figcaption") == page.count("figure") == len(CHARTS)
