@@ -1,20 +1,45 @@
-"""`shearling init`: a commented recipe that fits a teacher."""
+"""`shearling init`: a commented recipe that fits a teacher and this machine."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe import load_recipe
-from shearling import ShearlingError, read_json
-from students.shape import Shape, resolve_shape
+import yaml
+
+from pipelines.accelerators import Machine
+from pipelines.display import format_bytes
+from pipelines.plan import TeacherFacts, make_plan, teacher_facts
+from pipelines.recipe import check_recipe, load_recipe
+from reports.words import duration
+from shearling import ShearlingError
+from students.shape import PRESETS, Shape, resolve_shape
+from teachers.settings import TeacherSettings
+
+DISTILL_SECONDS = 600.0
+"""What a first distillation may take: long enough to see it learn, short enough to wait for."""
+TOKENS = [digit * 10**power for power in range(4, 7) for digit in (1, 2, 5)]
+"""Lengths to choose from. More than the text below has would repeat it."""
+USUAL_TOKENS = 100_000
+_SAVING: dict[str, str] = {
+    "micro_batch_windows": "micro_batch_windows: 1 # one window in memory at a time",
+    "targets": "targets: sample # the teacher answers once, then makes room for the student",
+    "gradient_checkpointing": "gradient_checkpointing: true # layers are computed twice",
+}
+"""What makes a distillation smaller, the least harmful first."""
+_PUBLISHED = {"llama-3.1-8b": "llama-3.2-3b", "llama-3.1-70b": "llama-3.1-8b"}
+"""Teachers -> the shape of the next smaller model of their family."""
 
 _TEMPLATE = """\
 # A recipe for shearling. Run it with: shearling run {file}
-# Override any key on the command line: shearling run {file} --set distill.tokens=100000
+# Override any key on the command line: shearling run {file} --set distill.tokens={tokens}
+#
+{told}
 name: {name}
 seed: 0
 device: auto # cpu, cuda, cuda:N, mps; auto takes an accelerator if there is one
@@ -48,32 +73,142 @@ stages:
     refit: true # refit the kept weights to the teacher's activations
   - name: distill
     kind: distill
-    tokens: 100000 # more tokens, better student; 135M parameters see 200 a second on two cores
+    tokens: {tokens} # {tokens_told}
     learning_rate: 1.0e-3 # Muon's; with `optimizer: adamw` rather 5.0e-4
-"""
+{saving}"""
 
 
-def starter_recipe(teacher: str | None, file: Path) -> str:
+def starter_recipe(teacher: str | None, file: Path, machine: Machine) -> str:
     """A recipe for ``teacher`` (by default the quickstart's), as text to be written to ``file``.
+
+    Where the teacher's shape is known, the recipe is planned on ``machine``: how many tokens it
+    distils on, and what it does to save memory, come from there.
 
     Raises:
         ShearlingError: if the teacher is a local path that can't be used.
     """
+    facts = _facts(teacher)
+    if facts is None:
+        return _written(teacher, file, None, machine, USUAL_TOKENS, ())
+    saving: tuple[str, ...] = ()
+    for number in range(len(_SAVING) + 1):
+        saving = tuple(_SAVING)[:number]
+        if _fits(_planned(teacher, file, facts, machine, TOKENS[0], saving)):
+            break
+    tokens = TOKENS[0]
+    for longer in TOKENS:
+        row = _row(_planned(teacher, file, facts, machine, longer, saving), "distill")
+        if row["seconds"] > DISTILL_SECONDS:
+            break
+        tokens = longer
+    return _written(teacher, file, facts, machine, tokens, saving)
+
+
+def _facts(teacher: str | None) -> TeacherFacts | None:
+    """What is known of a teacher without downloading it; None where that is nothing."""
+    if teacher is None:
+        return None
+    local = Path(teacher).expanduser()
+    if teacher.startswith((".", "/", "~")) and not local.exists():
+        raise ShearlingError(
+            f"{teacher} does not exist.", hint="Name a model folder, a .gguf file or a hub id."
+        )
+    if local.exists():
+        return teacher_facts(TeacherSettings(model=str(local)))
+    try:
+        return teacher_facts(TeacherSettings(model=teacher))
+    except ShearlingError:
+        return None
+
+
+def _planned(
+    teacher: str | None,
+    file: Path,
+    facts: TeacherFacts,
+    machine: Machine,
+    tokens: int,
+    saving: tuple[str, ...],
+) -> dict[str, Any]:
+    """The plan of the recipe with these settings."""
+    recipe = check_recipe(yaml.safe_load(_filled(teacher, file, facts, tokens, saving, "", "")))
+    return make_plan(recipe, facts, machine)
+
+
+def _fits(plan: Mapping[str, Any]) -> bool:
+    return bool(_row(plan, "distill")["least_processes"] == 1)
+
+
+def _row(plan: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return next(dict(row) for row in plan["stages"] if row["name"] == name)
+
+
+def _written(
+    teacher: str | None,
+    file: Path,
+    facts: TeacherFacts | None,
+    machine: Machine,
+    tokens: int,
+    saving: tuple[str, ...],
+) -> str:
+    """The recipe, with what was known and planned told in its comments."""
+    if facts is None:
+        told = [
+            f"The shape of {json.dumps(teacher)} is not known before it is downloaded, so this "
+            "student is a proportion of it."
+            if teacher
+            else "The quickstart's teacher; name your own with --teacher."
+        ]
+        tokens_told = "more tokens, better student; 135M parameters see 200 a second on two cores"
+    else:
+        plan = _planned(teacher, file, facts, machine, tokens, saving)
+        told = list(_told(plan, machine))
+        seconds = _row(plan, "distill")["seconds"]
+        tokens_told = f"about {duration(seconds)} here; more tokens, better student"
+    lines = [line for text in told for line in textwrap.wrap(text, 97)]
+    comment = "\n".join(f"# {line}" for line in lines)
+    return _filled(teacher, file, facts, tokens, saving, comment, tokens_told)
+
+
+def _told(plan: Mapping[str, Any], machine: Machine) -> Iterator[str]:
+    """The teacher, the machine, and the plan in a few sentences."""
+    total, teacher = plan["total"], plan["teacher"]
+    yield f"The teacher has {teacher['parameters']:,} parameters (from {teacher['told_by']})."
+    disk = machine.disk_free_bytes
+    room = f", {format_bytes(disk)} of disk free" if disk is not None else ""
+    yield f"This machine: {machine.name}, {format_bytes(machine.memory_bytes)} of memory{room}."
+    yield (
+        f"Planned for it: {duration(total['seconds'])}, {format_bytes(total['memory_bytes'])} of "
+        f"memory, {format_bytes(total['disk_bytes'])} of disk. `shearling plan` says it in full."
+    )
+    for warning in plan["warnings"]:
+        yield f"It will not work as it is: {warning}."
+
+
+def _filled(
+    teacher: str | None,
+    file: Path,
+    facts: TeacherFacts | None,
+    tokens: int,
+    saving: tuple[str, ...],
+    told: str,
+    tokens_told: str,
+) -> str:
     example = load_recipe("quickstart")
     text = example.transfer_set.sources[0]
-    shape = _local_shape(teacher) if teacher else None
-    extra = ""
-    if teacher is None:
-        extra = f"\n  sha256: {example.teacher.sha256}"
+    context = facts.context if facts and facts.context and facts.context >= 8 else 256
     return _TEMPLATE.format(
         file=shlex.quote(str(file)),
+        told=told or "#",
         name=json.dumps(_safe(file.stem)),
         teacher=json.dumps(teacher or example.teacher.model, ensure_ascii=False),
-        teacher_extra=extra,
-        window=_window(teacher),
+        teacher_extra="" if teacher else f"\n  sha256: {example.teacher.sha256}",
+        window=min(256, context),
         text=text.path,
         text_sha256=text.sha256,
-        shape=_shape_lines(shape),
+        shape=_shape_lines(facts.shape if facts else None),
+        tokens=tokens,
+        tokens_told=tokens_told,
+        saving="".join(f"    {_SAVING[name]}\n" for name in saving),
     )
 
 
@@ -83,40 +218,19 @@ def _safe(name: str) -> str:
     return kept.strip("._-")[:64] or "recipe"
 
 
-def _local_config(teacher: str | None) -> dict[str, Any] | None:
-    """The config.json of a teacher that is a folder here; None for one that is not."""
-    folder = Path(teacher or "").expanduser()
-    if teacher and folder.is_dir():
-        config = read_json(folder / "config.json")
-        return dict(config) if isinstance(config, dict) else {}
-    if teacher and (teacher.startswith((".", "/", "~")) and not folder.exists()):
-        raise ShearlingError(
-            f"{teacher} does not exist.", hint="Name a model folder, a .gguf file or a hub id."
-        )
-    return None
-
-
-def _local_shape(teacher: str) -> Shape | None:
-    config = _local_config(teacher)
-    return None if config is None else Shape.from_config(config)
-
-
-def _window(teacher: str | None) -> int:
-    config = _local_config(teacher) or {}
-    longest = config.get("max_position_embeddings")
-    return min(256, longest) if isinstance(longest, int) and longest >= 8 else 256
-
-
 def _shape_lines(teacher: Shape | None) -> str:
-    """The `shape` key: about two thirds of a known teacher, else a proportion by name."""
+    """The `shape` key: a published one for a published teacher, about two thirds of another."""
     if teacher is None:
         return "    shape: like-3b # or like-1b, or axes: { hidden_size: ..., ... }"
-    smaller = replace(
+    for known, smaller in _PUBLISHED.items():
+        if PRESETS[known](teacher) == teacher:
+            return f"    shape: {smaller} # or like-1b, or axes: {{ hidden_size: ..., ... }}"
+    axes = replace(
         teacher,
         num_hidden_layers=max(1, round(teacher.num_hidden_layers * 0.8)),
         intermediate_size=_three_quarters(teacher.intermediate_size),
     )
-    student = resolve_shape(smaller.to_dict(), teacher)
+    student = resolve_shape(axes.to_dict(), teacher)
     share = student.parameters / teacher.parameters
     return (
         f"    # {student.parameters:,} of the teacher's {teacher.parameters:,} parameters "

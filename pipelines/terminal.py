@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,22 @@ SetOption = Annotated[
         help="Override a key of the recipe, as in distill.tokens=100000. Can be repeated.",
     ),
 ]
+
+
+def shipped_recipes() -> list[str]:
+    """Names that the shell completes; a path it completes by itself."""
+    return sorted(path.stem for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe's path, or the name of a shipped one.",
+        autocompletion=lambda incomplete: [
+            name for name in shipped_recipes() if name.startswith(incomplete)
+        ],
+    ),
+]
 RunArgument = Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN")]
 
 
@@ -39,6 +57,27 @@ def make_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 160  # a file has no edge at which a table must be cut
     return console
+
+
+PATIENCE_SECONDS = 1.5
+"""What takes longer says what it is doing."""
+
+
+@contextmanager
+def patience(what: str) -> Iterator[None]:
+    """Say on stderr what takes so long, if it does; for work whose end can't be foretold."""
+    console = make_console(stderr=True)
+    if console.is_terminal:
+        with console.status(what, spinner="line"):
+            yield
+        return
+    timer = threading.Timer(PATIENCE_SECONDS, lambda: print(f"  {what}", file=sys.stderr))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def print_json(data: Any) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from pipelines.terminal import JsonOption, download_cache, make_console, print_json
+from pipelines.terminal import JsonOption, download_cache, make_console, patience, print_json
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -19,7 +19,8 @@ def doctor(as_json: JsonOption = False) -> None:
 
     from pipelines.doctor import examine
 
-    found = examine(Path("runs"), download_cache())
+    with patience("looking at this machine"):
+        found = examine(Path("runs"), download_cache())
     if as_json:
         print_json(found)
     else:

@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from pipelines.terminal import JsonOption, SetOption, download_cache, make_console, print_json
+from pipelines.terminal import (
+    JsonOption,
+    RecipeArgument,
+    SetOption,
+    download_cache,
+    make_console,
+    patience,
+    print_json,
+)
 from shearling import ShearlingError, write_text
 
 
@@ -22,19 +30,27 @@ def init(
     ),
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a commented recipe that fits a teacher."""
+    """Write a commented recipe that fits a teacher and this machine.
+
+    How long it distils, and whether it saves memory, come from a plan for what is found here.
+    """
+    from pipelines.accelerators import this_machine
+    from pipelines.machine import pick_device
     from pipelines.starter import starter_recipe
 
     if out.exists() and not force:
         raise ShearlingError(
             f"{out} is already there.", hint="Overwrite it with --force, or name another --out."
         )
-    write_text(out, starter_recipe(teacher, out))
+    with patience("looking at the teacher and this machine"):
+        machine = this_machine(download_cache(), pick_device("auto"), out)
+        text = starter_recipe(teacher, out, machine)
+    write_text(out, text)
     print(f"Wrote {out}. Next: shearling run {shlex.quote(str(out))}")
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    recipe: RecipeArgument,
     overrides: SetOption = None,
     accelerator: Annotated[
         str | None,
@@ -55,11 +71,12 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [])
     facts = teacher_facts(loaded.teacher)
-    machine = (
-        named_machine(accelerator)
-        if accelerator
-        else this_machine(download_cache(), pick_device(loaded.device), Path("runs"))
-    )
+    with patience("measuring this machine"):
+        machine = (
+            named_machine(accelerator)
+            if accelerator
+            else this_machine(download_cache(), pick_device(loaded.device), Path("runs"))
+        )
     made = make_plan(loaded, facts, machine, processes=processes)
     if as_json:
         print_json(made)

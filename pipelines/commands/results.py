@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from pipelines.terminal import (
     RunArgument,
     download_cache,
     make_console,
+    patience,
     print_json,
     stop_signals,
 )
@@ -39,7 +41,9 @@ def report(
 
     if out:
         check_parents(out / "report.html")
-    print(write_report(run, *(rivals or []), out=out))
+    with patience("drawing the report"):
+        written = write_report(run, *(rivals or []), out=out)
+    print(written)
 
 
 def evaluate(
@@ -159,6 +163,7 @@ def regress(
     out: Annotated[
         Path, typer.Option(help="Where the runs go; made anew each time.", metavar="DIR")
     ] = Path("runs/regress"),
+    as_json: JsonOption = False,
 ) -> None:
     """Run the small recipes and hold their numbers against the baselines.
 
@@ -167,10 +172,17 @@ def regress(
     from pipelines.regress import regress as hold_against_baselines
 
     with stop_signals():
-        whole = hold_against_baselines(
-            out, only=only, update=update, cache=download_cache(), console=make_console()
+        found = hold_against_baselines(
+            out,
+            only=only,
+            update=update,
+            cache=download_cache(),
+            console=make_console(stderr=as_json),
         )
-    if not whole:
+    if as_json:
+        recipes = {name: [asdict(each) for each in findings] for name, findings in found.items()}
+        print_json({"schema": 1, "recipes": recipes})
+    if any(finding.fails for findings in found.values() for finding in findings):
         raise typer.Exit(1)
 
 

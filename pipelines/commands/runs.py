@@ -12,6 +12,7 @@ import typer
 
 from pipelines.terminal import (
     JsonOption,
+    RecipeArgument,
     RunArgument,
     SetOption,
     download_cache,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
+    recipe: RecipeArgument,
     overrides: SetOption = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; by default runs/NAME.", metavar="DIR")
@@ -47,11 +48,19 @@ def run(
     processes: Annotated[
         int, typer.Option(min=1, help="Distil with so many processes; docs/CLUSTERS.md has more.")
     ] = 1,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print the decisions as JSON.")
+    ] = False,
 ) -> None:
     """Run a recipe, or go on with a run that was interrupted.
 
     A stage whose recipe, inputs and code have not changed is not run again.
     """
+    if as_json and not dry_run:
+        raise ShearlingError(
+            "run prints JSON only of its decisions.",
+            hint="Add --dry-run; of a run itself `shearling status RUN --json` tells all.",
+        )
     if processes > 1 and not dry_run and "WORLD_SIZE" not in os.environ:
         from pipelines.crew import start_processes
 
@@ -74,7 +83,15 @@ def run(
         locked=locked,
     )
     if dry_run:
-        for step, decision in decisions(check(loaded, options), options):
+        decided = decisions(check(loaded, options), options)
+        if as_json:
+            steps = [
+                {"step": s.name, "kind": s.kind, "runs": d.runs, "reason": d.reason}
+                for s, d in decided
+            ]
+            print_json({"schema": 1, "recipe": loaded.name, "steps": steps})
+            return
+        for step, decision in decided:
             print(f"{step.name}: {decision}")
         return
     _go(loaded, options)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ import yaml
 from shearling_process import Shearling, command, environment
 from typer.main import get_command
 
+from pipelines import terminal
+from pipelines.accelerators import CPU_UTILISATION, Machine
 from pipelines.cli import app
+from pipelines.export import export_model
+from pipelines.plan import make_plan, teacher_facts
 from pipelines.preflight import check_shapes
 from pipelines.recipe import Recipe, load_recipe
-from shearling import ShearlingError, __version__, read_json
+from pipelines.starter import DISTILL_SECONDS, TOKENS, starter_recipe
+from shearling import ShearlingError, __version__, read_json, silent
+from students.settings import ExportSettings
 from students.shape import Shape
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +81,19 @@ def test_the_shell_completes_commands() -> None:
         [sys.executable, "-c", code], env=environment(**asked), capture_output=True, text=True
     )
     assert done.stdout.split() == [name for name in COMMANDS if name.startswith("re")]
+
+
+def test_the_shell_completes_names_of_recipes() -> None:
+    asked = {
+        "_SHEARLING_COMPLETE": "complete_bash",
+        "COMP_WORDS": "shearling run llama-2",
+        "COMP_CWORD": "2",
+    }
+    code = "from pipelines.cli import app; app(prog_name='shearling')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(**asked), capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["llama-2-7b-to-1.3b", "llama-2-7b-to-2.7b"]
 
 
 def test_colours_only_on_a_terminal(shearling: Shearling) -> None:
@@ -140,6 +160,78 @@ def test_init_with_teachers_that_are_not_here(
         assert load_recipe(str(tmp_path / "recipe.yaml")).teacher.model == teacher
 
 
+def machine(**changes: Any) -> Machine:
+    """A laptop that multiplies at 100 GFLOP/s and has 16 GB."""
+    rates = {"float32": 1e11, "bfloat16": 1e11, "float64": 5e10}
+    facts: dict[str, Any] = {
+        "name": "a laptop", "source": "made up", "rates": rates, "memory_bytes": 16 * 10**9,
+        "share": CPU_UTILISATION, "disk_free_bytes": 10**11, "device": "cpu",
+    }  # fmt: skip
+    return Machine(**{**facts, **changes})
+
+
+def starter(tmp_path: Path, teacher: str, machine: Machine) -> tuple[Recipe, str]:
+    """The recipe that init writes for a teacher on a machine, and its text."""
+    text = starter_recipe(teacher, Path("mine.yaml"), machine)
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    return load_recipe(str(tmp_path / "mine.yaml")), text
+
+
+def test_init_distils_as_long_as_the_machine_is_fast(tmp_path: Path) -> None:
+    """Ten times the speed is about ten times the tokens, and both are told in minutes."""
+    lengths = []
+    for speed in (3e12, 3e13, 3e14):
+        rates = {"float32": speed, "bfloat16": speed, "float64": speed / 2}
+        here = machine(rates=rates, memory_bytes=10**11)
+        recipe, text = starter(tmp_path, "meta-llama/Llama-3.2-1B", here)
+        lengths.append(recipe.stages[1].tokens)
+        assert "a laptop" in text
+        assert re.search(r"tokens: \d+ # about (\d+ min|\d+ h|[\d.]+ s)", text)
+        plan = make_plan(recipe, teacher_facts(recipe.teacher), here)
+        (row,) = [row for row in plan["stages"] if row["name"] == "distill"]
+        assert row["seconds"] <= DISTILL_SECONDS or lengths[-1] == TOKENS[0]
+    assert lengths == sorted(set(lengths))
+
+
+def test_init_saves_memory_where_it_is_short(tmp_path: Path) -> None:
+    teacher = "meta-llama/Llama-3.2-1B"
+    recipe, _ = starter(tmp_path, teacher, machine(memory_bytes=10**11))
+    assert recipe.stages[1].targets == "live"
+    facts = teacher_facts(recipe.teacher)
+    needed = make_plan(recipe, facts, machine())["stages"]
+    distill = next(row["memory_bytes"] for row in needed if row["name"] == "distill")
+    tight, text = starter(tmp_path, teacher, machine(memory_bytes=int(distill / 0.9) - 10**7))
+    assert tight.stages[1].micro_batch_windows == 1
+    assert "will not work" not in text
+    hopeless, text = starter(tmp_path, teacher, machine(memory_bytes=10**9))
+    assert hopeless.stages[1].gradient_checkpointing
+    assert "# It will not work as it is: " in text
+
+
+def test_init_takes_the_published_shape_for_a_published_teacher(tmp_path: Path) -> None:
+    recipe, _ = starter(tmp_path, "meta-llama/Llama-3.1-8B", machine())
+    assert recipe.stages[0].shape == "llama-3.2-3b"
+
+
+def test_init_of_a_gguf_knows_its_shape(tiny_llama: Path, tmp_path: Path) -> None:
+    export_model(
+        str(tiny_llama), tmp_path / "small", ExportSettings(to="gguf", dtype="float16"),
+        cache=tmp_path, progress=silent,
+    )  # fmt: skip
+    (file,) = (tmp_path / "small").glob("*.gguf")
+    recipe, text = starter(tmp_path, str(file), machine())
+    assert recipe.stages[0].shape_spec() == {"num_hidden_layers": 3, "intermediate_size": 48}
+    assert "its header" in text
+
+
+def test_no_name_can_break_out_of_the_recipes_comments(tiny_llama: Path, tmp_path: Path) -> None:
+    evil = tmp_path / "x\ndevice: mps\n#"
+    evil.symlink_to(tiny_llama)
+    recipe, _ = starter(tmp_path, str(evil), machine())
+    assert recipe.device == "auto"
+    assert recipe.teacher.model == str(evil)
+
+
 # --- eval ---------------------------------------------------------------------------------------
 
 
@@ -161,6 +253,19 @@ def test_eval_of_nothing(shearling: Shearling, tiny_llama: Path, tmp_path: Path)
     assert done.returncode == 2
     assert "copa" in done.stderr
     assert shearling("eval", tiny_llama, "--tasks", " , ").returncode == 2
+
+
+# --- JSON for programs --------------------------------------------------------------------------
+
+
+def test_decisions_as_json(run: Path, recipe_file: Path, shearling: Shearling) -> None:
+    again = ("run", recipe_file, "--out", run, "--set", "distill.tokens=2048", "--dry-run")
+    steps = json.loads(shearling(*again, "--json").stdout)["steps"]
+    assert [step["step"] for step in steps if step["runs"]] == ["distill", "distill/benchmark"]
+    assert "recipe.distill.tokens 1024 -> 2048" in steps[5]["reason"]
+    refused = shearling("run", recipe_file, "--json")
+    assert refused.returncode == 2
+    assert "--dry-run" in refused.stderr
 
 
 # --- what texts promise -------------------------------------------------------------------------
@@ -287,6 +392,18 @@ def test_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 3 <= len(lines) <= 4
     assert lines[0].startswith("  distill: train 4/12 · loss 2.5 · 1,234 tokens/s · ")
     assert lines[0].endswith("left")
+
+
+def test_what_takes_long_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "PATIENCE_SECONDS", 0.05)
+    with terminal.patience("counting sheep"):
+        pass
+    assert capsys.readouterr().err == ""
+    with terminal.patience("counting sheep"):
+        time.sleep(0.5)
+    assert capsys.readouterr().err == "  counting sheep\n"
 
 
 @pytest.mark.parametrize(
