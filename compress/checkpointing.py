@@ -4,15 +4,18 @@ A folder ``step-00000120/`` holds ``student.safetensors``, ``optimizer.safetenso
 ``random.safetensors`` (states of the random generators), with an average of the weights
 ``average.safetensors``, and ``state.json``. It is filled under another name and renamed when all
 of it is on the disk; only then are earlier ones removed. So at any moment of a kill there is a
-whole one, once there was one.
+whole one, once there was one. Each file carries a hash of what it holds, and is held against it
+when it is read.
 
 Many processes write ``student/``, ``optimizer/`` and ``average/`` instead: folders of safetensors
-in which each process has its part (torch.distributed.checkpoint). Either form is read by any
-number of processes.
+in which each process has its part (torch.distributed.checkpoint, which keeps no hashes). Either
+form is read by any number of processes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -33,9 +36,9 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
 from compress.parallel import leader_says, leads, meet, processes, put
-from shearling import ShearlingError, folder_aside, read_json, write_json
+from shearling import ShearlingError, folder_aside, read_json, sha256_of_json, write_json
 
-SCHEMA = 1
+SCHEMA = 2
 _BEST = "best-{:08d}"
 _STEP = "step-{:08d}"
 _WHOLE = ".safetensors"
@@ -83,8 +86,9 @@ def save_checkpoint_alone(folder: Path, checkpoint: TrainingState) -> None:
 
 
 def _write_state(folder: Path, checkpoint: TrainingState) -> None:
-    state = {**checkpoint.state, "schema": SCHEMA, "step": checkpoint.step}
-    write_json(folder / "state.json", state)
+    # As it will be read: JSON turns tuples into lists, and keys into texts.
+    state = json.loads(json.dumps({**checkpoint.state, "schema": SCHEMA, "step": checkpoint.step}))
+    write_json(folder / "state.json", {**state, "sha256": sha256_of_json(state)})
 
 
 def _remove_replaced(folder: Path, checkpoint: TrainingState) -> None:
@@ -93,8 +97,35 @@ def _remove_replaced(folder: Path, checkpoint: TrainingState) -> None:
 
 
 def _save_whole(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    ready = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-    save_file(ready, folder / f"{name}{_WHOLE}")
+    _save_hashed(tensors, folder / f"{name}{_WHOLE}")
+
+
+def _save_hashed(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file that names the hash of its tensors."""
+    ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    save_file(ready, path, metadata={"sha256": _hash_of(ready)})
+
+
+def _load_hashed(path: Path) -> dict[str, Tensor]:
+    """Read what `_save_hashed` wrote.
+
+    Raises:
+        SafetensorError: its content is not what was written.
+    """
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        expected = (file.metadata() or {}).get("sha256")
+    if _hash_of(tensors) != expected:
+        raise SafetensorError(f"{path.name} holds something else than what was written")
+    return tensors
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _save_group(folder: Path, name: str, tensors: Group) -> None:
@@ -148,9 +179,11 @@ def load_checkpoint(folder: Path) -> TrainingState | None:
     state = read_json(newest / "state.json")
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise ShearlingError(f"{newest} was written by another version.", hint=again)
+    if state.pop("sha256", None) != sha256_of_json(state):
+        raise ShearlingError(f"The checkpoint {newest} is damaged: state.json", hint=again)
     tensors: dict[str, Group] = {path.name: path for path in newest.iterdir() if path.is_dir()}
     try:
-        tensors |= {path.stem: load_file(path) for path in sorted(newest.glob(f"*{_WHOLE}"))}
+        tensors |= {path.stem: _load_hashed(path) for path in sorted(newest.glob(f"*{_WHOLE}"))}
     except (SafetensorError, OSError) as error:
         raise ShearlingError(f"The checkpoint {newest} is damaged: {error}", hint=again) from error
     return TrainingState(step=int(state["step"]), state=state, tensors=tensors)
@@ -192,16 +225,27 @@ def save_best(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}{_WHOLE}"
     aside = path.with_suffix(".partial")
-    save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, aside)
+    _save_hashed(weights, aside)
     aside.replace(path)
 
 
 def load_best(folder: Path, step: int) -> Group:
-    """The weights that `save_best` kept for ``step``."""
+    """The weights that `save_best` kept for ``step``.
+
+    Raises:
+        ShearlingError: they are not what was written.
+    """
     path = folder / _BEST.format(step)
     if path.is_dir():
         return path / "student"
-    return dict(load_file(path.with_name(path.name + _WHOLE)))
+    whole = path.with_name(path.name + _WHOLE)
+    try:
+        return _load_hashed(whole)
+    except (SafetensorError, OSError) as error:
+        raise ShearlingError(
+            f"The weights of the best evaluation are damaged: {error}",
+            hint=f"Delete {folder} to start this stage from its beginning.",
+        ) from error
 
 
 def random_tensors() -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress.checkpointing import TrainingState, load_checkpoint, save_checkpoint
+from compress.checkpointing import (
+    TrainingState,
+    load_best,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+)
 from compress.distill import distill
 from compress.interrupts import StopRequest
 from compress.settings import DistillSettings
@@ -194,7 +201,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(
 ) -> None:
     save_checkpoint(tmp_path, checkpoint_at(1))
 
-    def full_disk(*_: Any) -> None:
+    def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("compress.checkpointing.save_file", full_disk)
@@ -204,6 +211,32 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(
     loaded = load_checkpoint(tmp_path)
     assert loaded is not None
     assert loaded.step == 1
+
+
+def flips(file: Path) -> Iterator[int]:
+    """Turn over one bit of each byte of a file, one after another; gives the byte's place."""
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        yield place
+    file.write_bytes(whole)
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path: Path) -> None:
+    """In any byte of any file, the weights of the best evaluation among them."""
+    save_best(tmp_path, 2, {"w": torch.arange(4.0), "b": torch.tensor(True)})
+    save_checkpoint(tmp_path, checkpoint_at(3))
+    step = tmp_path / "step-00000003"
+    for file in (step / "student.safetensors", step / "state.json"):
+        for _ in flips(file):
+            with pytest.raises(ShearlingError):
+                load_checkpoint(tmp_path)
+    assert load_checkpoint(tmp_path) is not None
+    for _ in flips(tmp_path / "best-00000002.safetensors"):
+        with pytest.raises(ShearlingError, match="damaged") as caught:
+            load_best(tmp_path, 2)
+        assert str(tmp_path) in caught.value.hint
+    assert torch.equal(load_best(tmp_path, 2)["w"], torch.arange(4.0))
 
 
 def test_a_damaged_checkpoint_is_refused_with_a_word(tmp_path: Path) -> None:
