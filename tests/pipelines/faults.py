@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from killing import Killer, results, run_in_child
+from killing import RUN, Killer, results, run_in_child
 
 _NEW_NAMESPACES = (0x00020000, 0x00020000 | 0x10000000)  # mounts; mounts and users
 _READ_ONLY, _REMOUNT = 1, 32
@@ -101,11 +101,11 @@ def full_disk(recipe: str, folder: str, kilobytes: int, answer: Connection) -> N
         return
     place = Path(folder) / "disk"
     mount(place, kilobytes)
-    run, cache = str(place / "run"), str(place / "cache")
+    run, cache = str(place / RUN), str(place / "cache")
     first = forked(lambda said: run_in_child(recipe, run, cache, said, 0))
     mount(place, 1 << 20, _REMOUNT)
     second = forked(lambda said: run_in_child(recipe, run, cache, said, 0))
-    answer.send((first, second, results(place / "run")))
+    answer.send((first, second, results(place / RUN)))
 
 
 def read_only(recipe: str, folder: str, _: int, answer: Connection) -> None:
@@ -115,20 +115,20 @@ def read_only(recipe: str, folder: str, _: int, answer: Connection) -> None:
         return
     place = Path(folder) / "disk"
     mount(place, 1 << 20)
-    run, cache = str(place / "run"), str(place / "cache")
+    run, cache = str(place / RUN), str(place / "cache")
     forked(lambda said: run_in_child(recipe, run, cache, said, 0))
-    before = results(place / "run")
+    before = results(place / RUN)
     mount(place, 1 << 20, _REMOUNT | _READ_ONLY)
     first = forked(lambda said: run_in_child(recipe, run, cache, said, 0))
-    assert results(place / "run") == before
+    assert results(place / RUN) == before
     mount(place, 1 << 20, _REMOUNT)
     second = forked(lambda said: run_in_child(recipe, run, cache, said, 0))
-    answer.send((first, second, results(place / "run")))
+    answer.send((first, second, results(place / RUN)))
 
 
 def little_memory(recipe: str, folder: str, kilobytes: int, answer: Connection) -> None:
     """A run that may have so much more memory than it has now; then one without a limit."""
-    run, cache = str(Path(folder) / "run"), str(Path(folder) / "cache")
+    run, cache = str(Path(folder) / RUN), str(Path(folder) / "cache")
 
     def limited(said: Connection) -> None:
         size = psutil.Process().memory_info().vms + kilobytes * 1024
@@ -142,7 +142,7 @@ def little_memory(recipe: str, folder: str, kilobytes: int, answer: Connection) 
 
 def race(recipe: str, folder: str, processes: int, answer: Connection) -> None:
     """Several runs that start on one folder at the same time; then one alone."""
-    run, cache = str(Path(folder) / "run"), str(Path(folder) / "cache")
+    run, cache = str(Path(folder) / RUN), str(Path(folder) / "cache")
     heard, said = os.pipe()
     children = []
     for _ in range(processes):

@@ -26,15 +26,20 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink", "os.truncate"}
-STEPS = ("teacher", "transfer_set", "teacher/benchmark", "prune", "prune/benchmark", "distill")
-STEPS += ("distill/benchmark",)
+STEPS = (
+    "teacher", "transfer_set", "teacher/benchmark", "correct", "correct/benchmark", "prune",
+    "prune/benchmark", "distill", "distill/benchmark", "small",
+)  # fmt: skip
+RUN = "killed"
+"""The name of every run's folder, for exports bear it."""
+WRITES_TOLD = "changes of files: "
 
 
 def recipe_data(folder: Path) -> dict[str, Any]:
@@ -72,11 +77,21 @@ def recipe_data(folder: Path) -> dict[str, Any]:
         },
         "stages": [
             {
+                "name": "correct",
+                "kind": "correct",
+                "tokens": 512,
+                "batch_tokens": 128,
+                "precision": "float32",
+                "evaluate_every": 2,
+                "save_every_seconds": 0,
+            },
+            {
                 "name": "prune",
                 "kind": "prune",
                 "shape": {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 48},
                 "calibration_tokens": 256,
                 "precision": "float32",
+                "save_every_seconds": 0,
             },
             {
                 "name": "distill",
@@ -89,6 +104,7 @@ def recipe_data(folder: Path) -> dict[str, Any]:
                 "evaluate_every": 4,
                 "save_every_seconds": 0,
             },
+            {"name": "small", "kind": "export", "to": "gguf", "dtype": "float16"},
         ],
     }
 
@@ -97,7 +113,10 @@ def recipe_data(folder: Path) -> dict[str, Any]:
 
 
 def run_in_child(recipe: str, run: str, cache: str, said: Connection, die_at: int) -> None:
-    """`shearling run` in this process; with ``die_at`` it kills itself before that many writes."""
+    """`shearling run` in this process; with ``die_at`` it kills itself before that many writes.
+
+    At its end it says how many there were.
+    """
     import torch
 
     from pipelines.cli import main
@@ -108,12 +127,15 @@ def run_in_child(recipe: str, run: str, cache: str, said: Connection, die_at: in
     os.dup2(said.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1)
     sys.stderr = os.fdopen(2, "w", buffering=1)
-    watch_writes(Path(run), Path(cache), die_at)
+    writes = watch_writes(Path(run), Path(cache), die_at)
     sys.argv = ["shearling", "run", recipe, "--out", run]
-    main()
+    try:
+        main()
+    finally:
+        print(f"{WRITES_TOLD}{writes()}")
 
 
-def watch_writes(run: Path, cache: Path, die_at: int) -> None:
+def watch_writes(run: Path, cache: Path, die_at: int) -> Callable[[], int]:
     """Count changes of files below ``run`` and ``cache``; die right before number ``die_at``."""
     count = 0
     ours = (str(run), str(cache))
@@ -131,6 +153,7 @@ def watch_writes(run: Path, cache: Path, die_at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+    return lambda: count
 
 
 @dataclass
@@ -168,10 +191,12 @@ class Killer:
         self.undisturbed = self._reference()
 
     def _reference(self) -> dict[str, bytes]:
-        run = self.folder / "undisturbed"
+        run = self.folder / "undisturbed" / RUN
         marks = [(time.monotonic(), "")]
         steps: list[str] = []
         for line in self.start(run, self.folder / "cache-0", wait_for=None):
+            if line.startswith(WRITES_TOLD):
+                self.writes = int(line.removeprefix(WRITES_TOLD))
             step = line.split(": ")[0]
             if step in STEPS and step not in steps:
                 steps.append(step)
@@ -181,7 +206,12 @@ class Killer:
             name: later - start for (start, name), (later, _) in itertools.pairwise(marks)
         }
         found = results(run)
-        assert found, "the undisturbed run made nothing"
+        assert self.code == 0, "the undisturbed run failed"
+        weights = [name for name in found if name.endswith((".safetensors", ".gguf"))]
+        for folder in ("correct/model", "prune/model", "distill/model", "small/export"):
+            compared = [name for name in weights if name.startswith(f"stages/{folder}/")]
+            assert compared, f"the weights of {folder} are not compared"
+        assert self.writes, "the changes of files were not counted"
         return found
 
     def start(
@@ -212,7 +242,7 @@ class Killer:
 
     def one_run(self, number: int, most_kills: int) -> int:
         """Kill one run up to ``most_kills`` times, let it end, compare; gives the kills."""
-        run, cache = self.folder / f"run-{number}", self.folder / f"cache-{number}"
+        run, cache = self.folder / f"run-{number}" / RUN, self.folder / f"cache-{number}"
         killed = 0
         while True:
             wait_for, die_at = self._moment() if killed < most_kills else (None, 0)
@@ -234,13 +264,13 @@ class Killer:
             told = f"run {number}: exit {self.code}, differing {differing}: " + " | ".join(lines)
             self.tally.wrong.append(told)
         else:
-            shutil.rmtree(run)
+            shutil.rmtree(run.parent)
             shutil.rmtree(cache)
         return killed
 
     def _moment(self) -> tuple[tuple[str, float] | None, int]:
         if self.random.random() < 0.5:
-            return None, 1 + int(self.random.random() ** 2 * 250)
+            return None, 1 + int(self.random.random() ** 2 * self.writes)
         step = self.random.choice(STEPS)
         return (step, self.random.uniform(0, 1.1 * self.seconds.get(step, 0.5))), 0
 
@@ -252,35 +282,37 @@ class Killer:
             made += self.one_run(number, min(self.random.randint(1, 8), kills - made))
             if tell:
                 spent = time.monotonic() - begun
-                print(
-                    f"{made} kills in {number} runs, {len(self.tally.wrong)} wrong, {spent:.0f} s"
-                )
+                wrong = len(self.tally.wrong)
+                print(f"{made} kills in {number} runs, {wrong} wrong, {spent:.0f} s", flush=True)
         return self.tally
 
 
 def results(run: Path) -> dict[str, bytes]:
-    """All that a run's numbers and weights are: files of stages/, times and paths left out."""
+    """All that a run made, by its place below stages/ and store/; times and paths left out.
+
+    ``stages/NAME`` is mostly links into the store, and links are followed.
+    """
     found = {}
-    for path in sorted((run / "stages").rglob("*")):
-        name = str(path.relative_to(run / "stages"))
-        if not path.is_file() or path.name in ("stage.json", "benchmark.json"):
-            continue
-        content = path.read_bytes()
-        if path.name == "metrics.jsonl":
-            lines = [json.loads(line) for line in content.splitlines()]
-            for line in lines:
-                line.pop("tokens_per_second", None)
-                line.pop("seconds", None)
-            content = json.dumps(lines).encode()
-        if path.name == "scorecard.json":
-            card = json.loads(content)
-            content = json.dumps([card["results"], card["samples"], card["completions"]]).encode()
-        found[name] = content
-    for stage in ("transfer_set",):
-        for path in sorted((run / "store").glob(f"{stage}-*/*")):
-            if path.name != "stage.json":
-                found[f"store/{path.parent.name}/{path.name}"] = path.read_bytes()
+    for top in ("stages", "store"):
+        for folder, _, names in os.walk(run / top, followlinks=True):
+            for path in (Path(folder) / name for name in sorted(names)):
+                if path.name not in ("stage.json", "benchmark.json", "README.md"):
+                    found[str(path.relative_to(run))] = _lasting(path)
     return found
+
+
+def _lasting(path: Path) -> bytes:
+    """The content of a file without what is another in each run: times, speeds, memory."""
+    if path.name == "metrics.jsonl":
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        for line in lines:
+            line.pop("tokens_per_second", None)
+            line.pop("seconds", None)
+        return json.dumps(lines).encode()
+    if path.name == "scorecard.json":
+        card = json.loads(path.read_bytes())
+        return json.dumps([card["results"], card["samples"], card["completions"]]).encode()
+    return path.read_bytes()
 
 
 def main() -> None:
