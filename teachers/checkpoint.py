@@ -294,10 +294,11 @@ def import_teacher(
             model.symlink_to(source.resolve(), target_is_directory=True)
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()
-    if len(tokenizer) > checkpoint.shape.vocab_size:
+    highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
+    if highest >= checkpoint.shape.vocab_size:
         raise ShearlingError(
-            f"The tokenizer of {settings.model} has {len(tokenizer):,} tokens, the model only "
-            f"{checkpoint.shape.vocab_size:,}.",
+            f"The tokenizer of {settings.model} has tokens up to number {highest:,}, the model "
+            f"only {checkpoint.shape.vocab_size:,} in all.",
             hint="Put the tokenizer that belongs to this model into its folder.",
         )
     fingerprint = checkpoint.fingerprint()

@@ -34,7 +34,11 @@ _COMPRESSED = (".gz", ".zst")
 # thousand tokens: enough context to learn from, and enough pieces to shuffle and hold out.
 _PIECE_CHARACTERS = 4096
 _LONGEST_PIECE = 1 << 16
-_LONGEST_LINE = 1 << 28
+_LONGEST_LINE = 1 << 26
+_LARGEST_JSON = 1 << 30
+"""Bytes of a .json file, which is read whole; a small compressed one may hold endless spaces."""
+_ROWS = 16
+"""Rows of a table that become Python objects at a time: each may hold a whole book, many times."""
 
 
 class Document(NamedTuple):
@@ -211,10 +215,25 @@ def _jsonl(path: Path, settings: SourceSettings) -> Iterator[Document]:
         yield _document(item, settings, f"{path}, line {number}")
 
 
+def _whole(path: Path, settings: SourceSettings) -> str:
+    """All of a text, if it isn't too large for that."""
+    parts, size = [], 0
+    for _, line in _lines(path):
+        parts.append(line)
+        size += len(line)
+        if size > _LARGEST_JSON:
+            raise ShearlingError(
+                f"{path} holds more than {_LARGEST_JSON:,} characters, too much to read at once.",
+                hint="Write one object a line: the format jsonl is read line by line "
+                f"(`format` of the source {settings.name!r}).",
+            )
+    return "".join(parts)
+
+
 def _json(path: Path, settings: SourceSettings) -> Iterator[Document]:
     """A list of objects, or an object whose keys are titles."""
     try:
-        data = json.loads("".join(line for _, line in _lines(path)))
+        data = json.loads(_whole(path, settings))
     except (ValueError, RecursionError) as error:
         raise ShearlingError(
             f"{path} is not JSON: {error}",
@@ -256,7 +275,7 @@ def _parquet(path: Path, settings: SourceSettings) -> Iterator[Document]:
     try:
         with parquet.ParquetFile(path) as file:
             columns = _columns(file.schema_arrow.names, settings, path)
-            yield from _rows(file.iter_batches(batch_size=1024, columns=columns), path, settings)
+            yield from _rows(file.iter_batches(batch_size=_ROWS, columns=columns), path, settings)
     except (arrow.ArrowException, OSError) as error:
         raise ShearlingError(
             f"{path} is no readable Parquet file: {error}",
@@ -280,9 +299,9 @@ def _arrow(path: Path, settings: SourceSettings) -> Iterator[Document]:
             )
             columns = _columns(reader.schema.names, settings, path)
             pieces = (
-                batch.select(columns).slice(start, 1024)
+                batch.select(columns).slice(start, _ROWS)
                 for batch in batches
-                for start in range(0, batch.num_rows, 1024)
+                for start in range(0, batch.num_rows, _ROWS)
             )
             yield from _rows(pieces, path, settings)
     except (arrow.ArrowException, OSError) as error:

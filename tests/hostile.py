@@ -1,8 +1,12 @@
-"""Text that would do harm in a page that does not escape it."""
+"""Text that would do harm in a page that does not escape it; and what bad input may lead to."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+
+from shearling import ShearlingError
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}]]><!--"
 
@@ -32,3 +36,13 @@ def hostile_cleaning() -> dict[str, Any]:
         "languages_after": {"en": 7},
         "lengths_before": {"64": 4, "128": 6, HOSTILE: 1},
     }
+
+
+@contextlib.contextmanager
+def at_worst_a_message() -> Iterator[None]:
+    """What happens inside may end in an error for users, with a remedy, and in no other."""
+    try:
+        yield
+    except ShearlingError as error:
+        if not error.what or not error.hint:
+            raise AssertionError(f"no remedy: {error!r}") from error

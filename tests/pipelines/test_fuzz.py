@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hostile import at_worst_a_message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -65,16 +65,6 @@ def replaced(data: Any, path: tuple[Any, ...], value: Any) -> Any:
     copy = dict(data) if isinstance(data, dict) else list(data)
     copy[path[0]] = replaced(data[path[0]], path[1:], value)
     return copy
-
-
-@contextlib.contextmanager
-def at_worst_a_message() -> Iterator[None]:
-    """What happens inside may end in an error for users, with a remedy, and in no other."""
-    try:
-        yield
-    except ShearlingError as error:
-        if not error.what or not error.hint:
-            raise AssertionError(f"no remedy: {error!r}") from error
 
 
 def damaged(draw: st.DataObject, data: Any) -> Any:
