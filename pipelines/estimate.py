@@ -162,6 +162,7 @@ def prune_cost(
             device=layers,
             host={"embeddings": whole_table, "residual streams": 4.0 * survey * wide},
         ),
+        *_choice_moments(before, student, settings, layers),
         Moment(what="start", device={}, host={**kept, "teacher's embeddings": whole_table}),
         Moment(what="check", device={"student": 4.0 * student.parameters}, host=kept),
     ]
@@ -181,10 +182,48 @@ def prune_cost(
     return Cost(
         moments=tuple(moments),
         disk=float(student.parameters * dtype_bytes),
-        flops=_prune_flops(before, student, tokens, survey, window),
+        flops=_prune_flops(before, student, settings, tokens, survey, window),
         tokens=max(tokens, survey),
         moved=float(2 * before.parameters + 2 * student.parameters) * dtype_bytes,
     )
+
+
+def _choice_moments(
+    before: Shape, student: Shape, settings: PruneSettings, layers: dict[str, float]
+) -> list[Moment]:
+    """What choosing needs beside a layer: Gram matrices and, in float64, what is made of them."""
+    moments = []
+    if settings.importance == "greedy":
+        largest = max(before.intermediate_size, before.query_size)
+        greedy = 4.0 * (before.intermediate_size**2 + before.query_size**2) + 32.0 * largest**2
+        moments.append(Moment(what="greedy choice", device={**layers, "removal": greedy}, host={}))
+    if settings.basis_for(before, student) == "principal":
+        basis = {"principal directions": 40.0 * before.hidden_size**2}
+        moments.append(Moment(what="basis", device={}, host=basis))
+    return moments
+
+
+def _choice_flops(
+    before: Shape, student: Shape, settings: PruneSettings, survey: int
+) -> dict[str, float]:
+    """The floating-point operations of ``_choice_moments``, by dtype."""
+    layers, wide = before.num_hidden_layers, before.hidden_size
+    single, double = 0.0, 0.0
+    if settings.importance == "greedy":
+        for inputs, left in (
+            (before.intermediate_size, student.intermediate_size),
+            (before.query_size, student.num_attention_heads * before.head_dim),
+        ):
+            single += 2.0 * layers * survey * inputs**2
+            removal = 2.0 * max(0, inputs - left) * inputs * (inputs + wide)
+            double += layers * (inputs**3 + removal)
+    if settings.basis_for(before, student) == "principal":
+        narrow = student.hidden_size
+        single += 2.0 * layers * 2.0 * survey * wide**2
+        single += 2.0 * narrow * student.num_hidden_layers * before.layer_parameters
+        single += 2.0 * before.vocab_size * wide * narrow
+        double += 10.0 * wide**3 + 20.0 * narrow**3  # all eigenvectors, one SVD
+    return {"float32": single, "float64": double}
 
 
 def _moments_bytes(inputs: int, outputs: int) -> float:
@@ -194,11 +233,17 @@ def _moments_bytes(inputs: int, outputs: int) -> float:
 
 
 def _prune_flops(
-    before: Shape, student: Shape, tokens: int, survey: int, window: int
+    before: Shape,
+    student: Shape,
+    settings: PruneSettings,
+    tokens: int,
+    survey: int,
+    window: int,
 ) -> dict[str, float]:
+    chosen = _choice_flops(before, student, settings, survey)
     products = survey * _trunk_flops(before, window)
     products += tokens * (_trunk_flops(before, window) + _trunk_flops(student, window))
-    layers, single, double = student.num_hidden_layers, 0.0, 0.0
+    layers, single, double = student.num_hidden_layers, chosen["float32"], chosen["float64"]
     for inputs, outputs in _fits(student).values() if tokens else ():
         single += 2.0 * layers * tokens * inputs * (inputs + outputs)
         solve = inputs**3 / 3 + 4.0 * inputs**2 * outputs  # Cholesky, and the error of each ridge

@@ -47,7 +47,14 @@ from shearling import (
 SCHEMA = 1
 ERROR_LOG = "error.log"
 TELL_LEFTOVERS = 50_000_000  # bytes
-LINKED = ("model", "export", "selection.json", "metrics.jsonl", "transfer_set.json")
+LINKED = (
+    "model",
+    "export",
+    "selection.json",
+    "selection.safetensors",
+    "metrics.jsonl",
+    "transfer_set.json",
+)
 """What of an artefact ``stages/NAME`` links to; scorecard.json and stage.json are copied."""
 
 

@@ -194,9 +194,22 @@ def test_pruning_does_not_need_the_teacher_in_memory() -> None:
     sliced = prune_cost(
         TEACHER,
         STUDENT,
-        PruneSettings(refit=False),
+        PruneSettings(refit=False, importance="activation", basis="dims"),
         window=256,
         product="float32",
         dtype_bytes=2,
     )
     assert not sliced.flops["float64"]
+
+
+def test_greedy_choice_and_a_basis_are_foreseen() -> None:
+    def cost(**settings: Any) -> Any:
+        chosen = PruneSettings(importance="activation", basis="dims").model_copy(update=settings)
+        return prune_cost(TEACHER, STUDENT, chosen, window=256, product="float32", dtype_bytes=2)
+
+    plain, greedy, turned = cost(), cost(importance="greedy"), cost(basis="principal")
+    for dearer in (greedy, turned):
+        assert dearer.flops["float64"] > plain.flops["float64"]
+        assert dearer.flops["float32"] > plain.flops["float32"]
+    removal = next(moment for moment in greedy.moments if moment.what == "greedy choice")
+    assert removal.device["removal"] > 32 * TEACHER.intermediate_size**2
