@@ -378,6 +378,36 @@ def test_a_copied_tokenizer_gives_the_same_ids(
     assert ours.special_tokens_map == theirs.special_tokens_map
 
 
+def test_chat_template_and_special_tokens_travel_in_every_form_they_have(
+    shared_data: Path, tmp_path: Path, nasty: list[str]
+) -> None:
+    """A template of its own or in the configuration; tokens that were added later."""
+    source = Path(shutil.copytree(shared_data / "tokenizers/llama3", tmp_path / "source"))
+    tokenizer = load_tokenizer(source)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|woolly|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+        "{{ m.content }}<|eot_id|>{% endfor %}"
+    )
+    tokenizer.save_pretrained(source)
+    conversation = [{"role": "user", "content": "How is the wool?"}]
+    for form in ("file", "configuration"):
+        if form == "configuration":
+            template = (source / "chat_template.jinja").read_text()
+            (source / "chat_template.jinja").unlink()
+            path = source / "tokenizer_config.json"
+            data = json.loads(path.read_text())
+            path.write_text(json.dumps({**data, "chat_template": template}))
+        copy_tokenizer(source, tmp_path / form)
+        ours, theirs = load_tokenizer(tmp_path / form), load_tokenizer(source)
+        assert ours.convert_tokens_to_ids("<|woolly|>") == 128_256
+        said = ours.apply_chat_template(conversation, tokenize=False)
+        assert said == theirs.apply_chat_template(conversation, tokenize=False)
+        assert said.endswith("How is the wool?<|eot_id|>")
+        for text in [*nasty, f"{said}<|woolly|>"]:
+            assert ours(text).input_ids == theirs(text).input_ids
+
+
 def test_stories260k_opens(shared_data: Path) -> None:
     checkpoint = open_checkpoint(shared_data / "models/stories260K/hf")
     assert checkpoint.shape.num_key_value_heads == 4

@@ -359,6 +359,59 @@ def test_runs_of_spaces_are_split_as_sentencepiece_does(shared_data: Path, text:
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
+# tokenizer.model files that anyone can have from PyPI, and ids that the libraries that they were
+# made for give (sentencepiece 0.2.3, tiktoken 0.14.0 with Llama 3's pattern).
+TEXTS = (
+    "In 2023, 1234567 sheep 🐑: x**2\n\t美洲驼  a",
+    "def f(x):\n    return {'a'}",
+    b"caf\xe9 \xff".decode("utf-8", errors="replace"),
+)
+PUBLISHED = {
+    "pypi:llama-models==0.3.0/llama_models/llama3/tokenizer.model": (
+        "82e9d31979e92ab929cd544440f129d9ecd797b69e327f80f17e1c50d5551b55",
+        128_256,
+        (
+            [
+                *(644, 220, 2366, 18, 11, 220, 4513, 10961, 22, 33012, 11410, 238, 239, 25, 865),
+                *(334, 17, 198, 197, 58666, 102776, 77180, 120, 220, 264),
+            ],
+            [755, 282, 2120, 997, 262, 471, 5473, 64, 8439],
+            [69896, 5809, 30433],
+        ),
+    ),
+    "pypi:mistral-common==1.13.1/mistral_common/data/tokenizer.model.v1": (
+        "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+        32_000,
+        (
+            [
+                *(560, 28705, 28750, 28734, 28750, 28770, 28725, 28705, 28740, 28750, 28770),
+                *(28781, 28782, 28784, 28787, 19583, 28705, 243, 162, 147, 148, 28747, 1318, 348),
+                *(28750, 13, 12, 29817, 31564, 236, 172, 191, 28705, 264),
+            ],
+            [801, 285, 28732, 28744, 1329, 13, 2287, 604, 12012, 28708, 14491],
+            [18302, 29137, 28705, 29137],
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED, ids=["llama-models", "mistral-common"])
+def test_published_tokenizers_give_the_ids_of_their_own_libraries(
+    name: str, real_cache: Path, tmp_path: Path
+) -> None:
+    sha256, tokens, ids = PUBLISHED[name]
+    try:
+        path = fetch(name, sha256=sha256, cache=real_cache)
+    except ShearlingError as error:
+        pytest.skip(f"it can't be had: {error.what}")
+    shutil.copyfile(path, tmp_path / "tokenizer.model")
+    tokenizer = meta_tokenizer(tmp_path, newer=False)
+    assert len(tokenizer) == tokens
+    for text, wanted in zip(TEXTS, ids, strict=True):
+        assert tokenizer(text, add_special_tokens=False).input_ids == wanted
+        assert tokenizer.decode(wanted) == text
+
+
 def test_llama_3_1_names_its_special_tokens(shared_data: Path) -> None:
     tokenizer = meta_tokenizer(shared_data / "tokenizers/llama3", newer=True)
     expected = {
