@@ -56,5 +56,13 @@ def test_a_shipped_recipe_is_planned_without_weights(name: str) -> None:
             assert row["tokens"] == pytest.approx(stage.tokens, rel=0.01)
 
 
+@pytest.mark.parametrize("name", [name for name in STUDENTS if name != "quickstart"])
+def test_large_students_are_measured_as_far_as_they_are_taught(name: str) -> None:
+    recipe = load_recipe(name)
+    context = teacher_facts(recipe.teacher).context
+    assert context is not None
+    assert recipe.transfer_set.window <= max(recipe.benchmark.perplexity_lengths) <= context
+
+
 def test_a_halved_llama_is_half() -> None:
     assert STUDENTS["llama-1-7b-halved"][0] / 6_738_415_616 == pytest.approx(0.5, abs=0.001)
