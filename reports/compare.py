@@ -93,7 +93,8 @@ def mismatch(first: Mapping[str, Any], second: Mapping[str, Any], task: str) -> 
 
 def asked_as(facts: Mapping[str, Any]) -> str:
     """A short fingerprint of what a task asked; other fingerprints, other questions."""
-    return sha256_of_json({fact: facts.get(fact) or None for fact in MUST_AGREE})[:12]
+    named = (*MUST_AGREE, "perplexity_windows", "agreement_windows")
+    return sha256_of_json({fact: facts.get(fact) or None for fact in named})[:12]
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,16 @@ from datetime import UTC, datetime
 from typing import Any
 
 MISSING = "–"
-SHARES = ("acc", "acc_norm", "exact", "exact_match", "em", "followed", "teacher_first_choice")
+SHARES = (
+    "acc",
+    "acc_norm",
+    "exact",
+    "exact_match",
+    "em",
+    "followed",
+    "grounded",
+    "teacher_first_choice",
+)
 """Metrics that are shares of documents, or of tokens."""
 
 
@@ -114,6 +123,7 @@ def metric_label(task: str, metric: str) -> str:
         "byte_perplexity": "perplexity per byte",
         "bits_per_byte": "bits per byte",
         "followed": "rule kept",
+        "grounded": "words of the text",
         "rouge_l": "ROUGE-L",
         "calibration_error": "calibration error",
         "teacher_kl": "divergence from the teacher, nats a token",

@@ -33,6 +33,7 @@ OWN = {
     "grammar_pairs": "grammar_pairs",
     "instructions": "instructions",
     "rewriting": "rewriting",
+    "summaries": "summaries",
 }
 """This project's own tasks: name (and name of the YAML file here) -> module with `documents`."""
 

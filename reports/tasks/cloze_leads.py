@@ -38,6 +38,11 @@ _SENTENCE_END = re.compile(r"(?<=[a-z0-9)][.!?]) (?=[A-Z])")
 _PLAIN = re.compile(r"^[a-z]+$")
 
 
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a lead section."""
+    return _SENTENCE_END.split(text)
+
+
 def followers(texts: Iterable[str]) -> dict[str, Counter[str]]:
     """For each plain lower-case word: how often each other such word comes right after it."""
     after: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -84,7 +89,7 @@ def make_document(
     title: str, text: str, after: Mapping[str, Counter[str]]
 ) -> dict[str, Any] | None:
     """One question from one lead, or None where no gap has enough wrong answers."""
-    sentences = _SENTENCE_END.split(text)
+    sentences = split_sentences(text)
     candidates = [
         (number, place)
         for number, sentence in enumerate(sentences)

@@ -35,7 +35,8 @@ def words_of(text: str) -> list[str]:
     return re.findall(r"[\w'-]+", text)
 
 
-def _sentences(text: str) -> list[str]:
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text, by what ends them."""
     return [part for part in re.split(r"(?<=[.!?])\s+", text.strip()) if words_of(part)]
 
 
@@ -64,7 +65,7 @@ RULES: dict[str, Rule] = {
         'Describe {topic} in one sentence of at least six words, without the letter "z" and '
         "without a comma.",
         lambda text, _: (
-            len(words_of(text)) >= 6 and not set("zZ,") & set(text) and len(_sentences(text)) == 1
+            len(words_of(text)) >= 6 and not set("zZ,") & set(text) and len(sentences_of(text)) == 1
         ),
     ),
     "lower_case": (
@@ -77,7 +78,7 @@ RULES: dict[str, Rule] = {
     ),
     "two_sentences": (
         "Describe {topic} in exactly two sentences.",
-        lambda text, _: len(_sentences(text)) == 2 and text.strip()[-1] in ".!?",
+        lambda text, _: len(sentences_of(text)) == 2 and text.strip()[-1] in ".!?",
     ),
     "at_most_eight_words": (
         "Describe {topic} in at least three and at most eight words.",
@@ -90,7 +91,7 @@ RULES: dict[str, Rule] = {
     ),
     "question": (
         "Ask one question about {topic}.",
-        lambda text, _: len(_sentences(text)) == 1 and text.strip().endswith("?"),
+        lambda text, _: len(sentences_of(text)) == 1 and text.strip().endswith("?"),
     ),
     "begins_with": (
         'Write one sentence about {topic}. Its first word must be "{word}".',

