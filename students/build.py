@@ -10,10 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from shearling import write_json
+from shearling import ShearlingError, write_json
 from students.shape import Shape
 
 SHARD_BYTES = 1024**3
+_ONLY = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 
 
 def student_config(teacher: LlamaConfig, shape: Shape) -> LlamaConfig:
@@ -65,10 +67,35 @@ class StudentWriter:
         return [list(names) for names in self._shards]
 
     def restore(self, shards: list[list[str]]) -> None:
-        """Go on behind the shards of a ``checkpoint`` that is on the disk."""
+        """Go on behind the shards of a ``checkpoint`` that is on the disk.
+
+        What was written after it goes, for it is written again: later shards, and what a
+        ``finish`` had done, which may have renamed some shards before it was killed.
+
+        Raises:
+            ShearlingError: a shard is gone.
+        """
         self._shards = [list(names) for names in shards]
         paths = [self._shard_path(number) for number in range(1, len(shards) + 1)]
+        for number, path in enumerate(paths, 1):
+            if not path.exists():
+                self._renamed(number).rename(path)
+        later = [*self.folder.glob("model*.safetensors"), *self.folder.glob(".shard-*")]
+        later += [self.folder / name for name in (_INDEX, "config.json")]
+        for path in later:
+            if path not in paths:
+                path.unlink(missing_ok=True)
         self._bytes = sum(tensor.nbytes for path in paths for tensor in load_file(path).values())
+
+    def _renamed(self, number: int) -> Path:
+        """Where a ``finish`` that was killed has put a shard."""
+        names = [f"model-{number:05d}-of-*.safetensors", *([_ONLY] if number == 1 else [])]
+        for path in (path for name in names for path in self.folder.glob(name)):
+            return path
+        raise ShearlingError(
+            f"Of the student in {self.folder} the part {number} is gone.",
+            hint=f"Delete {self.folder.parent} to start this stage from its beginning.",
+        )
 
     def finish(self) -> None:
         """Write what is left, the index if there are several shards, and the configuration."""
@@ -77,16 +104,12 @@ class StudentWriter:
         count = len(self._shards)
         weight_map: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
-            name = (
-                "model.safetensors"
-                if count == 1
-                else f"model-{number:05d}-of-{count:05d}.safetensors"
-            )
+            name = _ONLY if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             self._shard_path(number).rename(self.folder / name)
             weight_map |= dict.fromkeys(names, name)
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
-            write_json(self.folder / "model.safetensors.index.json", index)
+            write_json(self.folder / _INDEX, index)
         self.config.dtype = self.dtype
         self.config.save_pretrained(self.folder)
 
