@@ -18,6 +18,7 @@ from pipelines.terminal import (
     download_cache,
     log_unexpected,
     make_console,
+    patience,
     print_json,
     stop_signals,
 )
@@ -83,7 +84,8 @@ def run(
         locked=locked,
     )
     if dry_run:
-        decided = decisions(check(loaded, options), options)
+        with patience("looking at what is there"):
+            decided = decisions(check(loaded, options), options)
         if as_json:
             steps = [
                 {"step": s.name, "kind": s.kind, "runs": d.runs, "reason": d.reason}

@@ -15,7 +15,9 @@ import yaml
 from hostile import at_worst_a_message
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
+from pipelines.difference import as_markdown, as_table, compare_targets
 from pipelines.journal import read_status
 from pipelines.provenance import check_locked
 from pipelines.recipe import check_recipe, load_recipe
@@ -160,6 +162,23 @@ def test_any_content_of_a_runs_files(run: Path, draw: st.DataObject) -> None:
     finally:
         aside.write_text(whole)
         os.replace(aside, path)
+
+
+@few
+@given(draw=st.data())
+def test_any_content_of_a_scorecard_in_a_diff(run: Path, draw: st.DataObject) -> None:
+    card = json.loads((run / "stages" / "prune" / "scorecard.json").read_text())
+    other = run / "other.json"
+    other.write_text(json.dumps(damaged(draw, card)))
+    with at_worst_a_message():
+        found = compare_targets(
+            str(run / "stages" / "teacher"), str(other), {}, every_metric=True, cache=run,
+            console=Console(),
+        )  # fmt: skip
+        json.dumps(found.to_json(), allow_nan=False)
+        as_table(found)
+        as_markdown(found)
+        found.footnotes()
 
 
 @few
