@@ -161,7 +161,8 @@ def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:
     }
     if len(shots) == 1:
         like["num_fewshot"] = shots.pop()
-    if any(facts.get("chat_template") for task, facts in tasks.items() if task in chosen):
+    # Not any: some tasks go through the template by themselves.
+    if all(facts.get("chat_template") for task, facts in tasks.items() if task in chosen):
         like["chat_template"] = True
     for windows in ("perplexity_windows", "agreement_windows"):
         if found := tasks.get("wikitext2", {}).get(windows):

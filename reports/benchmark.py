@@ -150,13 +150,14 @@ def _run_task(
         loaded = load_task(task, settings, card["skipped"])
         if loaded is None:
             return
+        in_chat = settings.chat_template or asks_in_chat(loaded, lm.tokenizer)
         try:
             results = evaluate(
                 lm,
                 loaded,
                 limit=limit,
                 num_fewshot=settings.num_fewshot,
-                chat_template=settings.chat_template,
+                chat_template=in_chat,
                 seed=seed,
             )
         except OverflowError:  # lm-eval's exp of a mean loss above 709 nats
@@ -175,7 +176,7 @@ def _run_task(
             "source": task.source,
             "limit": limit,
             "num_fewshot": results["n-shot"].get(found, 0),
-            "chat_template": settings.chat_template,
+            "chat_template": in_chat,
             "samples": results["n-samples"][found]["effective"],
             "documents": results["n-samples"][found]["original"],
             "higher_is_better": results["higher_is_better"].get(found, {}),
@@ -185,6 +186,15 @@ def _run_task(
         if answers := keep_answers(samples):
             card["answers"][found] = answers
         add_ratio_errors(card["results"][found], card["samples"][found])
+
+
+def asks_in_chat(loaded: dict[str, Any], tokenizer: Any) -> bool:
+    """Whether the task gives orders, which a model that has a chat template expects inside it.
+
+    Without the template such a model doesn't answer: it scores below a constant text.
+    """
+    wanted = [(t.get_config("metadata") or {}).get("chat") for t in loaded["tasks"].values()]
+    return any(wanted) and bool(tokenizer.chat_template)
 
 
 def load_task(

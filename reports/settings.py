@@ -51,7 +51,9 @@ class BenchmarkSettings(Settings):
         "answers are held against the teacher's.",
     )
     chat_template: bool = Field(
-        default=False, description="Put the tasks' prompts into the model's chat template."
+        default=False,
+        description="Put the tasks' prompts into the model's chat template, as instructions "
+        "and summaries always do where there is one.",
     )
     prompts: tuple[str, ...] = Field(
         default=("The history of", "Water is", "Once upon a time"),

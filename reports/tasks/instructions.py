@@ -3,9 +3,10 @@
 Data card. Requests made here from templates and a small vocabulary, each with one rule about the
 form of the answer, after the idea of IFEval (Zhou et al. 2023, https://arxiv.org/abs/2311.07911)
 and with none of its data. Ten rules take turns, so any `limit` that is a multiple of ten is
-balanced. The model writes greedily, 48 tokens at most. Metric: `followed`, the share of answers
+balanced. Asked through the model's chat template where it has one. The model writes greedily, 48
+tokens at most. Metric: `followed`, the share of answers
 that keep to their rule; an empty answer keeps to none. Floor: the best of a few constant answers.
-Version 1, seed 1. Licence: as this project.
+Version 2, seed 1. Licence: as this project.
 """
 
 from __future__ import annotations

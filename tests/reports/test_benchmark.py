@@ -191,9 +191,12 @@ def test_agreement_with_the_teacher_is_that_of_dense_logits(
 
 def test_the_chat_template_reaches_the_prompts(models: Any, mirror: Path, tmp_path: Path) -> None:
     def measure(**changed: Any) -> dict[str, Any]:
-        asked = BenchmarkSettings(tasks=("piqa",), limit=4, mirror=str(mirror), speed=False,
-                                  completion_tokens=1, **changed)  # fmt: skip
+        asked = BenchmarkSettings(tasks=("piqa", "instructions"), limit=4, mirror=str(mirror),
+                                  speed=False, completion_tokens=1, **changed)  # fmt: skip
         return benchmark(model, asked, name="x", cache=tmp_path)
+
+    def in_chat(card: dict[str, Any]) -> list[bool]:
+        return [card["tasks"][task]["chat_template"] for task in ("piqa", "instructions")]
 
     model = tmp_path / "chatty"
     shutil.copytree(models.teacher, model)
@@ -201,6 +204,13 @@ def test_the_chat_template_reaches_the_prompts(models: Any, mirror: Path, tmp_pa
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     )
     plain, chat = measure(), measure(chat_template=True)
+    assert in_chat(plain) == [False, True]  # orders are given in the chat that there is
+    assert in_chat(chat) == [True, True]
+    (model / "chat_template.jinja").unlink()
+    bare = measure()
+    assert in_chat(bare) == [False, False]
+    assert bare["tasks"]["instructions"]["hash"] != plain["tasks"]["instructions"]["hash"]
+    assert bare["tasks"]["piqa"]["hash"] == plain["tasks"]["piqa"]["hash"]
     assert plain["tasks"]["piqa"]["hash"] != chat["tasks"]["piqa"]["hash"]
     assert "chat template" in (mismatch(plain, chat, "piqa") or "")
     assert len(chat["samples"]["piqa"]["acc"]) == 4
