@@ -58,8 +58,11 @@ class PeakMemory:
         self._look()
 
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_cpu")
-"""What PyTorch's RuntimeErrors say where it could not get memory."""
+_OUT_OF_MEMORY = (
+    "out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory",
+    "alloc_cpu", "std::bad_alloc", "can't start new thread",
+)  # fmt: skip
+"""What libraries' errors say where they could not get memory; a thread needs some for its stack."""
 LESS_MEMORY = {
     "teacher": "Close other programs, or name a smaller teacher.",
     "transfer_set": "Give the sources fewer `tokens`, as in --set transfer_set.sources.0.tokens=N.",
@@ -80,17 +83,23 @@ def memory_errors(stage: str, kind: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        lacking = isinstance(error, MemoryError) or (
-            isinstance(error, (RuntimeError, OSError))
-            and any(sign in str(error) for sign in _OUT_OF_MEMORY)
-        )
-        if not lacking and getattr(error, "errno", None) != errno.ENOMEM:
+        if not _lacks_memory(error):
             raise
         remedy = LESS_MEMORY.get(kind, "Close other programs.").format(stage=stage)
         raise ShearlingError(
             f"Out of memory in stage {stage} ({kind}).",
             hint=f"{remedy} Finished stages are kept; the same command goes on.",
         ) from error
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    """Whether an error came of a lack of memory, be it told as a damaged file or otherwise."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    ours = isinstance(error, ShearlingError)
+    if not ours and any(sign in str(error) for sign in _OUT_OF_MEMORY):
+        return True
+    return error.__cause__ is not None and _lacks_memory(error.__cause__)
 
 
 def pick_device(wanted: str) -> str:

@@ -262,8 +262,24 @@ def no_memory_system() -> None:
     raise OSError(errno.ENOMEM, "Cannot allocate memory")
 
 
+def no_memory_for_a_thread() -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def no_memory_to_read_a_file() -> None:
+    try:
+        no_memory()
+    except RuntimeError as error:
+        raise ShearlingError("The file can't be read.", hint="Copy it again.") from error
+
+
+LACKS = [
+    no_memory, no_memory_python, no_memory_system, no_memory_for_a_thread, no_memory_to_read_a_file
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", STAGES)
-@pytest.mark.parametrize("lack", [no_memory, no_memory_python, no_memory_system])
+@pytest.mark.parametrize("lack", LACKS)
 def test_running_out_of_memory_says_what_to_lower(kind: str, lack: Any) -> None:
     with (
         pytest.raises(ShearlingError, match="Out of memory in stage mine") as caught,
@@ -277,6 +293,8 @@ def test_running_out_of_memory_says_what_to_lower(kind: str, lack: Any) -> None:
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="shape"), memory_errors("mine", "distill"):
         raise RuntimeError("a shape does not fit")
+    with pytest.raises(ShearlingError, match="damaged"), memory_errors("mine", "distill"):
+        raise ShearlingError("It is damaged.", hint="Copy it again.") from ValueError("x")
 
 
 # --- mistakes inside a stage --------------------------------------------------------------------
