@@ -27,6 +27,7 @@ BASE: dict[str, Any] = {
     "tokens": 32 * 8 * 6,
     "batch_tokens": 32 * 8,
     "learning_rate": 5e-3,
+    "embedding_learning_rate": 1.0,  # both models are random: there is no embedding to preserve
     "optimizer": "adamw",
     "precision": "float32",
     "evaluate_every": 3,
