@@ -39,12 +39,18 @@ PARTS = {
 MOST_LOST = {"careful": 0.08, "all rules": 0.35}
 
 
-def test_planted_junk_is_caught(shared_data: Path, tmp_path: Path) -> None:
+def good_texts(shared_data: Path, each: int) -> list[str]:
+    """So many texts of each folder, neither short nor long."""
     texts: list[str] = []
     for folder in ("web_gov", "pkg_wikipedia", "stories", "web_misc"):
         with (shared_data / "text" / folder / "part-000.jsonl").open(encoding="utf-8") as lines:
             mine = [json.loads(line)["text"] for line in lines]
-        texts += [text for text in mine if 500 < len(text) < 6000][:TEXTS]
+        texts += [text for text in mine if 500 < len(text) < 6000][:each]
+    return texts
+
+
+def test_planted_junk_is_caught(shared_data: Path, tmp_path: Path) -> None:
+    texts = good_texts(shared_data, TEXTS)
     with (shared_data / "eval/arc_easy.jsonl").open(encoding="utf-8") as lines:
         asked = [json.loads(line)["question"] for line in lines]
     questions = [question for question in asked if len(question.split()) > 12]

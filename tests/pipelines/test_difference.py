@@ -116,11 +116,13 @@ def test_settings_follow_the_scorecard(measured_run: Path) -> None:
         "mirror": "here",
     }  # fmt: skip
     card["tasks"]["copa"]["chat_template"] = True
-    card["tasks"]["wikitext2"] = {"agreement_windows": 2}
+    card["tasks"]["wikitext2"] = {"agreement_windows": 2, "chat_template": True}
     card["results"]["wikitext2"] = {}
     like = settings_like(card, {})
     assert like["chat_template"]
     assert like["agreement_windows"] == 2
+    card["tasks"]["wikitext2"]["chat_template"] = False  # copa alone went through it
+    assert "chat_template" not in settings_like(card, {})
 
 
 def test_a_file_that_is_no_scorecard_is_a_clear_error(
