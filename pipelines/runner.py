@@ -148,6 +148,7 @@ class _Run:
         """Write down what is to be done, then do it step by step."""
         for folder in (self.run, self.run / "stages", *self.run.glob("stages/*/")):
             sweep(folder)
+        self.store.sweep()
         steps = [step for step, _ in self.planned]
         lock = lock_data(self.recipe, steps, device=self.device, command=self.options.again)
         self.provenance.write(self.recipe, lock)

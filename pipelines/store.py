@@ -5,7 +5,8 @@
 
 An artefact comes to be by one rename of a synced folder, so it is there whole or not at all.
 ``stage.json`` lists every file with its size and sha256: a file that was cut off, changed or lost
-afterwards is noticed before the artefact is used again.
+afterwards is noticed before the artefact is used again. What a stage at work needs to go on lies in
+its folder's ``resume``, and is kept until the artefact is there.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from teachers.file_memory import FileMemory
 
 SCHEMA = 1
 STAGE_FILE = "stage.json"
+RESUME_FOLDER = "resume"
 SMALL_BYTES = 1 << 20
 """Files up to this size are hashed at each reuse; larger ones when their size or time changed."""
 
@@ -66,7 +68,11 @@ class Store:
         return work
 
     def publish(self, kind: str, key: str, record: Mapping[str, Any]) -> Path:
-        """Turn the filled work folder into the artefact; ``record`` becomes its stage.json."""
+        """Turn the filled work folder into the artefact; ``record`` becomes its stage.json.
+
+        The stage's checkpoints are no part of it. They go when it is there, not before: a kill in
+        between would find neither, and one while they go would find half of them.
+        """
         work, final = self.partial(kind, key), self.artefact(kind, key)
         with disk_errors(final):
             _sync_tree(work)
@@ -77,7 +83,13 @@ class Store:
                 shutil.rmtree(final)
             os.replace(work, final)
             sync(self.root)
+            self.sweep()
         return final
+
+    def sweep(self) -> None:
+        """Remove checkpoints of finished artefacts."""
+        for folder in self.root.glob(f"[!.]*/{RESUME_FOLDER}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def read(self, kind: str, key: str) -> dict[str, Any] | None:
         """The stage.json of a finished artefact; None if there is none that can be read."""
@@ -133,11 +145,11 @@ class Store:
         return [(p, sum(f.stat().st_size for f in _files_below(p))) for p in folders]
 
     def list_files(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """Every file below ``folder`` but its stage.json: size, mtime_ns and sha256 by path."""
+        """Size, mtime_ns and sha256 of every file, by path; without stage.json and checkpoints."""
         listed = {}
         for path in _files_below(folder):
             name = path.relative_to(folder).as_posix()
-            if name != STAGE_FILE:
+            if name != STAGE_FILE and not name.startswith(f"{RESUME_FOLDER}/"):
                 stat = path.stat()
                 listed[name] = {
                     "size": stat.st_size,

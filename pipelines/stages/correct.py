@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from pipelines.stages.context import Context
@@ -18,7 +17,6 @@ TOGETHER = True
 def run(settings: CorrectStage, context: Context) -> dict[str, Any]:
     """Write ``out/model``, the new teacher; the distillation loop with labels and no teacher."""
     from compress.distill import distill
-    from compress.parallel import leads
 
     summary = distill(
         None,
@@ -32,6 +30,4 @@ def run(settings: CorrectStage, context: Context) -> dict[str, Any]:
         on_metrics=context.on_metrics,
         cache=context.cache,
     )
-    if leads():
-        shutil.rmtree(context.out / "resume", ignore_errors=True)
     return summary

@@ -58,6 +58,4 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
         on_metrics=context.on_metrics,
         cache=context.cache,
     )
-    if leads():
-        shutil.rmtree(context.out / "resume", ignore_errors=True)
     return summary

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +54,6 @@ def run(settings: PruneStage, context: Context) -> dict[str, Any]:
         selection = joined_selection(first, selection)
     write_json(context.out / TEACHER_SELECTION, selection)
     write_map(context.out / TEACHER_SELECTION, map_ED)
-    shutil.rmtree(context.out / "resume", ignore_errors=True)
     return summary
 
 

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.store import (
+    RESUME_FOLDER,
     SMALL_BYTES,
     STAGE_FILE,
     FileHashes,
@@ -54,6 +56,50 @@ def test_publishing_is_one_rename_and_lists_the_files(store: Store) -> None:
     assert STAGE_FILE not in record["files"]
     assert (final / "model").read_bytes() == b"weights"
     assert store.damage("prune", KEY) is None
+
+
+def with_checkpoint(store: Store) -> Path:
+    work = store.open_work("distill", KEY, resumable=True)
+    (work / "model").write_bytes(b"weights")
+    for name in ("student", "state.json"):
+        (work / RESUME_FOLDER / "step-1").mkdir(parents=True, exist_ok=True)
+        (work / RESUME_FOLDER / "step-1" / name).write_bytes(b"x")
+    return work
+
+
+def test_checkpoints_are_kept_until_the_artefact_is_there(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any of the moments at its end, a stage has its checkpoint or its artefact."""
+    work = with_checkpoint(store)
+    record = {"schema": 1, "key": KEY}
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.store.os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.publish("distill", KEY, record)
+    assert sorted(p.name for p in (work / RESUME_FOLDER / "step-1").iterdir()) == [
+        "state.json", "student",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.store.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.publish("distill", KEY, record)
+    assert store.damage("distill", KEY) is None
+    final = store.artefact("distill", KEY)
+    assert (final / RESUME_FOLDER).exists()
+    store.sweep()
+    assert sorted(path.name for path in final.iterdir()) == ["model", STAGE_FILE]
+    assert store.damage("distill", KEY, verify=True) is None
+
+
+def test_checkpoints_of_a_stage_at_work_are_not_swept(store: Store) -> None:
+    work = with_checkpoint(store)
+    store.sweep()
+    assert (work / RESUME_FOLDER / "step-1" / "student").exists()
 
 
 def test_an_interrupted_stage_starts_clean_unless_it_is_resumable(store: Store) -> None:
