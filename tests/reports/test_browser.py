@@ -116,7 +116,9 @@ def look(
     context = chromium.new_context(
         viewport={"width": width, "height": 800}, color_scheme="dark" if scheme == "dark" else None
     )
-    seen = Seen(context.new_page())
+    page = context.new_page()
+    page.set_default_timeout(120_000)  # a busy machine is slow, not wrong
+    seen = Seen(page)
     seen.page.on("console", lambda message: seen.console.append(message.text))
     seen.page.on("pageerror", lambda error: seen.console.append(str(error)))
     seen.page.on("request", lambda request: seen.requests.append(request.url))
