@@ -26,7 +26,7 @@ class PruneSettings(Settings):
         "layer numbers.",
     )
     importance: Literal["greedy", "activation", "taylor", "magnitude"] = Field(
-        default="greedy",
+        default="activation",
         description="How parts are chosen: heads and neurons removed one after another where the "
         "others, refitted, can best do without (greedy); by the size of what they add to the "
         "stream (activation); by the loss's gradient, hidden dims too (taylor); or by the size of "
