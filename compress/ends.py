@@ -75,26 +75,26 @@ def student_ends(
 ) -> Ends:
     """The ends of the student that ``slicer`` cuts; ``final_NE`` are final hidden states of the
     teacher as its head reads them. ``way`` is how two matrices become one, where they have to."""
-    device = final_NE.device
+    device, plan = final_NE.device, slicer.plan
     norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
     head_VE = source.tensor(HEAD).to(device)
-    embedding_VD = slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
-    head_VD, norm_D = _narrowed_head(slicer, head_VE, norm_E)
     ramp = 1
     merged = slicer.student.tie_word_embeddings and not slicer.teacher.tie_word_embeddings
     if merged:
-        merge = MERGES[way]
-        embedding_VD, norm_D = merge(
-            source.tensor(EMBEDDING).float(), head_VE.float() * norm_E, slicer.plan.stream
+        embedding_VD, norm_D = MERGES[way](
+            source.tensor(EMBEDDING).float(), head_VE.float() * norm_E, plan.stream
         )
         head_VD = embedding_VD
         ramp = max(1, slicer.student.num_hidden_layers // MERGED_LAYERS)
+    else:
+        embedding_VD = slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
+        head_VD, norm_D = _narrowed_head(slicer, embedding_VD, head_VE, norm_E)
     metric_DD, metric_DE = fisher_metric(final_NE, head_VE, head_VD.to(device), dtype)
-    stream_DE = narrowed(torch.eye(len(norm_E)), slicer.plan.stream, 0).to(device)
-    near_DE = None if merged or slicer.plan.basis_DE is None else stream_DE
+    stream_DE = narrowed(torch.eye(len(norm_E)), plan.stream, 0).to(device)
+    near_DE = None if merged or plan.basis_DE is None else stream_DE
     map_DE = final_map(metric_DD, metric_DE, norm_D, norm_E, near_DE)
-    if not merged and near_DE is None:
-        map_DE = keeping(map_DE, slicer.plan.hidden)
+    if not merged and plan.basis_DE is None:
+        map_DE = keeping(map_DE, plan.hidden)
     return Ends(
         embedding_VD=embedding_VD,
         head_VD=head_VD,
@@ -164,17 +164,20 @@ def keeping(map_DE: Tensor, hidden_D: Tensor) -> Tensor:
     return kept_DE
 
 
-def _narrowed_head(slicer: Slicer, head_VE: Tensor, norm_E: Tensor) -> tuple[Tensor, Tensor]:
+def _narrowed_head(
+    slicer: Slicer, embedding_VD: Tensor, head_VE: Tensor, norm_E: Tensor
+) -> tuple[Tensor, Tensor]:
     """The output head, [V, D], and the final norm, [D], in the student's hidden dims.
 
     A tied head is the embedding as it is, so the norm gets the mean of the weights along each
     direction; a head of its own takes in what a norm can't hold, as a layer's maps do.
     """
-    basis_DE = slicer.plan.basis_DE
+    tied, basis_DE = slicer.student.tie_word_embeddings, slicer.plan.basis_DE
     if basis_DE is None:
-        return slicer.outside_layers(HEAD, head_VE), slicer.norm(norm_E)
-    if slicer.student.tie_word_embeddings:
-        return slicer.outside_layers(HEAD, head_VE), basis_DE.square().to(norm_E) @ norm_E
+        norm_D = slicer.norm(norm_E)
+        return embedding_VD if tied else slicer.outside_layers(HEAD, head_VE), norm_D
+    if tied:
+        return embedding_VD, basis_DE.square().to(norm_E) @ norm_E
     norm_D = slicer.norm(norm_E)
     return slicer.outside_layers(HEAD, head_VE * norm_E) / norm_D, norm_D
 

@@ -111,9 +111,11 @@ class LayerMath:
     def read(
         self, block: Block, stream_BTD: Tensor, weights: LayerWeights
     ) -> tuple[Tensor, list[Tensor]]:
-        """The normed stream, and the outputs of the maps that read it (queries before rotation)."""
-        input_BTD = normed(stream_BTD, self.eps) * weights[block.norm]
-        return input_BTD, [self.linear(input_BTD, weights, name) for name in block.inputs]
+        """The stream over its size, before the norm's weights, and the outputs of the maps that
+        read it behind them (queries before rotation)."""
+        normed_BTD = normed(stream_BTD, self.eps)
+        input_BTD = normed_BTD * weights[block.norm]
+        return normed_BTD, [self.linear(input_BTD, weights, name) for name in block.inputs]
 
     def mix(self, block: Block, parts: Sequence[Tensor]) -> Tensor:
         """What the block's output map reads: attention's mixture of values, or active neurons."""

@@ -155,14 +155,14 @@ class Walk:
         fit = InputFit(student, block)
         for rows in batches(self.teacher_stream):
             before = self._read(self.teacher_stream, rows)
-            _, parts = self.teacher_math.read(block, before, teacher)
+            normed_BTE, parts = self.teacher_math.read(block, before, teacher)
             targets = [
                 self.slicer.target(number, name, _flat(part))
                 for name, part in zip(block.inputs, parts, strict=True)
             ]
             fit.add(
                 self._student_normed(rows),
-                _flat(self.slicer.kept(normed(before, self.teacher_math.eps))),
+                _flat(self.slicer.kept(normed_BTE)),
                 targets,
                 _weights(before),
                 _held_out(rows, before),

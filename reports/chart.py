@@ -78,6 +78,11 @@ def finish(
     return Chart(name=name, title=title, text=text, numbers=numbers, spec=spec)
 
 
+def colours_of(names: Sequence[str]) -> alt.Scale:
+    """A colour for each name, in the order of the series; after the last the first again."""
+    return alt.Scale(domain=names, range=[SERIES[i % len(SERIES)] for i in range(len(names))])
+
+
 def values(rows: Sequence[Data]) -> Any:
     """Rows as altair's data."""
     return alt.Data(values=list(rows))

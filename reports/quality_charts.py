@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from reports.chart import SERIES, Chart, finish, values
+from reports.chart import Chart, colours_of, finish, values
 from reports.compare import headline_metrics
 from reports.run_folder import Data, Run, as_dict, as_number
 from reports.words import count, is_share, metric_label, percent, score, significant
@@ -183,10 +183,9 @@ def _quality(
         axis=alt.Axis(tickCount=5, format="~g" if measure.logarithmic else "%"),
     )
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    colours = [SERIES[i % len(SERIES)] for i in range(len(runs))]
     colour = alt.Color(
         "run:N",
-        scale=alt.Scale(domain=runs, range=colours),
+        scale=colours_of(runs),
         title=None,
         legend=alt.Legend() if len(runs) > 1 else None,
     )
@@ -272,7 +271,6 @@ def quality_by_position(run: Run) -> Chart | None:
     if len({row["positions"] for row in rows}) < 2:
         return None
     names = list(dict.fromkeys(row["model"] for row in rows))
-    scale = alt.Scale(domain=names, range=[SERIES[i % len(SERIES)] for i in range(len(names))])
     x = alt.X(
         "read:Q",
         title="tokens read before (log)",
@@ -285,7 +283,7 @@ def quality_by_position(run: Run) -> Chart | None:
         scale=alt.Scale(type="log", nice=False, padding=20),
         axis=alt.Axis(tickCount=5),
     )
-    colour = alt.Color("model:N", scale=scale, title=None)
+    colour = alt.Color("model:N", scale=colours_of(names), title=None)
     base = alt.Chart(values(rows))
     bars = base.mark_rule(strokeWidth=1.2).encode(
         x, alt.Y("low:Q", title=""), alt.Y2("high:Q"), color=colour
@@ -337,11 +335,10 @@ def tasks_by_model(run: Run) -> Chart | None:
         return None
     names = [stage.name for stage in run.measured]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    scale = alt.Scale(domain=names, range=[SERIES[i % len(SERIES)] for i in range(len(names))])
     y = alt.Y("task:N", title=None, sort=tasks)
     offset = alt.YOffset("model:N", sort=names)
     base = alt.Chart(values(rows))
-    colour = alt.Color("model:N", scale=scale, title=None)
+    colour = alt.Color("model:N", scale=colours_of(names), title=None)
     x = alt.X(
         "value:Q", title="share of right answers", axis=alt.Axis(format="%", tickCount=5),
         scale=alt.Scale(domain=[0, 1]),

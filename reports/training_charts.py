@@ -7,12 +7,12 @@ an interruption stands a dashed line.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import altair as alt
 
-from reports.chart import SERIES, Chart, finish, values
+from reports.chart import SERIES, Chart, colours_of, finish, values
 from reports.run_folder import Data, Run, Stage, as_number
 from reports.words import significant
 
@@ -124,24 +124,24 @@ def losses(run: Run) -> Chart | None:
     if not rows:
         return None
     shown = [name for name in _TERMS.values() if any(row["term"] == name for row in rows)]
-    colours = [SERIES[i % len(SERIES)] for i in range(len(shown))]
-    chart, interrupted = _marked(
-        alt.Chart(values(rows))
-        .mark_line(strokeWidth=1.5)
-        .encode(
-            _tokens_axis(),
-            alt.Y("value:Q", title="nats per token", scale=alt.Scale(zero=False)),
-            alt.Color("term:N", scale=alt.Scale(domain=shown, range=colours), title=None),
-            tooltip=["term:N", "tokens:Q", "value:Q"],
-        ),
-        run,
-    )
+    lines = alt.Chart(values(rows)).mark_line(strokeWidth=1.5)
+    chart, interrupted = _marked(_by_name(lines, "term", shown, "nats per token", zero=False), run)
     total = [row["value"] for row in rows if row["term"] == "loss"]
     text = "Loss by term over the tokens seen."
     if total:
         went = f"{significant(total[0])} to {significant(total[-1])}"
         text = f"{text} The whole loss went from {went}."
     return finish("loss", "Loss while distilling", text + interrupted, chart)
+
+
+def _by_name(lines: Any, field: str, names: Sequence[str], title: str, *, zero: bool) -> Any:
+    """Values over the tokens seen, one coloured line for each name that ``field`` has."""
+    return lines.encode(
+        _tokens_axis(),
+        alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
+        alt.Color(f"{field}:N", scale=colours_of(names), title=None),
+        tooltip=[f"{field}:N", "tokens:Q", "value:Q"],
+    )
 
 
 def heldout(run: Run) -> Chart | None:
@@ -176,18 +176,9 @@ def mixes(run: Run) -> Chart | None:
     names = list(dict.fromkeys(row["source"] for row in rows))
     if not names:
         return None
-    colours = [SERIES[i % len(SERIES)] for i in range(len(names))]
-    chart, interrupted = _marked(
-        alt.Chart(values(rows))
-        .mark_line(interpolate="step-after", point=True)
-        .encode(
-            _tokens_axis(),
-            alt.Y("value:Q", title="share of the steps (%)", scale=alt.Scale(zero=True)),
-            alt.Color("source:N", scale=alt.Scale(domain=names, range=colours), title=None),
-            tooltip=["source:N", "tokens:Q", "value:Q"],
-        ),
-        run,
-    )
+    lines = alt.Chart(values(rows)).mark_line(interpolate="step-after", point=True)
+    title = "share of the steps (%)"
+    chart, interrupted = _marked(_by_name(lines, "source", names, title, zero=True), run)
     ends = [[row["value"] for row in rows if row["source"] == name] for name in names]
     went = ", ".join(
         f"{name} {shares[0]:.0f}% to {shares[-1]:.0f}%"

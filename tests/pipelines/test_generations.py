@@ -18,6 +18,7 @@ from transformers import (
     MllamaConfig,
     MllamaForConditionalGeneration,
 )
+from vision import SMALL_VISION
 
 from pipelines.accelerators import named_machine
 from pipelines.display import Display
@@ -108,20 +109,7 @@ def save_with_vision(config: dict[str, Any], out: Path) -> None:
     """The same as the text of a vision model, one more layer of which looks at the image."""
     text = {key: value for key, value in config.items() if key != "head_dim"}
     text |= {"num_hidden_layers": 4, "cross_attention_layers": [1], "pad_token_id": 0}
-    vision = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_global_layers": 1,
-        "attention_heads": 2,
-        "intermediate_size": 32,
-        "vision_output_dim": 32,
-        "image_size": 28,
-        "patch_size": 14,
-        "max_num_tiles": 1,
-        "intermediate_layers_indices": [0],
-        "supported_aspect_ratios": [[1, 1]],
-    }
-    whole = MllamaConfig(text_config=text, vision_config=vision)
+    whole = MllamaConfig(text_config=text, vision_config=SMALL_VISION)
     MllamaForConditionalGeneration(whole).save_pretrained(out)
 
 

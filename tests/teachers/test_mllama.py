@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import MllamaConfig, MllamaForConditionalGeneration
+from vision import SMALL_VISION
 
 from shearling import ShearlingError
 from teachers.checkpoint import import_teacher, open_checkpoint
@@ -43,19 +44,7 @@ def vision_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "eos_token_id": 0,
             "pad_token_id": 0,
         },
-        vision_config={
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_global_layers": 1,
-            "attention_heads": 2,
-            "intermediate_size": 32,
-            "vision_output_dim": 32,
-            "image_size": 28,
-            "patch_size": 14,
-            "max_num_tiles": 1,
-            "intermediate_layers_indices": [0],
-            "supported_aspect_ratios": [[1, 1]],
-        },
+        vision_config=SMALL_VISION,
     )
     folder = tmp_path_factory.mktemp("mllama") / "model"
     MllamaForConditionalGeneration(config).eval().save_pretrained(folder)
