@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from compress.coupling import narrowed
+from compress.merging import MERGES, BothEnds
 from compress.slicing import Slicer
 from teachers.checkpoint import Checkpoint
 
@@ -32,8 +33,6 @@ BASIS_RIDGE = 0.1
 MERGED_LAYERS = 4
 """A merged head speaks another language than the stream: every fourth of the layers, the last
 ones, turn the stream toward it step by step."""
-MERGED_FLOOR = 0.5
-"""Least singular value of the kept dims in the joint subspace, as a share of the mean."""
 
 _CHUNK = 512
 _ROWS = 16384
@@ -81,9 +80,8 @@ def student_ends(
     ramp = 1
     merged = slicer.student.tie_word_embeddings and not slicer.teacher.tie_word_embeddings
     if merged:
-        embedding_VD, norm_D = MERGES[way](
-            source.tensor(EMBEDDING).float(), head_VE.float() * norm_E, plan.stream
-        )
+        both = BothEnds(source.tensor(EMBEDDING), head_VE, norm_E)
+        embedding_VD, norm_D = MERGES[way](both, plan.stream)
         head_VD = embedding_VD
         ramp = max(1, slicer.student.num_hidden_layers // MERGED_LAYERS)
     else:
@@ -180,45 +178,3 @@ def _narrowed_head(
         return embedding_VD, basis_DE.square().to(norm_E) @ norm_E
     norm_D = slicer.norm(norm_E)
     return slicer.outside_layers(HEAD, head_VE * norm_E) / norm_D, norm_D
-
-
-# --- one matrix out of two ---------------------------------------------------------------------
-
-
-def split_ends(embedding_VE: Tensor, head_VE: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-    """Half of the kept dims for the input, half for the output: matrix [V, D] and final norm [D].
-
-    Each half takes the dims that matter more at its end. Output dims hold the head's columns,
-    shrunk to the embedding's size, and the norm stretches them again; it silences input dims.
-    """
-    kept_in, kept_out = narrowed(embedding_VE, stream), narrowed(head_VE, stream)
-    favour_D = kept_out.norm(dim=0) / kept_in.norm(dim=0).clamp_min(1e-12)
-    output_D = torch.zeros(len(stream), dtype=torch.bool)
-    output_D[favour_D.argsort(descending=True)[: len(stream) // 2]] = True
-    shrink = kept_in.norm() / kept_out.norm()
-    merged_VD = torch.where(output_D, kept_out * shrink, kept_in)
-    return merged_VD, output_D.float() / shrink
-
-
-def joint_ends(embedding_VE: Tensor, head_VE: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
-    """Least squares over both ends: matrix [V, D] and a constant final norm [D].
-
-    The D directions of vocabulary space in which both matrices, each at size one, lie best (their
-    leading left singular vectors) hold both ends; in them the matrix is the one nearest to the
-    kept dims of the embedding, so that the stream keeps the teacher's basis. Its small singular
-    values are raised: the head needs those directions too.
-    """
-    both_VX = torch.cat([embedding_VE / embedding_VE.norm(), head_VE / head_VE.norm()], 1)
-    values, vectors_XX = torch.linalg.eigh((both_VX.T @ both_VX).double())
-    count = len(stream)
-    leading_XD = vectors_XX[:, -count:] / values[-count:].clamp_min(1e-12).sqrt()
-    basis_VD = both_VX @ leading_XD.float()
-    kept_VD = narrowed(embedding_VE, stream)
-    left, sizes_D, right = torch.linalg.svd(basis_VD.T @ kept_VD)
-    raised_D = sizes_D.clamp_min(float(MERGED_FLOOR * sizes_D.mean()))
-    merged_VD = basis_VD @ ((left * raised_D) @ right)
-    constant = head_VE.norm() / merged_VD.norm()
-    return merged_VD, torch.full((count,), float(constant))
-
-
-MERGES = {"split": split_ends, "least_squares": joint_ends}
