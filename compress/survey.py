@@ -56,7 +56,8 @@ class Survey:
     ``layers`` are the numbers of those that stay; ``chosen`` is what each of the teacher's layers
     keeps, if it is kept itself.
     ``value_gram_LKCC`` holds, for each key/value head, the second moments of what its query heads
-    hand to o_proj. ``gram_EE`` are the stream's second moments, empty where dims are picked.
+    hand to o_proj. ``neuron_shares`` says how much of all neurons' importance a layer's kept ones
+    have. ``gram_EE`` are the stream's second moments, empty where dims are picked.
     ``final_NE`` are some of the final hidden states as the output head reads them.
     """
 
@@ -66,6 +67,7 @@ class Survey:
     layers: list[int] = field(default_factory=list)
     distances: list[float] = field(default_factory=list)
     heads_LH: list[Tensor] = field(default_factory=list)
+    neuron_shares: list[float] = field(default_factory=list)
     chosen: list[LayerSelection] = field(default_factory=list)
     value_gram_LKCC: list[Tensor] = field(default_factory=list)
 
@@ -79,6 +81,7 @@ class Survey:
             "hidden": rounded(self.hidden_E),
             "layers": [float(f"{distance:.4g}") for distance in self.distances],
             "heads": [rounded(scores) for scores in self.heads_LH],
+            "neurons": [float(f"{share:.4g}") for share in self.neuron_shares],
         }
 
     def to_tensors(self) -> dict[str, Tensor]:
@@ -90,6 +93,7 @@ class Survey:
             "layers": torch.tensor(self.layers),
             "distances": torch.tensor(self.distances, dtype=torch.float64),
             "heads": torch.stack(self.heads_LH),
+            "neuron_shares": torch.tensor(self.neuron_shares, dtype=torch.float64),
             "value_gram": torch.stack(self.value_gram_LKCC),
             "kept_heads": torch.stack([kept.heads for kept in self.chosen]),
             "kept_key_value_heads": torch.stack([kept.key_value_heads for kept in self.chosen]),
@@ -112,6 +116,7 @@ class Survey:
             layers=tensors["layers"].tolist(),
             distances=tensors["distances"].tolist(),
             heads_LH=list(tensors["heads"]),
+            neuron_shares=tensors["neuron_shares"].tolist(),
             chosen=[
                 LayerSelection(heads=heads, key_value_heads=groups, neurons=neurons)
                 for heads, groups, neurons in kept
@@ -156,7 +161,12 @@ def take_survey(
         survey.distances.append(float(layer.distance) / stream_BTE[..., 0].numel())
         survey.heads_LH.append(scores.heads_H.cpu())
         survey.value_gram_LKCC.append(layer.gram_KCC.cpu())
-        survey.chosen.append(layer.choose(target, scores))
+        kept = layer.choose(target, scores)
+        survey.chosen.append(kept)
+        worth_F = scores.neurons_F.cpu()
+        survey.neuron_shares.append(
+            float(worth_F[kept.neurons].sum() / worth_F.sum().clamp_min(1e-12))
+        )
     survey.hidden_E = survey.hidden_E.sqrt().cpu()
     final_NE = stream_BTE.flatten(0, 1)
     final_NE = final_NE[:: max(1, len(final_NE) // FINAL_POSITIONS)]

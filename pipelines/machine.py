@@ -60,9 +60,10 @@ class PeakMemory:
 
 _OUT_OF_MEMORY = (
     "out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory",
-    "alloc_cpu", "std::bad_alloc", "can't start new thread",
+    "alloc_cpu", "std::bad_alloc", "can't start new thread", "failed to map segment",
 )  # fmt: skip
-"""What libraries' errors say where they could not get memory; a thread needs some for its stack."""
+"""What libraries' errors say where they could not get memory; a thread needs some for its stack,
+and the loader of shared libraries some for each of them."""
 LESS_MEMORY = {
     "teacher": "Close other programs, or name a smaller teacher.",
     "transfer_set": "Give the sources fewer `tokens`, as in --set transfer_set.sources.0.tokens=N.",

@@ -158,6 +158,45 @@ def hidden_dims(run: Run) -> Chart | None:
     )
 
 
+def neurons(run: Run) -> Chart | None:
+    """How much of its neurons' importance each layer kept, beside how many of them."""
+    stage = pruned(run)
+    if stage is None:
+        return None
+    shares = as_list(as_dict(stage.selection.get("importance")).get("neurons"))
+    layers_kept = [n for n in as_list(stage.selection.get("layers")) if isinstance(n, int)]
+    rows: list[Data] = []
+    for layer in layers_kept:
+        share = as_number(shares[layer]) if 0 <= layer < len(shares) else None
+        if share is not None:
+            rows.append({"layer": layer, "share": share})
+    if not rows or min(row["share"] for row in rows) >= 1:
+        return None
+    chart = (
+        alt.Chart(values(rows))
+        .mark_bar(cornerRadiusEnd=2, color=SERIES[0])
+        .encode(
+            alt.X("layer:O", title="the teacher's layer", axis=alt.Axis(labelAngle=0)),
+            alt.Y(
+                "share:Q",
+                title="importance kept",
+                scale=alt.Scale(domain=[0, 1]),
+                axis=alt.Axis(format="%"),
+            ),
+            tooltip=["layer:O", alt.Tooltip("share:Q", format=".1%")],
+        )
+    )
+    least = min(rows, key=lambda row: row["share"])
+    return finish(
+        "neurons",
+        "Neurons: how much of their importance was kept",
+        "What a layer's kept neurons are worth, as a share of all of them. The least is "
+        f"{least['share']:.0%} (layer {least['layer']}).",
+        chart,
+        height=160,
+    )
+
+
 _PARTS = ("down proj sliced", "down proj", "o proj sliced", "o proj")
 """Where cutting costs most: errors of plain slicing beside those after the refit."""
 

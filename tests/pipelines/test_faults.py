@@ -266,6 +266,10 @@ def no_memory_for_a_thread() -> None:
     raise RuntimeError("can't start new thread")
 
 
+def no_memory_for_a_library() -> None:
+    raise ImportError("_mio5_utils.so: failed to map segment from shared object")
+
+
 def no_memory_to_read_a_file() -> None:
     try:
         no_memory()
@@ -274,7 +278,8 @@ def no_memory_to_read_a_file() -> None:
 
 
 LACKS = [
-    no_memory, no_memory_python, no_memory_system, no_memory_for_a_thread, no_memory_to_read_a_file
+    no_memory, no_memory_python, no_memory_system, no_memory_for_a_thread,
+    no_memory_for_a_library, no_memory_to_read_a_file,
 ]  # fmt: skip
 
 

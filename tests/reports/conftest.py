@@ -202,6 +202,7 @@ def run(models: Models, cards: dict[str, dict[str, Any]], tmp_path: Path) -> Pat
             "importance": {
                 "layers": [0.4, 0.3, 0.1, 0.2],
                 "heads": [[0.1, 0.2, 0.3, 0.4]] * 4,
+                "neurons": [0.9, 0.8, 0.7, 0.6],
                 "hidden": [0.1 * (index + 1) for index in range(32)],
             },
             "reconstruction": [{"layer": layer, "error": 0.1 * layer} for layer in range(3)],
