@@ -10,7 +10,7 @@ D student hidden, Q query rows, K key/value rows, F neurons, s bytes of a produc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from compress.settings import DistillSettings, PruneSettings
@@ -185,6 +185,59 @@ def prune_cost(
         flops=_prune_flops(before, student, settings, tokens, survey, window),
         tokens=max(tokens, survey),
         moved=float(2 * before.parameters + 2 * student.parameters) * dtype_bytes,
+    )
+
+
+def search_cost(
+    before: Shape,
+    shapes: Sequence[Shape],
+    settings: PruneSettings,
+    *,
+    tokens: int,
+    window: int,
+    heldout_windows: int,
+    product: str,
+    dtype_bytes: int,
+) -> Cost:
+    """Each shape pruned on ``tokens`` tokens and scored; then the costliest of them in full."""
+
+    def pruned(shape: Shape, settings: PruneSettings) -> Cost:
+        return prune_cost(
+            before, shape, settings, window=window, product=product, dtype_bytes=dtype_bytes
+        )
+
+    few = min(tokens, settings.calibration_tokens)
+    cheap = settings.model_copy(update={"calibration_tokens": few})
+    tries = [pruned(shape, cheap) for shape in shapes]
+    final = max(
+        (pruned(shape, settings) for shape in shapes), key=lambda cost: sum(cost.flops.values())
+    )
+    read = min(heldout_windows, max(1, tokens // window)) * window
+    asked = sum(read * shape.flops_per_token(window) for shape in (before, *shapes))
+    # Its head answers beside each student's, not once.
+    heads = read * 2.0 * before.vocab_size * before.hidden_size * (len(shapes) - 1)
+    flops = {
+        name: sum(cost.flops.get(name, 0.0) for cost in (final, *tries)) for name in final.flops
+    }
+    wide, widest = before.hidden_size, max(shape.hidden_size for shape in shapes)
+    scoring = Moment(
+        what="score",
+        device={
+            "teacher layer": 4.0 * before.layer_parameters,
+            "output heads": 1.0
+            * WIDTH[product]
+            * before.vocab_size
+            * (before.hidden_size + widest),
+        },
+        host={"residual streams": 4.0 * read * (wide + 2 * widest)},
+    )
+    return Cost(
+        moments=(*final.moments, *(moment for cost in tries for moment in cost.moments), scoring),
+        disk=final.disk,
+        scratch=max(cost.disk for cost in tries),
+        flops={**flops, "product": flops["product"] + asked + heads},
+        tokens=final.tokens + sum(cost.tokens for cost in tries),
+        moved=sum(cost.moved for cost in (final, *tries)),
     )
 
 

@@ -23,6 +23,7 @@ from pipelines.estimate import (
     export_cost,
     import_cost,
     prune_cost,
+    search_cost,
     transfer_set_cost,
 )
 from pipelines.preflight import check_tokenizers
@@ -34,7 +35,7 @@ from pipelines.recipe import (
     Recipe,
     TeacherStage,
 )
-from pipelines.stages.prune import student_shape
+from pipelines.stages.prune import possible_shapes
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.families import known_family
@@ -197,7 +198,7 @@ def make_plan(
         "processes": processes,
         "stages": rows,
         "total": _total(rows),
-        "assumptions": _assumptions(machine),
+        "assumptions": [*_assumptions(machine), *_searches(recipe)],
         "warnings": list(_warnings(recipe, teacher, machine, rows, processes)),
     }
 
@@ -242,20 +243,25 @@ def stage_costs(
             yield measured(stage.name, other.shape)
             continue
         if isinstance(stage, PruneStage):
-            before, newest = newest, _cut(stage, teacher.shape, newest)
-            yield (
-                stage.name,
-                "prune",
-                newest,
-                prune_cost(
+            before, tried = newest, _cuts(stage, teacher.shape, newest)
+            newest = tried[0]
+            told: dict[str, Any] = {
+                "window": window,
+                "product": machine.precision(stage.precision),
+                "dtype_bytes": width,
+            }
+            if stage.budget:
+                cost = search_cost(
                     before,
-                    newest,
+                    tried,
                     stage,
-                    window=window,
-                    product=machine.precision(stage.precision),
-                    dtype_bytes=width,
-                ),
-            )
+                    tokens=stage.budget.tokens,
+                    heldout_windows=recipe.transfer_set.heldout_windows,
+                    **told,
+                )
+            else:
+                cost = prune_cost(before, newest, stage, **told)
+            yield stage.name, "prune", newest, cost
         elif isinstance(stage, DistillStage):
             teachers = [shapes[name] for name in stage.teachers or ("teacher",)]
             yield stage.name, "distill", newest, taught(stage, teachers)
@@ -267,9 +273,9 @@ def stage_costs(
         yield measured(stage.name, newest)
 
 
-def _cut(stage: PruneStage, teacher: Shape, newest: Shape) -> Shape:
+def _cuts(stage: PruneStage, teacher: Shape, newest: Shape) -> list[Shape]:
     try:
-        return student_shape(stage.shape_spec(), teacher=teacher, newest=newest)
+        return possible_shapes(stage.shape_spec(), teacher=teacher, newest=newest)
     except ShearlingError as error:
         raise ShearlingError(f"Stage {stage.name}: {error.what}", hint=error.hint) from error
 
@@ -392,6 +398,15 @@ def _assumptions(machine: Machine) -> list[str]:
         f"a disk moves {DISK / 1e9:g} GB/s; downloads are not counted",
         "benchmarks: a rough number of tokens for each task",
     ]
+
+
+def _searches(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        if isinstance(stage, PruneStage) and stage.budget:
+            yield (
+                f"{stage.name} tries at most {stage.budget.candidates} shapes under its budget; "
+                "what follows is planned for the first of them"
+            )
 
 
 def _warnings(

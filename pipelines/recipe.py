@@ -31,6 +31,7 @@ from pydantic import (
 from compress.settings import CorrectSettings, DistillSettings, PruneSettings
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError
+from students.search import read_budget
 from students.settings import ExportSettings, Settings
 from students.shape import PRESETS, Shape
 from teachers.families import training_recipe
@@ -67,13 +68,45 @@ ShapeSettings: type[_Axes] = create_model(
 )  # type: ignore[call-overload]
 
 
-def _preset_or_axes(value: Any) -> str:
-    return "preset" if isinstance(value, str) else "axes"
+class BudgetSettings(ShapeSettings):  # type: ignore[misc, valid-type]
+    """How large the student may be; its shape is searched. Axes that are given stay as given."""
+
+    params: int | float = Field(
+        description="The most parameters that the student may have: 60M, 1.2B, 63_848_304; or a "
+        "fraction of those of the model that is cut: 0.5, 50%."
+    )
+    candidates: int = Field(
+        default=6,
+        ge=1,
+        le=100,
+        description="Shapes that are tried, at most; fewer where the budget allows no more.",
+    )
+    tokens: int = Field(
+        default=8192,
+        gt=0,
+        description="Tokens of the transfer set with which each of them is pruned, and held-out "
+        "tokens on which its KL to the cut model is measured. The best is then pruned with "
+        "calibration_tokens.",
+    )
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _as_number(cls, params: Any) -> int | float:
+        return read_budget(params)
+
+
+def _kind_of_shape(value: Any) -> str:
+    if isinstance(value, str):
+        return "preset"
+    budget = isinstance(value, BudgetSettings) or (isinstance(value, dict) and "params" in value)
+    return "budget" if budget else "axes"
 
 
 ShapeSpec = Annotated[
-    Annotated[str, Tag("preset")] | Annotated[ShapeSettings, Tag("axes")],  # type: ignore[valid-type]
-    Discriminator(_preset_or_axes),
+    Annotated[str, Tag("preset")]
+    | Annotated[ShapeSettings, Tag("axes")]  # type: ignore[valid-type]
+    | Annotated[BudgetSettings, Tag("budget")],
+    Discriminator(_kind_of_shape),
 ]
 
 
@@ -83,8 +116,9 @@ class PruneStage(PruneSettings):
     kind: Literal["prune"] = Field(description="What the stage does.")
     name: str = Field(description="The stage's name in the run folder and the report.")
     shape: ShapeSpec = Field(
-        description=f"The student's shape: {', '.join(PRESETS)}, or the axes that differ from "
-        "the teacher's (hidden_size: 432, num_hidden_layers: 24, ...)."
+        description=f"The student's shape: {', '.join(PRESETS)}; or the axes that differ from "
+        "the teacher's (hidden_size: 432, num_hidden_layers: 24, ...); or a budget from which it "
+        "is searched (params: 60M, or a fraction; with it candidates, tokens, and any axes)."
     )
 
     @field_validator("shape")
@@ -94,8 +128,22 @@ class PruneStage(PruneSettings):
             raise ValueError(f"no shape has the name {shape!r}{_nearest(shape, PRESETS)}")
         return shape
 
+    @model_validator(mode="after")
+    def _depth_is_given(self) -> PruneStage:
+        listed = len(self.depth) if isinstance(self.depth, list) else None
+        if listed and self.budget and self.budget.num_hidden_layers != listed:
+            raise ValueError(
+                f"depth lists {listed} layers; give num_hidden_layers: {listed} beside params"
+            )
+        return self
+
+    @property
+    def budget(self) -> BudgetSettings | None:
+        """The search, where the shape is not given but searched."""
+        return self.shape if isinstance(self.shape, BudgetSettings) else None
+
     def shape_spec(self) -> str | dict[str, Any]:
-        """The shape as ``students.shape.resolve_shape`` takes it."""
+        """The shape as ``pipelines.stages.prune.possible_shapes`` takes it."""
         return self.shape if isinstance(self.shape, str) else self.shape.model_dump()
 
 
@@ -548,7 +596,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_TAGS = frozenset({*KINDS, "preset", "axes"})
+_SHAPE_TAGS = ("preset", "axes", "budget")
+_TAGS = frozenset({*KINDS, *_SHAPE_TAGS})
 _NUMBER_TAGS = ("number", "ramp")
 
 
@@ -576,7 +625,7 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
     """The keys that the model at ``location``'s parent knows."""
     models: list[type[BaseModel]] = [Recipe]
     for part in location[:-1]:
-        if isinstance(part, int) or part in ("preset", "axes", *_NUMBER_TAGS):
+        if isinstance(part, int) or part in (*_SHAPE_TAGS, *_NUMBER_TAGS):
             continue
         below = [m.model_fields[part].annotation for m in models if part in m.model_fields]
         if below:

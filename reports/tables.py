@@ -264,6 +264,41 @@ def source_table(run: Run) -> Table | None:
     )
 
 
+def search_table(run: Run) -> Table | None:
+    """The shapes that a budget left open, as they were tried, the best first."""
+    stage = next((stage for stage in run.stages if as_list(stage.summary.get("search"))), None)
+    if stage is None:
+        return None
+    rows = []
+    for place, entry in enumerate(map(as_dict, as_list(stage.summary["search"])), 1):
+        shape = as_dict(entry.get("shape"))
+        rows.append(
+            [
+                Cell(text=str(place), sort=place),
+                cell(as_number(entry.get("kl")), words.significant),
+                *(cell(as_number(shape.get(axis)), lambda v: f"{v:,.0f}") for axis in _AXES),
+                cell(as_number(entry.get("parameters")), lambda v: f"{v:,.0f}"),
+            ]
+        )
+    return Table(
+        name="search",
+        caption="Shapes under the budget, each pruned on a little text. Divergence: KL from the "
+        "model that was cut, nats a token, on held-out text before any training. The first was "
+        "taken.",
+        columns=["rank", "divergence", *_AXES.values(), "parameters"],
+        rows=rows,
+    )
+
+
+_AXES = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key/value heads",
+    "intermediate_size": "neurons",
+}
+
+
 def transfer(run: Run) -> Data:
     """The run's transfer_set.json, empty if there is none."""
     return next((stage.transfer_set for stage in run.stages if stage.transfer_set), {})

@@ -23,6 +23,7 @@ from reports.tables import (
     completion_table,
     metric_table,
     plain,
+    search_table,
     source_table,
     stage_table,
     task_table,
@@ -60,6 +61,7 @@ class View:
     all_metrics: Table | None = None
     charts: list[Chart] = field(default_factory=list)
     kept: list[tuple[str, str]] = field(default_factory=list)
+    search: Table | None = None
     completions: Table | None = None
     transfer_set: Table | None = None
     transfer_facts: list[tuple[str, str]] = field(default_factory=list)
@@ -91,6 +93,7 @@ def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> Vie
         all_metrics=metric_table(run),
         charts=make_charts(run, rivals),
         kept=kept(run),
+        search=search_table(run),
         completions=completion_table(run),
         transfer_set=source_table(run),
         transfer_facts=transfer_facts(run),

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from shearling import ShearlingError
 
-_ROUND = 8  # widths of proportional shapes are multiples of this, as matrix kernels like them
+WIDTH_STEP = 8  # widths of proportional shapes are multiples of this, as matrix kernels like them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,9 +192,9 @@ def _round_to(value: float, multiple: int) -> int:
     return max(multiple, round(value / multiple) * multiple)
 
 
-def _round_hidden(value: float, heads: int, largest: int) -> int:
-    """A hidden size near ``value`` that divides among the heads, and by _ROUND if there is one."""
-    best = _round_to(value, math.lcm(_ROUND, heads))
+def round_hidden(value: float, heads: int, largest: int) -> int:
+    """A hidden size near ``value`` that divides among the heads, and by 8 if there is one."""
+    best = _round_to(value, math.lcm(WIDTH_STEP, heads))
     return best if best <= largest else _round_to(value, heads)
 
 
@@ -212,13 +212,13 @@ def _proportional(
         key_value_heads = heads = max(1, round(teacher.num_key_value_heads * group))
     return replace(
         teacher,
-        hidden_size=_round_hidden(teacher.hidden_size * hidden, heads, teacher.hidden_size),
+        hidden_size=round_hidden(teacher.hidden_size * hidden, heads, teacher.hidden_size),
         num_hidden_layers=max(1, int(teacher.num_hidden_layers * layers)),
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
         head_dim=max(2, int(teacher.head_dim * head_dim) // 2 * 2),
         intermediate_size=min(
-            teacher.intermediate_size, _round_to(teacher.intermediate_size * ffn, _ROUND)
+            teacher.intermediate_size, _round_to(teacher.intermediate_size * ffn, WIDTH_STEP)
         ),
         tie_word_embeddings=True,
     )

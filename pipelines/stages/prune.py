@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.stages.context import Context
 from shearling import read_json, write_json
+from students.search import candidate_shapes
 from students.shape import Shape, resolve_shape
 
 if TYPE_CHECKING:
@@ -21,21 +22,38 @@ TEACHER_SELECTION = "teacher_selection.json"
 
 
 def run(settings: PruneStage, context: Context) -> dict[str, Any]:
-    """Write ``out/model`` and ``out/selection.json``; goes on from ``out/resume`` where it is."""
+    """Write ``out/model`` and ``out/selection.json``; goes on from ``out/resume`` where it is.
+
+    Where the shape is a budget, ``out/search.json`` comes first: the shapes tried, with scores.
+    """
     from compress.prune import prune
+    from compress.search import search
     from compress.selection import read_map, write_map
 
     newest = context.inputs["model"]
     teacher = Shape.from_config(read_json(context.inputs["teacher"] / "model" / "config.json"))
-    shape = student_shape(
+    shapes = possible_shapes(
         settings.shape_spec(),
         teacher=teacher,
         newest=Shape.from_config(read_json(newest / "model" / "config.json")),
     )
+    scores = None
+    if settings.budget:
+        scores = search(
+            newest / "model",
+            context.out,
+            shapes,
+            context.inputs["transfer_set"],
+            settings,
+            tokens=settings.budget.tokens,
+            seed=context.seed,
+            device=context.device,
+            progress=context.progress,
+        )
     summary = prune(
         newest / "model",
         context.out,
-        shape,
+        Shape(**scores[0]["shape"]) if scores else shapes[0],
         context.inputs["transfer_set"],
         settings,
         seed=context.seed,
@@ -54,11 +72,23 @@ def run(settings: PruneStage, context: Context) -> dict[str, Any]:
         selection = joined_selection(first, selection)
     write_json(context.out / TEACHER_SELECTION, selection)
     write_map(context.out / TEACHER_SELECTION, map_ED)
-    return summary
+    return summary | ({"search": scores} if scores else {})
 
 
-def student_shape(spec: str | dict[str, Any], *, teacher: Shape, newest: Shape) -> Shape:
-    """The shape to cut ``newest`` to.
+def possible_shapes(spec: str | Mapping[str, Any], *, teacher: Shape, newest: Shape) -> list[Shape]:
+    """The shapes among which a search chooses where ``spec`` is a budget, else the one it tells."""
+    if isinstance(spec, Mapping) and "params" in spec:
+        return candidate_shapes(spec, newest)
+    return [_told_shape(spec, teacher=teacher, newest=newest)]
+
+
+def student_shape(spec: str | Mapping[str, Any], *, teacher: Shape, newest: Shape) -> Shape:
+    """The shape to cut ``newest`` to; of a budget the first candidate, until the search is done."""
+    return possible_shapes(spec, teacher=teacher, newest=newest)[0]
+
+
+def _told_shape(spec: str | Mapping[str, Any], *, teacher: Shape, newest: Shape) -> Shape:
+    """The shape to cut ``newest`` to, from a name or axes.
 
     A preset is a proportion of the teacher, however many cuts came before; axes that are given by
     number leave all others as the newest model has them.

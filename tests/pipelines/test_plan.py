@@ -98,6 +98,41 @@ def test_each_cut_is_planned_from_the_one_before(big: dict[str, Any]) -> None:
         planned(big)
 
 
+def test_a_search_is_planned_with_all_it_tries(big: dict[str, Any]) -> None:
+    stage = big["stages"][0]
+    stage["shape"] = {"params": "3.2B"}
+    plan = planned(big)
+    search = row(plan, "prune")
+    assert 0.97 * 3.2e9 <= search["parameters"] <= 3.2e9
+    assert row(plan, "distill")["parameters"] == search["parameters"]
+    assert any("prune tries at most 6 shapes under its budget" in a for a in plan["assumptions"])
+    stage["shape"]["tokens"] = stage["calibration_tokens"] = 32768
+    dear = row(planned(big), "prune")
+    stage["shape"] = "llama-3.2-3b"
+    one = row(planned(big), "prune")
+    # Six candidates at the full price, and the best once more.
+    assert dear["flops"] == pytest.approx(7 * one["flops"], rel=0.3)
+    assert one["flops"] < search["flops"] < dear["flops"]
+    assert search["scratch_bytes"] > 0.9 * 2 * 3.2e9  # a candidate in 16 bits, until it is scored
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"params": "9B"}, "leaves nothing to search: the model to cut has 8,030,261,248"),
+        ({"params": "10M"}, "is too small: the smallest shape that is tried has"),
+    ],
+)
+def test_a_budget_that_no_shape_meets_is_told(
+    big: dict[str, Any], shape: dict[str, Any], message: str
+) -> None:
+    big["stages"][0]["shape"] = shape
+    with pytest.raises(ShearlingError, match="Stage prune: The budget of") as caught:
+        planned(big)
+    assert message in caught.value.what
+    assert "`params`" in caught.value.hint
+
+
 def test_a_local_teacher_is_read_from_its_config(recipe_data: dict[str, Any]) -> None:
     recipe = check_recipe(recipe_data)
     facts = teacher_facts(recipe.teacher)

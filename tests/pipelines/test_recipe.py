@@ -292,3 +292,34 @@ def test_a_weight_is_a_number_or_a_ramp(data: dict[str, Any]) -> None:
     assert "distill.forward_kl.ende: unknown key; did you mean 'end'?" in found
     stage["forward_kl"] = -1
     assert "distill.forward_kl: " in mistakes(data)
+
+
+def test_a_shape_may_be_a_budget(data: dict[str, Any], recipe_file: Path) -> None:
+    data["stages"][0]["shape"] = {"params": "20k", "num_hidden_layers": 3}
+    recipe = check_recipe(data)
+    assert recipe.stages[0].shape_spec() == {
+        "params": 20_000,
+        "candidates": 6,
+        "tokens": 8192,
+        "num_hidden_layers": 3,
+    }
+    assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    overridden = load_recipe(str(recipe_file), ["prune.shape={params: 50%}"])
+    assert overridden.stages[0].budget.params == 0.5
+    overridden = load_recipe(str(recipe_file), ["prune.shape=like-3b", "prune.shape.params=1.2B"])
+    assert overridden.stages[0].budget.params == 1_200_000_000
+
+
+def test_mistakes_in_a_budget_are_named(data: dict[str, Any]) -> None:
+    stage = data["stages"][0]
+    stage["shape"] = {"params": "sixty", "candidates": 0, "hiden_size": 24}
+    found = mistakes(data)
+    assert "prune.shape.params: 'sixty' is no budget; write a number of parameters" in found
+    assert "prune.shape.candidates: " in found
+    assert "prune.shape.hiden_size: unknown key; did you mean 'hidden_size'?" in found
+    stage["shape"] = {"parms": "60M"}
+    assert "prune.shape.parms: unknown key; did you mean 'params'?" in mistakes(data)
+    stage["shape"], stage["depth"] = {"params": 0.5}, [0, 3]
+    assert "depth lists 2 layers; give num_hidden_layers: 2 beside params" in mistakes(data)
+    stage["shape"]["num_hidden_layers"] = 2
+    assert check_recipe(data).stages[0].budget.num_hidden_layers == 2

@@ -81,6 +81,29 @@ def test_the_student_is_a_stock_model(finished: tuple[Path, str]) -> None:
     assert torch.isfinite(model(ids).logits).all()
 
 
+def test_a_budget_is_searched_taught_and_reported(
+    recipe_data: dict[str, Any], tmp_path: Path, shearling: Shearling
+) -> None:
+    data = copy.deepcopy(recipe_data)
+    data["stages"][0]["shape"] = {"params": 0.6, "candidates": 2, "tokens": 128}
+    (tmp_path / "searched.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    done = shearling("run", "searched.yaml", "--out", "searched")
+    assert done.returncode == 0, done.stderr
+    stages = tmp_path / "searched" / "stages"
+    found = json.loads((stages / "prune" / "stage.json").read_text())["summary"]
+    assert [score["kl"] for score in found["search"]] == sorted(s["kl"] for s in found["search"])
+    assert len(found["search"]) == 2
+    assert found["shape"] == found["search"][0]["shape"]
+    assert 0.97 * 0.6 <= found["parameters"] / found["teacher_parameters"] <= 0.6
+    taught = json.loads((stages / "distill" / "model" / "config.json").read_text())
+    assert taught["intermediate_size"] == found["shape"]["intermediate_size"]
+    assert "table-search" in (tmp_path / "searched" / "report.html").read_text()
+    planned = json.loads((tmp_path / "searched" / "plan.json").read_text())["stages"]
+    assert {row["name"] for row in planned} >= {"prune", "distill"}
+    again = shearling("run", "searched.yaml", "--out", "searched")
+    assert set(decisions(again.stdout).values()) == {"not run again: nothing changed"}
+
+
 def test_metrics_name_their_stage(finished: tuple[Path, str]) -> None:
     lines = [json.loads(x) for x in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]

@@ -474,3 +474,19 @@ def test_each_task_is_told_whether_the_student_is_worse_and_whether_that_is_nois
     floor = next(row[4] for row in table.rows if row[0].text == "grammar_pairs")
     assert floor.text in ("yes", "not surely")
     assert float(floor.note.rstrip("%")) >= 50
+
+
+def test_shapes_that_were_searched_stand_by_rank(run: Path) -> None:
+    path = run / "stages" / "prune" / "stage.json"
+    record = read_json(path)
+    shape = {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 4}
+    record["summary"]["search"] = [
+        {"shape": shape, "parameters": 29_500, "kl": 0.125},
+        {"shape": HOSTILE, "parameters": HOSTILE, "kl": None},
+        HOSTILE,
+    ]
+    write_json(path, record)
+    page = parse(run)
+    assert HOSTILE not in page.text
+    assert "1 0.125 3 24 4 – – 29,500" in page.text
+    assert "| 1 | 0.125 | 3 | 24 | 4 |" in (run / "report.md").read_text(encoding="utf-8")
