@@ -21,11 +21,10 @@ from students.shape import Shape
 LIBRARIES = 0.5e9
 """A process with torch, transformers and lm-eval loaded, before any model (measured)."""
 SHARD = 2 * 1024**3  # of a model that is being written
-SURVEY_TOKENS, WALK_BATCH_TOKENS, RIDGES = (
-    16384,
-    4096,
-    9,
-)  # as in compress.survey, layer, reconstruct
+SURVEY_TOKENS, WALK_BATCH_TOKENS = 16384, 4096  # as in compress.survey and compress.layer
+RIDGES, JUDGED_OUTPUTS = 5, 700
+"""Ridges that are tried for a map on the way downhill (measured: 4 to 7), and about how many of its
+outputs judge them (compress.reconstruct)."""
 MICRO_TOKENS = 1024  # as in compress.data
 SHORT_WINDOW = 1024  # as in compress.attention
 MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
@@ -253,7 +252,16 @@ def _choice_moments(
     if settings.basis_for(before, student) == "principal":
         basis = {"principal directions": 40.0 * before.hidden_size**2}
         moments.append(Moment(what="basis", device={}, host=basis))
+    if _merges(before, student) and settings.merge == "least_squares":
+        both = {"joint directions": 40.0 * (2 * before.hidden_size) ** 2}
+        merged = {"embeddings": 4.0 * student.vocab_size * student.hidden_size}
+        moments.append(Moment(what="merge", device=both, host=merged))
     return moments
+
+
+def _merges(before: Shape, student: Shape) -> bool:
+    """Whether one matrix has to be made out of an embedding and an output head."""
+    return student.tie_word_embeddings and not before.tie_word_embeddings
 
 
 def _choice_flops(
@@ -276,6 +284,9 @@ def _choice_flops(
         single += 2.0 * narrow * student.num_hidden_layers * before.layer_parameters
         single += 2.0 * before.vocab_size * wide * narrow
         double += 10.0 * wide**3 + 20.0 * narrow**3  # all eigenvectors, one SVD
+    if _merges(before, student) and settings.merge == "least_squares":
+        single += 4.0 * before.vocab_size * wide * (2 * wide + student.hidden_size)
+        double += 10.0 * (2 * wide) ** 3
     return {"float32": single, "float64": double}
 
 
@@ -299,8 +310,9 @@ def _prune_flops(
     layers, single, double = student.num_hidden_layers, chosen["float32"], chosen["float64"]
     for inputs, outputs in _fits(student).values() if tokens else ():
         single += 2.0 * layers * tokens * inputs * (inputs + outputs)
-        solve = inputs**3 / 3 + 4.0 * inputs**2 * outputs  # Cholesky, and the error of each ridge
-        double += layers * (RIDGES + 1) * solve
+        for tries, solved in ((RIDGES, min(outputs, JUDGED_OUTPUTS)), (1, outputs)):
+            # Cholesky, and the error of each solution
+            double += layers * tries * (inputs**3 / 3 + 4.0 * inputs**2 * solved)
     if tokens:
         wide, narrow = before.hidden_size, student.hidden_size
         double += 2.0 * student.vocab_size * narrow * (wide + narrow)

@@ -49,7 +49,7 @@ def test_constants_are_those_of_the_code() -> None:
 
     assert survey.SURVEY_TOKENS == SURVEY_TOKENS
     assert layer.BATCH_TOKENS == WALK_BATCH_TOKENS
-    assert len(reconstruct.RIDGES) == estimate.RIDGES
+    assert 512 <= estimate.JUDGED_OUTPUTS < 2 * reconstruct.JUDGED_OUTPUTS
     assert data._MICRO_TOKENS == estimate.MICRO_TOKENS
     assert attention.LONGEST == estimate.SHORT_WINDOW
 
