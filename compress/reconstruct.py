@@ -50,10 +50,10 @@ class Moments:
         self.target_energy += (target_NO.square().sum(1) * weight_N).sum(dtype=torch.float64)
 
     def relative_error(self, weight_OI: Tensor) -> float:
-        """Σ w ‖W x - y‖² / Σ w ‖y‖² on what was taken in."""
-        weight_IO = weight_OI.T.double()
-        fitted = ((self.gram_II.double() @ weight_IO) * weight_IO).sum()
-        shared = (self.cross_IO.double() * weight_IO).sum()
+        """Σ w ‖W x - y‖² / Σ w ‖y‖² on what was taken in, to about six digits."""
+        weight_IO = weight_OI.T.float()
+        fitted = ((self.gram_II @ weight_IO) * weight_IO).sum(dtype=torch.float64)
+        shared = (self.cross_IO * weight_IO).sum(dtype=torch.float64)
         energy = self.target_energy.clamp_min(torch.finfo(torch.float64).tiny)
         return float(((fitted - 2 * shared) / energy + 1).clamp_min(0))
 

@@ -117,8 +117,8 @@ class HiddenLoss(Settings):
 class DistillSettings(Settings):
     """How a student is taught.
 
-    Schedule, betas, weight decay and clipping are those of the Llama papers; optimizer, learning
-    rate and batch are what was best on small budgets of tokens (docs/LOG.md).
+    Schedule, betas, weight decay and clipping are those of the Llama papers; losses, optimizer,
+    learning rate and batch are what was best on small budgets of tokens (docs/LOG.md).
     """
 
     tokens: int = Field(gt=0, description="Tokens of the transfer set that the student sees.")
@@ -130,7 +130,7 @@ class DistillSettings(Settings):
     )
 
     forward_kl: Weight = Field(
-        default=1.0,
+        default=0.7,
         description="Weight of KL(teacher || student). This and all weights may be a number or "
         "{start: 1, end: 0}, which changes with the steps.",
     )
@@ -150,7 +150,10 @@ class DistillSettings(Settings):
     skew: float = Field(
         default=0.1, gt=0, lt=1, description="How much `a little` is in the skewed losses."
     )
-    cross_entropy: Weight = Field(default=0.0, description="Weight of the labels' loss.")
+    cross_entropy: Weight = Field(
+        default=0.3,
+        description="Weight of the labels' loss: what the text says, beside what the teacher says.",
+    )
     hidden: HiddenLoss = Field(default=HiddenLoss(), description="Hidden-state loss.")
     attention: HiddenLoss = Field(
         default=HiddenLoss(), description="The same for what attention adds to the hidden states."

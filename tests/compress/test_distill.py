@@ -28,6 +28,8 @@ BASE: dict[str, Any] = {
     "batch_tokens": 32 * 8,
     "learning_rate": 5e-3,
     "embedding_learning_rate": 1.0,  # both models are random: there is no embedding to preserve
+    "forward_kl": 1.0,
+    "cross_entropy": 0.0,
     "optimizer": "adamw",
     "precision": "float32",
     "evaluate_every": 3,
@@ -118,11 +120,12 @@ def test_the_first_step_s_loss_is_what_stock_models_and_dense_losses_say(bench: 
             surprises.append(cross_entropy(learnt, labels)[:-1])
             documents += 1
     assert documents > data.step_windows, "the windows must hold documents' ends to be a test"
-    out, _ = bench.run()
+    out, _ = bench.run(forward_kl=0.75, cross_entropy=0.5)
     line = steps(out)[0]
     assert line["forward_kl"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-5)
     assert line["cross_entropy"] == pytest.approx(torch.cat(surprises).mean().item(), rel=1e-5)
-    assert line["loss"] == pytest.approx(line["forward_kl"], rel=1e-6)
+    expected = 0.75 * line["forward_kl"] + 0.5 * line["cross_entropy"]
+    assert line["loss"] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
