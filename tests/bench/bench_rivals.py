@@ -28,11 +28,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rivals import RIVALS, Inputs, fluctuation, least_squares, lost_on_average, suits
+from rivals import (
+    RIVALS,
+    Inputs,
+    fluctuation,
+    group_magnitude,
+    layer_ends,
+    least_squares,
+    lost_on_average,
+    suits,
+)
 from torch import Tensor
 from transformers import LlamaForCausalLM
 from workbench import Ground, Rows, held_apart, markdown, perplexities, prepare, quiet
 
+from compress.coupling import NEURONS, derive_coupling
 from compress.distill import distill
 from compress.prune import prune
 from compress.settings import DistillSettings, PruneSettings
@@ -193,6 +203,16 @@ def test_what_is_removed_is_made_up_for() -> None:
     bias_O = lost_on_average(weight_OI, seen, kept)
     assert torch.allclose(input_NI @ sliced_OI.T + bias_O, input_NI @ weight_OI.T, atol=1e-4)
     assert fluctuation(seen, weight_OI)[[1, 3, 4]].abs().max() < 1e-9
+
+
+def test_magnitude_is_the_norm_of_all_that_is_coupled(tiny_llama: Path) -> None:
+    source = open_checkpoint(tiny_llama)
+    model, axes = source.model(torch.float32), derive_coupling(source.config).axes
+    found_F = group_magnitude(layer_ends(model, axes, NEURONS, 1))
+    mlp = model.model.layers[1].mlp
+    rows_F = mlp.gate_proj.weight.square().sum(1) + mlp.up_proj.weight.square().sum(1)
+    wanted_F = rows_F + mlp.down_proj.weight.square().sum(0)
+    assert torch.allclose(found_F, wanted_F / wanted_F.mean())
 
 
 def main() -> None:
