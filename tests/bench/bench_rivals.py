@@ -74,7 +74,8 @@ class Budget:
 def cut(method: str, ground: Ground, budget: Budget, out: Path) -> Path:
     """Prune the teacher into ``out/model``, unless that was done."""
     model = out / "model"
-    if (model / "config.json").is_file():
+    written_last = model / "config.json" if method in RIVALS else out / "selection.json"
+    if written_last.is_file():
         return model
     if method in RIVALS:
         text = TransferSet(ground.text)

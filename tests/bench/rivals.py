@@ -175,8 +175,8 @@ def write(
         for name, weight in slicer.layer(number, weights).items():
             writer.add(f"model.layers.{number}.{name}", weight)
     writer.add("model.norm.weight", slicer.norm(source.tensor("model.norm.weight")))
-    writer.finish()
     copy_tokenizer(source.folder, out)
+    writer.finish()
     return out
 
 
