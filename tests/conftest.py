@@ -11,6 +11,8 @@ import signal
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Test processes side by side are told a terminal's width; what commands print here goes to a file.
+os.environ.pop("COLUMNS", None)
 
 from pathlib import Path
 
