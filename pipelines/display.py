@@ -19,7 +19,7 @@ _SHRINKS = Column(no_wrap=True, overflow="ellipsis")
 """On a narrow terminal the numbers are cut off, not the time left."""
 
 PLAIN_SECONDS = 15.0
-"""Between two plain lines of one step."""
+"""Between two plain lines, so that a log is never silent for much longer."""
 
 
 class Display:
@@ -31,7 +31,7 @@ class Display:
         self._task: TaskID | None = None
         self._what = ""
         self._pace = Pace()
-        self._printed = 0.0
+        self._printed = time.monotonic()
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -64,17 +64,19 @@ class Display:
         """Print one line; nothing in ``text`` is read as markup."""
         shown = Text(without_secrets(text), style=style)
         self.console.print(shown, highlight=False, soft_wrap=True)
+        self._printed = time.monotonic()
 
     def decision(self, name: str, decision: str) -> None:
         line = Text.assemble((f"{name}: ", "bold"), decision)
         self.console.print(line, highlight=False, soft_wrap=True)
+        self._printed = time.monotonic()
 
     def progress(self, name: str, what: str, done: int, total: int, **numbers: float) -> None:
         """Show how far a step is. ``what`` names the part of the step that is counted."""
         clock = time.monotonic()
         if what != self._what:
             self.step_ended()
-            self._what, self._printed = what, clock
+            self._what = what
             if total <= 1 and done < total and not self._live:
                 # Work that can't be counted (a download) is announced, for it may take long.
                 self.line(f"  {name}: {what}")
@@ -82,7 +84,6 @@ class Display:
         if self._live:
             self._show_live(name, what, done, total, numbers)
         elif clock - self._printed >= PLAIN_SECONDS:
-            self._printed = clock
             part = "" if what == name else f"{what} "
             parts = [f"  {name}: {part}{done:,}/{total:,}", format_numbers(numbers)]
             parts += [f"{format_seconds(left)} left"] if left is not None else []

@@ -375,23 +375,28 @@ def test_the_examples_of_the_help_parse() -> None:
 # --- the display --------------------------------------------------------------------------------
 
 
-def test_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [1, 6])
+def test_plain_lines_come_now_and_then(monkeypatch: pytest.MonkeyPatch, parts: int) -> None:
+    """A minute of work in one part or in parts of ten seconds: no silence of over 20 seconds."""
     from io import StringIO
 
     from rich.console import Console
 
     from pipelines import display
 
-    clock = iter(range(0, 10_000, 5))
-    monkeypatch.setattr(display.time, "monotonic", lambda: float(next(clock)))
+    now = [0.0]
+    monkeypatch.setattr(display.time, "monotonic", lambda: now[0])
     out = StringIO()
     with display.Display(Console(file=out, width=200)) as shown:
         for done in range(1, 13):
-            shown.progress("distill", "train", done, 12, loss=2.5, tokens_per_second=1234.5)
+            now[0] += 5
+            part = f"part {(done - 1) * parts // 12}" if parts > 1 else "train"
+            shown.progress("distill", part, done, 12, loss=2.5, tokens_per_second=1234.5)
     lines = out.getvalue().splitlines()
-    assert 3 <= len(lines) <= 4
-    assert lines[0].startswith("  distill: train 4/12 · loss 2.5 · 1,234 tokens/s · ")
-    assert lines[0].endswith("left")
+    assert len(lines) == 4
+    if parts == 1:
+        assert lines[0].startswith("  distill: train 3/12 · loss 2.5 · 1,234 tokens/s · ")
+        assert lines[0].endswith("left")
 
 
 def test_what_takes_long_says_so(
