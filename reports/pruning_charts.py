@@ -159,7 +159,7 @@ def hidden_dims(run: Run) -> Chart | None:
 
 
 def neurons(run: Run) -> Chart | None:
-    """How much of its neurons' importance each layer kept, beside how many of them."""
+    """How much of its neurons' importance each layer kept."""
     stage = pruned(run)
     if stage is None:
         return None

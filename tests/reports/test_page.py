@@ -87,7 +87,7 @@ def test_a_whole_run_is_told_in_the_agreed_order(run: Path) -> None:
 
 CHARTS = [
     "quality-by-size", "quality-by-speed", "tasks", "quality-by-position", "loss", "heldout",
-    "learning-rate", "gradient-norm", "training-speed", "layers", "heads", "hidden",
+    "learning-rate", "gradient-norm", "training-speed", "layers", "heads", "neurons", "hidden",
     "reconstruction",
 ]  # fmt: skip
 
