@@ -19,7 +19,6 @@ training that was stopped goes on.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -40,7 +39,7 @@ from rivals import (
 )
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from workbench import Ground, Rows, held_apart, markdown, perplexities, prepare, quiet
+from workbench import Ground, Rows, held_apart, markdown, perplexities, prepare, quiet, tiny_ground
 
 from compress.coupling import NEURONS, derive_coupling
 from compress.distill import distill
@@ -155,18 +154,7 @@ def table(rows: Rows) -> str:
 
 
 def test_rivals_make_the_shape_and_learn(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
-    recipe = {
-        "name": "tiny",
-        "teacher": {"model": str(tiny_llama)},
-        "transfer_set": {
-            "window": 32,
-            "heldout_windows": 4,
-            "sources": [{"name": "tiny", "path": str(tiny_text)}],
-        },
-        "stages": [{"name": "prune", "kind": "prune", "shape": {"num_hidden_layers": 3}}],
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    ground = prepare(str(tmp_path / "recipe.yaml"), tmp_path)
+    ground = tiny_ground(tiny_llama, tiny_text, tmp_path)
     teacher = open_checkpoint(ground.teacher).shape
     texts = {"wikitext2": TransferSet(ground.text).calibration(256, 1)}
     narrow = {"num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 40}

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from workbench import Ground, Rows, held_apart, markdown, perplexities, prepare, quiet
+from workbench import Ground, Rows, held_apart, markdown, perplexities, prepare, quiet, tiny_ground
 
 from compress.distill import distill
 from compress.prune import prune
@@ -45,11 +45,16 @@ from teachers.checkpoint import open_checkpoint
 from teachers.transfer_set import TransferSet
 
 STARTS: dict[str, dict[str, Any]] = {"sliced": {"refit": False}, "refitted": {}}
+TAUGHT_ALONE = {"forward_kl": 1.0, "cross_entropy": 0.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "live": {"targets": "live"},
-    "cached": {"targets": "sample"},
-    "hidden": {"targets": "sample", "hidden": {"kind": "normalised_mse", "weight": 0.5}},
-    "labels": {"targets": "sample", "cross_entropy": 0.5},
+    "live": {"targets": "live", **TAUGHT_ALONE},
+    "cached": {"targets": "sample", **TAUGHT_ALONE},
+    "hidden": {
+        "targets": "sample",
+        **TAUGHT_ALONE,
+        "hidden": {"kind": "normalised_mse", "weight": 0.5},
+    },
+    "labels": {"targets": "sample", "forward_kl": 1.0, "cross_entropy": 0.5},
 }
 WAYS = ("one-shot", "iterative")
 MARKS = (0, 1, 2, 4, 8)
@@ -197,18 +202,7 @@ def _ends(curves: list[list[dict[str, float]]]) -> str:
 
 
 def test_students_learn_from_every_start(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
-    recipe = {
-        "name": "tiny",
-        "teacher": {"model": str(tiny_llama)},
-        "transfer_set": {
-            "window": 32,
-            "heldout_windows": 4,
-            "sources": [{"name": "tiny", "path": str(tiny_text)}],
-        },
-        "stages": [{"name": "prune", "kind": "prune", "shape": {"num_hidden_layers": 3}}],
-    }
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
-    ground = prepare(str(tmp_path / "recipe.yaml"), tmp_path)
+    ground = tiny_ground(tiny_llama, tiny_text, tmp_path)
     texts = {"wikitext2": TransferSet(ground.text).calibration(256, 1)}
     rows = Rows(tmp_path / "rows.jsonl")
     more = {"learning_rate": 5e-3, "batch_tokens": 128}

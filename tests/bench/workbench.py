@@ -106,6 +106,22 @@ def prepare(recipe: str, work: Path, window: int | None = None) -> Ground:
     return ground
 
 
+def tiny_ground(teacher: Path, text: Path, work: Path) -> Ground:
+    """The same of a tiny teacher and a short text, for the benchmarks' own tests."""
+    recipe = {
+        "name": "tiny",
+        "teacher": {"model": str(teacher)},
+        "transfer_set": {
+            "window": 32,
+            "heldout_windows": 4,
+            "sources": [{"name": "tiny", "path": str(text)}],
+        },
+        "stages": [{"name": "prune", "kind": "prune", "shape": {"num_hidden_layers": 3}}],
+    }
+    (work / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    return prepare(str(work / "recipe.yaml"), work)
+
+
 def spread(items: Sequence[Any], count: int) -> list[Any]:
     """``count`` of the items, or all, evenly spread."""
     count = min(count, len(items))
