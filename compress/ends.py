@@ -78,7 +78,7 @@ def student_ends(
     norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
     head_VE = source.tensor(HEAD).to(device)
     ramp = 1
-    merged = slicer.student.tie_word_embeddings and not slicer.teacher.tie_word_embeddings
+    merged = slicer.student.merges_ends_of(slicer.teacher)
     if merged:
         both = BothEnds(source.tensor(EMBEDDING), head_VE, norm_E)
         embedding_VD, norm_D = MERGES[way](both, plan.stream)

@@ -32,7 +32,7 @@ from shearling import (
     silent,
 )
 from students.shape import Shape
-from teachers.checkpoint import open_checkpoint
+from teachers.checkpoint import Checkpoint, open_checkpoint
 from teachers.tokenizer import copy_tokenizer
 from teachers.transfer_set import TransferSet
 
@@ -69,15 +69,7 @@ def prune(
     text = TransferSet(transfer_set)
     windows = text.calibration(settings.calibration_tokens, seed)
     place, resume = torch.device(device), out / "resume"
-    identity = sha256_of_json(
-        [
-            settings.model_dump(exclude={"save_every_seconds", "stream_memory_gb"}),
-            shape.to_dict(),
-            seed,
-            source.fingerprint(),
-            text.facts["sha256"],
-        ]
-    )
+    identity = identity_of_cut(source, text, settings, shape.to_dict(), seed)
     saved = load_checkpoint(resume)
     if saved and saved.state["identity"] != identity:
         raise ShearlingError(
@@ -142,6 +134,14 @@ def prune(
     )
     shutil.rmtree(out / "streams", ignore_errors=True)
     return _summary(walk, shape, windows, precision, logit_error)
+
+
+def identity_of_cut(
+    source: Checkpoint, text: TransferSet, settings: PruneSettings, *wanted: Any
+) -> str:
+    """A hash of all that results depend on; ``wanted`` is what is cut to, and how, as JSON."""
+    how = settings.model_dump(exclude={"save_every_seconds", "stream_memory_gb"})
+    return sha256_of_json([how, *wanted, source.fingerprint(), text.facts["sha256"]])
 
 
 class Saving:

@@ -21,9 +21,9 @@ from compress.fused import FusedLoss, compare
 from compress.layer import LayerMath, batches, normed, read_layer
 from compress.losses import LiveTargets
 from compress.precision import fast_dtype
-from compress.prune import prune
+from compress.prune import identity_of_cut, prune
 from compress.settings import PruneSettings
-from shearling import Progress, ShearlingError, read_json, sha256_of_json, silent, write_json
+from shearling import Progress, ShearlingError, read_json, silent, write_json
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint, open_checkpoint
 from teachers.transfer_set import TransferSet
@@ -50,16 +50,8 @@ def search(
         ShearlingError: as ``prune`` does; or there is no held-out text.
     """
     source, text = open_checkpoint(teacher), TransferSet(transfer_set)
-    identity = sha256_of_json(
-        [
-            settings.model_dump(exclude={"save_every_seconds", "stream_memory_gb"}),
-            [shape.to_dict() for shape in shapes],
-            tokens,
-            seed,
-            source.fingerprint(),
-            text.facts["sha256"],
-        ]
-    )
+    wanted = [shape.to_dict() for shape in shapes]
+    identity = identity_of_cut(source, text, settings, wanted, tokens, seed)
     path, place = out / "search.json", torch.device(device)
     kept = read_json(path) if path.exists() else {}
     if kept.get("identity") != identity:

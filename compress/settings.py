@@ -76,7 +76,7 @@ class PruneSettings(Settings):
 
     def basis_for(self, teacher: Shape, student: Shape) -> Literal["principal", "dims"]:
         """How a student of this shape gets its stream; see ``basis``."""
-        merged = student.tie_word_embeddings and not teacher.tie_word_embeddings
+        merged = student.merges_ends_of(teacher)
         if student.hidden_size == teacher.hidden_size or (self.basis is None and merged):
             return "dims"
         return self.basis or "principal"

@@ -252,16 +252,11 @@ def _choice_moments(
     if settings.basis_for(before, student) == "principal":
         basis = {"principal directions": 40.0 * before.hidden_size**2}
         moments.append(Moment(what="basis", device={}, host=basis))
-    if _merges(before, student) and settings.merge == "least_squares":
+    if student.merges_ends_of(before) and settings.merge == "least_squares":
         both = {"joint directions": 40.0 * (2 * before.hidden_size) ** 2}
         merged = {"embeddings": 4.0 * student.vocab_size * student.hidden_size}
         moments.append(Moment(what="merge", device=both, host=merged))
     return moments
-
-
-def _merges(before: Shape, student: Shape) -> bool:
-    """Whether one matrix has to be made out of an embedding and an output head."""
-    return student.tie_word_embeddings and not before.tie_word_embeddings
 
 
 def _choice_flops(
@@ -284,7 +279,7 @@ def _choice_flops(
         single += 2.0 * narrow * student.num_hidden_layers * before.layer_parameters
         single += 2.0 * before.vocab_size * wide * narrow
         double += 10.0 * wide**3 + 20.0 * narrow**3  # all eigenvectors, one SVD
-    if _merges(before, student) and settings.merge == "least_squares":
+    if student.merges_ends_of(before) and settings.merge == "least_squares":
         single += 4.0 * before.vocab_size * wide * (2 * wide + student.hidden_size)
         double += 10.0 * (2 * wide) ** 3
     return {"float32": single, "float64": double}

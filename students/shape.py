@@ -143,6 +143,10 @@ class Shape:
             problems.append(f"head_dim {self.head_dim} is odd; rotary embedding needs pairs")
         return problems
 
+    def merges_ends_of(self, teacher: Shape) -> bool:
+        """Whether one matrix serves where the teacher has an embedding and an output head."""
+        return self.tie_word_embeddings and not teacher.tie_word_embeddings
+
     def problems_as_student_of(self, teacher: Shape) -> list[str]:
         """What keeps this shape from being cut out of ``teacher``, one sentence each."""
         problems = self.internal_problems()

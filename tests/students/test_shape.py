@@ -8,31 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shapes import LLAMA_3_1_8B, SMOLLM2_135M
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from shearling import ShearlingError
 from students.shape import PRESETS, Shape, resolve_shape
-
-LLAMA_3_1_8B = Shape(
-    hidden_size=4096,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=14336,
-    vocab_size=128256,
-    tie_word_embeddings=False,
-)
-SMOLLM2_135M = Shape(
-    hidden_size=576,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    intermediate_size=1536,
-    vocab_size=49152,
-    tie_word_embeddings=True,
-)
 
 
 def test_published_parameter_counts() -> None:
