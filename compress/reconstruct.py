@@ -24,6 +24,8 @@ RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """What is chosen from, each a share of the mean of the Gram matrix's diagonal."""
 JUDGED_OUTPUTS = 512
 """Outputs that choose the ridge: all share it, and a solution for each costs as much as a fit."""
+_GRAM_ROWS = 1024
+"""Rows of a Gram matrix in one product; what lies above its diagonal blocks is mirrored."""
 
 
 @dataclass
@@ -42,12 +44,29 @@ class Moments:
             torch.zeros((), dtype=torch.float64, device=device),
         )
 
-    def add(self, input_NI: Tensor, target_NO: Tensor, weight_N: Tensor) -> None:
-        """Take in positions; ``weight_N`` says how much each counts."""
+    def add(
+        self,
+        input_NI: Tensor,
+        target_NO: Tensor,
+        weight_N: Tensor,
+        energy_N: Tensor | None = None,
+    ) -> None:
+        """Take in positions; ``weight_N`` says how much each counts.
+
+        ``energy_N`` is ‖y‖² of each where the targets are those of which ``mapped`` makes y.
+        """
         weighted_NI = input_NI * weight_N[:, None]
-        self.gram_II.addmm_(weighted_NI.T, input_NI)
+        for first in range(0, input_NI.shape[1], _GRAM_ROWS):
+            rows, upto = slice(first, first + _GRAM_ROWS), slice(0, first + _GRAM_ROWS)
+            self.gram_II[rows, upto].addmm_(weighted_NI[:, rows].T, input_NI[:, upto])
+            self.gram_II[:first, rows] = self.gram_II[rows, :first].T
         self.cross_IO.addmm_(weighted_NI.T, target_NO)
-        self.target_energy += (target_NO.square().sum(1) * weight_N).sum(dtype=torch.float64)
+        energy_N = target_NO.square().sum(1) if energy_N is None else energy_N
+        self.target_energy += (energy_N * weight_N).sum(dtype=torch.float64)
+
+    def mapped(self, map_OP: Tensor) -> Moments:
+        """As if each target had been multiplied by ``map_OP``; the energy is that already."""
+        return Moments(self.gram_II, self.cross_IO @ map_OP, self.target_energy)
 
     def relative_error(self, weight_OI: Tensor) -> float:
         """Σ w ‖W x - y‖² / Σ w ‖y‖² on what was taken in, to about six digits."""
@@ -76,15 +95,30 @@ class SplitMoments:
     learns them by heart, with many a strong pull toward the sliced weights loses what they teach.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.fitted = Moments.zeros(inputs, outputs, device)
-        self.heldout = Moments.zeros(inputs, outputs, device)
+    def __init__(self, fitted: Moments, heldout: Moments) -> None:
+        self.fitted, self.heldout = fitted, heldout
 
-    def add(self, input_NI: Tensor, target_NO: Tensor, weight_N: Tensor, heldout_N: Tensor) -> None:
+    @classmethod
+    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> SplitMoments:
+        return cls(Moments.zeros(inputs, outputs, device), Moments.zeros(inputs, outputs, device))
+
+    def add(
+        self,
+        input_NI: Tensor,
+        target_NO: Tensor,
+        weight_N: Tensor,
+        heldout_N: Tensor,
+        energy_N: Tensor | None = None,
+    ) -> None:
         """Take in positions; ``heldout_N`` is true where they are held out."""
         for part, chosen in ((self.fitted, ~heldout_N), (self.heldout, heldout_N)):
             if bool(chosen.any()):
-                part.add(input_NI[chosen], target_NO[chosen], weight_N[chosen])
+                energy = None if energy_N is None else energy_N[chosen]
+                part.add(input_NI[chosen], target_NO[chosen], weight_N[chosen], energy)
+
+    def mapped(self, map_OP: Tensor) -> SplitMoments:
+        """Both parts ``mapped``."""
+        return SplitMoments(self.fitted.mapped(map_OP), self.heldout.mapped(map_OP))
 
     def rescale_inputs(self, scale: float) -> None:
         """As if every input had been multiplied by ``scale``."""
@@ -107,7 +141,7 @@ class SplitMoments:
     def _best_ridge(self, sliced_OI: Tensor) -> float:
         """Downhill from the middle: the error falls and rises once, and each look costs a solve."""
         some = slice(None, None, max(1, len(sliced_OI) // JUDGED_OUTPUTS))
-        fit = RidgeFit(self.fitted.outputs(some), sliced_OI[some])
+        fit = RidgeFit(self.fitted.outputs(some), sliced_OI[some], torch.float32)
         heldout = self.heldout.outputs(some)
 
         @cache
@@ -132,20 +166,25 @@ class Refit:
 
 
 class RidgeFit:
-    """The problem of the module's formula for any λ: what doesn't depend on λ is computed once."""
+    """The problem of the module's formula for any λ: what doesn't depend on λ is computed once.
 
-    def __init__(self, moments: Moments, sliced_OI: Tensor) -> None:
+    In float64, or in float32 where a third of the time buys a λ and not the weights.
+    """
+
+    def __init__(
+        self, moments: Moments, sliced_OI: Tensor, dtype: torch.dtype = torch.float64
+    ) -> None:
         self.sliced_OI = sliced_OI
-        self._gram_II = moments.gram_II.double()
-        self._base_IO = sliced_OI.T.double()
-        self._residual_IO = moments.cross_IO.double() - self._gram_II @ self._base_IO
+        self._gram_II = moments.gram_II.to(dtype)
+        self._base_IO = sliced_OI.T.to(dtype)
+        self._residual_IO = moments.cross_IO.to(dtype) - self._gram_II @ self._base_IO
         tiny = torch.finfo(torch.float64).tiny
         self._mean = self._gram_II.diagonal().mean().clamp_min(tiny)
 
     def solve(self, ridge: float) -> Tensor:
         """The weights W*, [O, I]; λ is ``ridge`` times the mean of diag(Gram).
 
-        Solved in float64 by Cholesky. Where the Gram matrix is too ill-conditioned for it, λ is
+        Solved by Cholesky. Where the Gram matrix is too ill-conditioned for it, λ is
         raised tenfold until it isn't: with λ large enough the answer is the sliced weights.
 
         Raises:

@@ -152,7 +152,10 @@ class Walk:
         self, number: int, block: Block, teacher: LayerWeights, student: LayerWeights
     ) -> dict[str, float]:
         """Refit the maps that read the stream; the teacher's stream passes the block."""
-        fit = InputFit(student, block)
+        maps = [
+            self.slicer.target(number, name, teacher[f"{name}.weight"].T) for name in block.inputs
+        ]
+        fit = InputFit(student, block, torch.cat(maps, dim=1))
         for rows in batches(self.teacher_stream):
             before = self._read(self.teacher_stream, rows)
             normed_BTE, parts = self.teacher_math.read(block, before, teacher)
@@ -163,6 +166,7 @@ class Walk:
             fit.add(
                 self._student_normed(rows),
                 _flat(self.slicer.kept(normed_BTE)),
+                _flat(normed_BTE * teacher[block.norm]),
                 targets,
                 _weights(before),
                 _held_out(rows, before),
@@ -200,7 +204,7 @@ class Walk:
 
         weight_name, bias = f"{block.output}.weight", student.get(f"{block.output}.bias")
         sliced_OI = student[weight_name]
-        moments = SplitMoments(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
+        moments = SplitMoments.zeros(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
         mixed: list[Tensor] = []  # kept for the second loop, in the dtype that it multiplies in
         for rows in batches(self.student_stream):
             stream = self._read(self.student_stream, rows)
@@ -291,33 +295,37 @@ def _relative_distance(ours_BTD: Tensor, theirs_BTD: Tensor) -> float:
 
 
 class InputFit:
-    """The refit of the maps that read the stream through one norm: q, k, v, or gate and up."""
+    """The refit of the maps that read the stream through one norm: q, k, v, or gate and up.
 
-    def __init__(self, student: LayerWeights, block: Block) -> None:
-        self.block = block
+    What the maps should say is a linear map of what the teacher's read, ``map_EO``. So only the
+    products of the two streams are added up, which are fewer than those with all outputs.
+    """
+
+    def __init__(self, student: LayerWeights, block: Block, map_EO: Tensor) -> None:
+        self.block, self.map_EO = block, map_EO
         self.norm_D = student[block.norm]
         self.biases = [student.get(f"{name}.bias") for name in block.inputs]
-        self.widths = [len(student[f"{name}.weight"]) for name in block.inputs]
-        self.moments = SplitMoments(len(self.norm_D), sum(self.widths), self.norm_D.device)
+        self.moments = SplitMoments.zeros(len(self.norm_D), len(map_EO), self.norm_D.device)
         self._shared = self._energy = 0.0
 
     def add(
         self,
         normed_ND: Tensor,
-        teacher_ND: Tensor,
+        kept_ND: Tensor,
+        read_NE: Tensor,
         targets: Sequence[Tensor],
         weight_N: Tensor,
         heldout_N: Tensor,
     ) -> None:
         """Take in a batch: the student's stream divided by its size, the same of the teacher's
-        in the student's dims, the wanted output of each map, and how much each position counts."""
+        in the student's dims, what the teacher's maps read, the wanted output of each map, and
+        how much each position counts."""
         input_ND = normed_ND * self.norm_D
-        unbiased = [
-            target if bias is None else target - bias
-            for target, bias in zip(targets, self.biases, strict=True)
-        ]
-        self.moments.add(input_ND, torch.cat(unbiased, dim=1), weight_N, heldout_N)
-        shared, energy = scale_of_norm(input_ND, teacher_ND * self.norm_D, weight_N)
+        energy_N = torch.zeros_like(weight_N)
+        for target, bias in zip(targets, self.biases, strict=True):
+            energy_N += (target if bias is None else target - bias).square().sum(1)
+        self.moments.add(input_ND, read_NE, weight_N, heldout_N, energy_N)
+        shared, energy = scale_of_norm(input_ND, kept_ND * self.norm_D, weight_N)
         self._shared += shared
         self._energy += energy
 
@@ -326,9 +334,9 @@ class InputFit:
         scale = self._shared / self._energy if self._energy else 1.0
         student[self.block.norm] = self.norm_D * scale
         self.moments.rescale_inputs(scale)
-        sliced_OI = torch.cat([student[f"{name}.weight"] for name in self.block.inputs])
-        refit = self.moments.refit(sliced_OI, ridge)
-        parts = torch.split(refit.weight_OI, self.widths)
+        sliced = [student[f"{name}.weight"] for name in self.block.inputs]
+        refit = self.moments.mapped(self.map_EO).refit(torch.cat(sliced), ridge)
+        parts = torch.split(refit.weight_OI, [len(weight_OI) for weight_OI in sliced])
         for name, weight in zip(self.block.inputs, parts, strict=True):
             student[f"{name}.weight"] = weight.contiguous()
         short = "qkv" if self.block is ATTENTION else "gate_up"

@@ -22,9 +22,9 @@ LIBRARIES = 0.5e9
 """A process with torch, transformers and lm-eval loaded, before any model (measured)."""
 SHARD = 2 * 1024**3  # of a model that is being written
 SURVEY_TOKENS, WALK_BATCH_TOKENS = 16384, 4096  # as in compress.survey and compress.layer
-RIDGES, JUDGED_OUTPUTS = 5, 700
+RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 5, 700, 1024
 """Ridges that are tried for a map on the way downhill (measured: 4 to 7), and about how many of its
-outputs judge them (compress.reconstruct)."""
+outputs judge them; rows of a Gram matrix in one product (compress.reconstruct)."""
 MICRO_TOKENS = 1024  # as in compress.data
 SHORT_WINDOW = 1024  # as in compress.attention
 MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
@@ -303,11 +303,19 @@ def _prune_flops(
     products = survey * _trunk_flops(before, window)
     products += tokens * (_trunk_flops(before, window) + _trunk_flops(student, window))
     layers, single, double = student.num_hidden_layers, chosen["float32"], chosen["float64"]
-    for inputs, outputs in _fits(student).values() if tokens else ():
-        single += 2.0 * layers * tokens * inputs * (inputs + outputs)
-        for tries, solved in ((RIDGES, min(outputs, JUDGED_OUTPUTS)), (1, outputs)):
-            # Cholesky, and the error of each solution
-            double += layers * tries * (inputs**3 / 3 + 4.0 * inputs**2 * solved)
+    for name, (inputs, outputs) in _fits(student).items() if tokens else ():
+        # Of a Gram matrix the blocks below the diagonal; what a map that reads the stream should
+        # say is made of products with the teacher's stream, once.
+        reads = name in ("qkv", "gate_up")
+        gram = inputs * (inputs + min(inputs, GRAM_ROWS)) / 2
+        single += (
+            2.0 * layers * tokens * (gram + inputs * (before.hidden_size if reads else outputs))
+        )
+        single += 2.0 * layers * inputs * before.hidden_size * outputs * reads
+        # Cholesky, and the error of each solution
+        judged = min(outputs, JUDGED_OUTPUTS)
+        single += layers * RIDGES * (inputs**3 / 3 + 4.0 * inputs**2 * judged)
+        double += layers * (inputs**3 / 3 + 4.0 * inputs**2 * outputs)
     if tokens:
         wide, narrow = before.hidden_size, student.hidden_size
         double += 2.0 * student.vocab_size * narrow * (wide + narrow)

@@ -125,7 +125,7 @@ def test_the_ridge_is_chosen_by_what_held_out_positions_say() -> None:
     truth, start = torch.randn(4, 30), torch.zeros(4, 30)
     chosen = {}
     for positions, noise in ((40, 20.0), (4000, 0.01)):
-        moments = SplitMoments(30, 4, torch.device("cpu"))
+        moments = SplitMoments.zeros(30, 4, torch.device("cpu"))
         inputs = torch.randn(positions, 30)
         targets = inputs @ truth.T + noise * torch.randn(positions, 4)
         held = torch.arange(positions) % 8 == 7
