@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from accelerate import init_empty_weights
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.precision import fast_dtype, product_rate
 from compress.prune import prune
@@ -105,9 +106,17 @@ def anonymous_peak() -> Iterator[list[int]]:
 
 
 def forward(folder: Path, tokens: int) -> dict[str, Any]:
-    """transformers' model over the calibration windows, without its output head."""
+    """transformers' model over the calibration windows, without its output head.
+
+    The weights stay where they are, in mapped files: a copy of 16 GB beside them would not fit
+    into the memory of a machine on which the walk does.
+    """
     dtype = fast_dtype("cpu", "auto").dtype
-    model = LlamaForCausalLM.from_pretrained(folder / "teacher", dtype=dtype).eval()
+    with init_empty_weights(include_buffers=False):
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "teacher")).eval()
+    for shard in sorted((folder / "teacher").glob("*.safetensors")):
+        model.load_state_dict(load_file(shard), strict=False, assign=True)
+    model.to(dtype)
     windows = torch.from_numpy(np.load(folder / "text" / "tokens.npy").astype(np.int64))
     start = time.perf_counter()
     with torch.no_grad():
