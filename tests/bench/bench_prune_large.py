@@ -108,20 +108,26 @@ def anonymous_peak() -> Iterator[list[int]]:
 def forward(folder: Path, tokens: int) -> dict[str, Any]:
     """transformers' model over the calibration windows, without its output head.
 
-    The weights stay where they are, in mapped files: a copy of 16 GB beside them would not fit
-    into the memory of a machine on which the walk does.
+    The weights stay in their mapped files but for the layer at work, in the dtype that multiplies
+    fastest here: in memory as a whole they would fit on few machines on which the walk fits.
     """
     dtype = fast_dtype("cpu", "auto").dtype
     with init_empty_weights(include_buffers=False):
         model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder / "teacher")).eval()
     for shard in sorted((folder / "teacher").glob("*.safetensors")):
         model.load_state_dict(load_file(shard), strict=False, assign=True)
-    model.to(dtype)
+    stored = [dict(layer.state_dict()) for layer in model.model.layers]
+    for layer, mapped in zip(model.model.layers, stored, strict=True):
+        layer.register_forward_pre_hook(lambda layer, _: layer.to(dtype) and None)
+        layer.register_forward_hook(
+            lambda layer, *_, mapped=mapped: layer.load_state_dict(mapped, assign=True) and None
+        )
     windows = torch.from_numpy(np.load(folder / "text" / "tokens.npy").astype(np.int64))
     start = time.perf_counter()
     with torch.no_grad():
         for rows in torch.split(windows[: tokens // WINDOW], 16):
-            model.model(rows, use_cache=False)
+            embedded = model.model.embed_tokens(rows).to(dtype)
+            model.model(inputs_embeds=embedded, use_cache=False)
     return {"forward_seconds": round(time.perf_counter() - start, 1), "dtype": str(dtype)}
 
 
