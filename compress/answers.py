@@ -187,6 +187,22 @@ class NoAnswers:
         return None
 
 
+def first_teacher(answers: Answers) -> LlamaForCausalLM:
+    """The model that answers live, of several the first.
+
+    Raises:
+        ShearlingError: there is no teacher.
+    """
+    first = answers.parts[0] if isinstance(answers, MixedAnswers) else answers
+    if isinstance(first, NoAnswers):
+        raise ShearlingError(
+            "on_policy_writer is teacher, and there is no teacher.",
+            hint="Set on_policy_writer to student.",
+        )
+    assert isinstance(first, LiveAnswers), "settings allow on_policy with live targets only"
+    return first.inside.model
+
+
 def open_answers(
     teachers: Sequence[Taught],
     settings: DistillSettings,

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from compress.answers import Taught, head, trunk
+from compress.answers import Taught, first_teacher, head, trunk
 from compress.checkpointing import (
     TrainingState,
     fill,
@@ -214,13 +214,14 @@ def _finite(value: Any) -> Any:
 
 
 def _batches(course: Course) -> list[Batch]:
-    """The step's micro-batches, some of their text written by the student where that is wanted."""
+    """The step's micro-batches, some of their text written by a model where that is wanted."""
     batches, settings = course.data.step(course.step), course.settings
     if not settings.on_policy:
         return batches
+    by_teacher = settings.on_policy_writer == "teacher"
     return [
         continued(
-            course.student,
+            first_teacher(course.answers) if by_teacher else course.student,
             batch,
             share=settings.on_policy,
             temperature=settings.on_policy_temperature,

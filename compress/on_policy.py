@@ -1,9 +1,12 @@
-"""Text that the student writes itself: it learns where its own words lead it.
+"""Text that a model writes while it is taught: the student learns where its own words lead it.
 
 A student that only reads others' text never sees its own mistakes, and piles them up when it
 writes. Here it continues the first half of some windows, and the teacher says of each word what
 it would have said (Agarwal et al. 2023, GKD, https://arxiv.org/abs/2306.13649). No label is right
 for such text, so only the divergences count there.
+
+The teacher may write instead (sequence-level distillation, Kim and Rush 2016,
+https://arxiv.org/abs/1606.07947, with all of its probabilities): text that no epoch repeats.
 
 Legend: B windows, T positions, R windows that are continued, L prompt length, G written tokens.
 """
@@ -21,9 +24,9 @@ from compress.losses import IGNORED
 
 
 def continued(
-    student: LlamaForCausalLM, batch: Batch, *, share: float, temperature: float, seed: list[int]
+    writer: LlamaForCausalLM, batch: Batch, *, share: float, temperature: float, seed: list[int]
 ) -> Batch:
-    """The batch with the second half of a share of its windows written by the student.
+    """The batch with the second half of a share of its windows written by ``writer``.
 
     A window whose document ends just there is left as it is. ``seed`` decides which windows are
     taken and what is written, so a run that goes on writes the same.
@@ -35,8 +38,8 @@ def continued(
     rows_R = torch.nonzero(chosen_B & goes_on_B).flatten().tolist()
     if not rows_R or half == 0:
         return batch
-    written_RG = _write(student, batch, rows_R, half, temperature, _one_number([*seed, 1]))
-    return _with_text(batch, rows_R, half, written_RG, student.config.eos_token_id)
+    written_RG = _write(writer, batch, rows_R, half, temperature, _one_number([*seed, 1]))
+    return _with_text(batch, rows_R, half, written_RG, writer.config.eos_token_id)
 
 
 def _one_number(seed: list[int]) -> int:
@@ -49,14 +52,14 @@ def _one_number(seed: list[int]) -> int:
 
 @torch.no_grad()
 def _write(
-    student: LlamaForCausalLM,
+    writer: LlamaForCausalLM,
     batch: Batch,
     rows: list[int],
     half: int,
     temperature: float,
     seed: int,
 ) -> Tensor:
-    """What the student writes after the first half: [R, G], of the open document alone."""
+    """What the model writes after the first half: [R, G], of the open document alone."""
     starts = [half - 1 - int(batch.positions_BT[row, half - 1]) for row in rows]
     longest = half - min(max(start, 0) for start in starts)
     prompt_RL = torch.zeros(len(rows), longest, dtype=torch.long, device=batch.input_BT.device)
@@ -65,13 +68,13 @@ def _write(
         length = half - max(start, 0)
         prompt_RL[place, longest - length :] = batch.input_BT[row, half - length : half]
         seen_RL[place, longest - length :] = 1
-    attention, training = student.config._attn_implementation, student.training
-    student.eval()  # with gradient checkpointing a training model keeps no keys and values
-    student.set_attn_implementation("sdpa")
+    attention, training = writer.config._attn_implementation, writer.training
+    writer.eval()  # with gradient checkpointing a training model keeps no keys and values
+    writer.set_attn_implementation("sdpa")
     count = batch.input_BT.shape[1] - half
     with torch.random.fork_rng(devices=[prompt_RL.device] if prompt_RL.is_cuda else []):
         torch.manual_seed(seed)
-        whole: Tensor = student.generate(
+        whole: Tensor = writer.generate(
             prompt_RL,
             attention_mask=seen_RL,
             generation_config=GenerationConfig(
@@ -79,15 +82,18 @@ def _write(
                 do_sample=True,
                 temperature=temperature,
                 top_k=0,
-                eos_token_id=student.config.eos_token_id,
-                pad_token_id=_first(student.config.eos_token_id),
+                # Said, lest a model's own generation config put in what it recommends for chatting.
+                top_p=1.0,
+                repetition_penalty=1.0,
+                eos_token_id=writer.config.eos_token_id,
+                pad_token_id=_first(writer.config.eos_token_id),
             ),
         )
-    student.set_attn_implementation(attention)
-    student.train(training)
+    writer.set_attn_implementation(attention)
+    writer.train(training)
     written_RG = whole[:, longest:]
     filler = torch.full(
-        (len(rows), count - written_RG.shape[1]), _first(student.config.eos_token_id)
+        (len(rows), count - written_RG.shape[1]), _first(writer.config.eos_token_id)
     )
     return torch.cat([written_RG, filler.to(written_RG)], dim=1)
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import (
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 from students.settings import Settings
 from students.shape import Shape
@@ -188,8 +195,13 @@ class DistillSettings(Settings):
         description="Share of a step's windows whose second half the student writes itself "
         "before both models read it; 0 is off. Needs live targets and one process.",
     )
+    on_policy_writer: Literal["student", "teacher"] = Field(
+        default="student",
+        description="Who writes these halves: the student, or the teacher (of several the first), "
+        "for text that is new and yet the teacher's own.",
+    )
     on_policy_temperature: float = Field(
-        default=1.0, gt=0, description="Temperature at which the student writes."
+        default=1.0, gt=0, description="Temperature at which these halves are written."
     )
 
     adaptive_mix: float = Field(
@@ -261,6 +273,18 @@ class DistillSettings(Settings):
     save_every_seconds: float = Field(
         default=60.0, ge=0, description="Seconds between checkpoints; 0 saves after every step."
     )
+
+    @model_serializer(mode="wrap")
+    def _writer_only_if_writing(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Where nobody writes, who would changes nothing: neither a key nor a checkpoint."""
+        data: dict[str, Any] = handler(self)
+        return {k: v for k, v in data.items() if k != "on_policy_writer" or self.on_policy}
+
+    @model_validator(mode="after")
+    def _check_writer(self) -> DistillSettings:
+        if self.on_policy_writer == "teacher" and not self.on_policy:
+            raise ValueError("on_policy_writer: nobody writes; set on_policy above 0")
+        return self
 
     @model_validator(mode="after")
     def _check_temperature(self) -> DistillSettings:

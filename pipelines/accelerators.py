@@ -17,6 +17,10 @@ from shearling import ShearlingError, write_json
 
 MEMORY_SHARE = 0.9
 """Of a device's memory, what a plan fills; the rest goes to its runtime and to fragments."""
+_MEMORY = "memory"
+"""Among the measured rates, the one in bytes a second."""
+_COPIED = 1 << 27
+"""Bytes that are copied to measure it: more than a processor's caches hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,8 @@ class Machine:
     memory_bytes: int
     share: Mapping[str, float]
     """Of those rates, what a kind of work is assumed to reach."""
+    memory_rate: float
+    """Bytes a second that the device's memory moves."""
     host_bytes: int | None = None
     disk_free_bytes: int | None = None
     device: str = "cuda"
@@ -44,6 +50,11 @@ class Machine:
         faster = self.rates["bfloat16"] > 1.3 * self.rates["float32"]
         return "bfloat16" if faster else "float32"
 
+    @property
+    def writing_precision(self) -> str:
+        """The dtype in which a teacher writes, as ``teachers.model`` chooses."""
+        return "bfloat16" if self.device == "cuda" else "float32"
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -53,23 +64,31 @@ _A100 = "https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf
 _ADA = "https://images.nvidia.com/aem-dam/Solutions/Data-Center/l4/nvidia-ada-gpu-architecture-whitepaper-v2.1.pdf"
 
 # Peak TFLOP/s without sparsity: bfloat16 (tensor cores, float32 sums), float32 and float64 as
-# PyTorch multiplies them by default (no TF32); memory in GB.
-_SHEETS: dict[str, tuple[float, float, float, int, str]] = {
-    "h100-sxm": (989.4, 66.9, 66.9, 80, _H100),
-    "h100-pcie": (756.0, 51.2, 51.2, 80, _H100),
-    "h200": (989.4, 66.9, 66.9, 141, "https://www.nvidia.com/en-us/data-center/h200/"),
-    "a100-80gb": (312.0, 19.5, 19.5, 80, _A100),
-    "a100-40gb": (312.0, 19.5, 19.5, 40, _A100),
-    "l40s": (362.05, 91.6, 1.4, 48, "https://www.nvidia.com/en-us/data-center/l40s/"),
-    "l4": (121.0, 30.3, 0.47, 24, "https://www.nvidia.com/en-us/data-center/l4/"),
-    "a10": (125.0, 31.2, 0.98, 24, "https://www.nvidia.com/en-us/data-center/products/a10-gpu/"),
-    "rtx-4090": (165.2, 82.6, 1.29, 24, _ADA),
-    "rtx-3090": (71.0, 35.6, 0.56, 24, _ADA),
+# PyTorch multiplies them by default (no TF32); memory in GB, and in GB/s.
+_SHEETS: dict[str, tuple[float, float, float, int, int, str]] = {
+    "h100-sxm": (989.4, 66.9, 66.9, 80, 3350, _H100),
+    "h100-pcie": (756.0, 51.2, 51.2, 80, 2000, _H100),
+    "h200": (989.4, 66.9, 66.9, 141, 4800, "https://www.nvidia.com/en-us/data-center/h200/"),
+    "a100-80gb": (312.0, 19.5, 19.5, 80, 2039, _A100),
+    "a100-40gb": (312.0, 19.5, 19.5, 40, 1555, _A100),
+    "l40s": (362.05, 91.6, 1.4, 48, 864, "https://www.nvidia.com/en-us/data-center/l40s/"),
+    "l4": (121.0, 30.3, 0.47, 24, 300, "https://www.nvidia.com/en-us/data-center/l4/"),
+    "a10": (
+        125.0,
+        31.2,
+        0.98,
+        24,
+        600,
+        "https://www.nvidia.com/en-us/data-center/products/a10-gpu/",
+    ),
+    "rtx-4090": (165.2, 82.6, 1.29, 24, 1008, _ADA),
+    "rtx-3090": (71.0, 35.6, 0.56, 24, 936, _ADA),
     "mi300x": (
         1307.4,
         163.4,
         163.4,
         192,
+        5300,
         "https://www.amd.com/en/products/accelerators/instinct/mi300/mi300x.html",
     ),
 }
@@ -100,13 +119,14 @@ def named_machine(name: str) -> Machine:
             f"No accelerator named {name!r} is known.",
             hint=f"Known are: {', '.join(_SHEETS)}. Without --accelerator it is this machine.",
         )
-    half, single, double, gigabytes, source = sheet
+    half, single, double, gigabytes, gigabytes_a_second, source = sheet
     return Machine(
         name=name.lower(),
         source=source,
         rates={"bfloat16": half * 1e12, "float32": single * 1e12, "float64": double * 1e12},
         memory_bytes=int(gigabytes * 1e9),
         share=UTILISATION,
+        memory_rate=gigabytes_a_second * 1e9,
     )
 
 
@@ -123,12 +143,14 @@ def this_machine(cache: Path, device: str, disk: Path) -> Machine:
         number = torch.device(device).index or 0
         memory = int(torch.cuda.get_device_properties(number).total_memory)
         accelerator = torch.cuda.get_device_name(number)
+    rates = _measured_rates(cache / "product_rates.json", device, facts)
     return Machine(
         name=f"{accelerator or device}, {facts['threads']} threads"
         if device == "cpu"
         else str(accelerator),
         source="measured here",
-        rates=_measured_rates(cache / "product_rates.json", device, facts),
+        rates={name: rate for name, rate in rates.items() if name != _MEMORY},
+        memory_rate=rates[_MEMORY],
         memory_bytes=memory,
         share=CPU_UTILISATION if device == "cpu" else UTILISATION,
         host_bytes=int(psutil.virtual_memory().total),
@@ -143,7 +165,7 @@ def _existing(path: Path) -> Path:
 
 
 def _measured_rates(path: Path, device: str, facts: Mapping[str, Any]) -> dict[str, float]:
-    """FLOP/s by dtype, from the cache if this very machine was measured before."""
+    """FLOP/s by dtype and bytes/s of memory, from the cache if this machine was measured before."""
     import torch
 
     names = [facts["processor"], *facts["accelerators"]]
@@ -155,6 +177,7 @@ def _measured_rates(path: Path, device: str, facts: Mapping[str, Any]) -> dict[s
             del dtypes["float64"]
         rates = {name: _rate(dtype, torch.device(device)) for name, dtype in dtypes.items()}
         rates.setdefault("float64", rates["float32"] / 2)
+        rates[_MEMORY] = _memory_rate(torch.device(device))
         known[key] = {name: float(f"{rate:.3g}") for name, rate in rates.items()}
         write_json(path, {"schema": 1, "rates": known})
     return known[key]
@@ -180,11 +203,28 @@ def _rate(dtype: Any, device: Any) -> float:
         torch.set_num_threads(threads)
 
 
+def _memory_rate(device: Any) -> float:
+    """Bytes a second that a copy reads and writes: the best of three, others only slow it down."""
+    import torch
+
+    source = torch.ones(_COPIED // 4, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> float:
+        begun = time.perf_counter()
+        target.copy_(source)
+        target[-1].item()  # waits for the device
+        return time.perf_counter() - begun
+
+    copy()  # touches the memory
+    return 2.0 * _COPIED / min(copy() for _ in range(3))
+
+
 def _known_rates(path: Path) -> dict[str, dict[str, float]]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         return {
-            key: {name: float(rates[name]) for name in ("bfloat16", "float32", "float64")}
+            key: {name: float(rates[name]) for name in ("bfloat16", "float32", "float64", _MEMORY)}
             for key, rates in data["rates"].items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

@@ -11,12 +11,13 @@ D student hidden, Q query rows, K key/value rows, F neurons, s bytes of a produc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from compress.settings import DistillSettings, PruneSettings
 from reports.settings import BenchmarkSettings
 from students.settings import ExportSettings
 from students.shape import Shape
+from teachers.settings import WrittenSettings
 
 LIBRARIES = 0.5e9
 """A process with torch, transformers and lm-eval loaded, before any model (measured)."""
@@ -58,6 +59,22 @@ class Moment:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Text that a model writes, a token of each document a step.
+
+    A step reads all weights and the keys and values so far, whatever it computes: mostly the
+    memory decides how long it takes.
+    """
+
+    tokens: int
+    layer_steps: float
+    """Steps times layers: each is a few dozen calls of a library."""
+    flops: float
+    bytes: float
+    """Read and written in the device's memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """A stage's needs. ``flops`` are by arithmetic: product (the fast dtype), float32, float64."""
 
@@ -70,6 +87,8 @@ class Cost:
     tokens: int = 0
     moved: float = 0.0
     """Bytes read from and written to disk."""
+    writing: Writing | None = None
+    """What a model writes besides; its operations are not among ``flops``."""
 
     def worst(self, *, on_cpu: bool, processes: int = 1) -> Moment:
         """The moment that decides whether the stage fits."""
@@ -112,6 +131,38 @@ def transfer_set_cost(tokens: int, vocabulary: int) -> Cost:
         scratch=4.0 * tokens,
         tokens=tokens,
         moved=2 * size,
+    )
+
+
+def written_cost(
+    packing: Cost, shape: Shape, settings: WrittenSettings, *, length: int, width: int
+) -> Cost:
+    """``packing``, and the writing of what the teacher writes itself in numbers of ``width`` bytes.
+
+    All documents are taken to reach ``length``, the greatest. Keys and values count three times:
+    read for the attention, and copied by transformers' growing cache.
+    """
+    documents = -(-settings.tokens // length)
+    rounds = -(-documents // settings.batch)
+    steps = rounds * length
+    per_token = shape.key_value_bytes_per_token(width)
+    keys_and_values = float(settings.batch * length * per_token)
+    held = {
+        "teacher": float(width * shape.parameters),
+        "keys and values": 2.0 * keys_and_values,  # the old ones and their longer copy
+        "logits": 3.0 * 4 * settings.batch * shape.vocab_size,
+    }
+    return replace(
+        packing,
+        moments=(*packing.moments, Moment(what="write", device=held)),
+        scratch=packing.scratch + 4.0 * rounds * settings.batch * length,
+        moved=packing.moved + width * shape.parameters,
+        writing=Writing(
+            tokens=settings.tokens,
+            layer_steps=float(steps * shape.num_hidden_layers),
+            flops=steps * settings.batch * shape.flops_per_token(length),
+            bytes=steps * (width * shape.parameters + 3.0 * keys_and_values / 2),
+        ),
     )
 
 

@@ -84,15 +84,20 @@ def write_card(
     *,
     name: str,
     recipe: str = "",
+    text: Mapping[str, Any] | None = None,
 ) -> None:
-    """The model card beside an exported model."""
+    """The model card beside an exported model; ``text`` is the transfer set's facts."""
     from reports.model_card import model_card
     from shearling import write_text
 
-    text = model_card(
-        dict(scorecard), dict(teacher) if teacher is not None else None, name=name, recipe=recipe
+    card = model_card(
+        dict(scorecard),
+        dict(teacher) if teacher is not None else None,
+        name=name,
+        recipe=recipe,
+        text=dict(text or {}),
     )
-    write_text(out / CARD, text)
+    write_text(out / CARD, card)
 
 
 def export_model(

@@ -66,7 +66,8 @@ _OUT_OF_MEMORY = (
 and the loader of shared libraries some for each of them."""
 LESS_MEMORY = {
     "teacher": "Close other programs, or name a smaller teacher.",
-    "transfer_set": "Give the sources fewer `tokens`, as in --set transfer_set.sources.0.tokens=N.",
+    "transfer_set": "Give the sources fewer `tokens`, as in --set transfer_set.sources.0.tokens=N; "
+    "where the teacher writes, lower transfer_set.written.batch.",
     "benchmark": "Lower benchmark.batch_size, as in --set benchmark.batch_size=1.",
     "prune": "Lower the stage's calibration_tokens, as in --set {stage}.calibration_tokens=4096.",
     "correct": "Set {stage}.micro_batch_windows=1 or {stage}.gradient_checkpointing=true with "

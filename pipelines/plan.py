@@ -18,6 +18,7 @@ from pipelines.estimate import (
     SHARDED,
     Cost,
     Moment,
+    Writing,
     benchmark_cost,
     distill_cost,
     export_cost,
@@ -25,6 +26,7 @@ from pipelines.estimate import (
     prune_cost,
     search_cost,
     transfer_set_cost,
+    written_cost,
 )
 from pipelines.preflight import check_tokenizers
 from pipelines.recipe import (
@@ -48,6 +50,12 @@ TOKENISING = 100_000.0
 """Tokens a second and core (measured: tests/bench/bench_tokenising.py)."""
 DISK = 0.5e9
 """Bytes a second, read or written and hashed; a guess for a common disk."""
+LAYER_STEP = 0.8e-3
+"""Seconds that a layer takes for one step of writing, however small it is (measured on a CPU;
+launching a GPU's kernels is of that order)."""
+MOST_REPEATS = 4
+"""Of one text, up to which reading it again is nearly as good as new text (Muennighoff et al. 2023,
+https://arxiv.org/abs/2305.16264)."""
 OPENING = {"teacher": 1.0, "benchmark": 4.0}
 """Seconds that a step takes before it works: libraries, lm-eval's tasks."""
 DIVIDED = frozenset({"distill", "correct"})
@@ -198,7 +206,11 @@ def make_plan(
         "processes": processes,
         "stages": rows,
         "total": _total(rows),
-        "assumptions": [*_assumptions(machine), *_searches(recipe)],
+        "assumptions": [
+            *_assumptions(machine),
+            *_searches(recipe),
+            *_written(recipe, teacher, machine),
+        ],
         "warnings": list(_warnings(recipe, teacher, machine, rows, processes)),
     }
 
@@ -216,7 +228,7 @@ def stage_costs(
 
     imported = import_cost(teacher.shape, teacher.form, width)
     yield "teacher", "teacher", teacher.shape, imported
-    yield "transfer_set", "transfer_set", None, transfer_set_cost(tokens, teacher.shape.vocab_size)
+    yield "transfer_set", "transfer_set", None, _text_cost(recipe, teacher, machine, tokens)
     yield measured("teacher", teacher.shape)
     newest = teacher.shape
     shapes = {"teacher": teacher.shape}
@@ -273,6 +285,20 @@ def stage_costs(
         yield measured(stage.name, newest)
 
 
+def _text_cost(recipe: Recipe, teacher: TeacherFacts, machine: Machine, tokens: int) -> Cost:
+    """Of the transfer set, with what the teacher writes of it."""
+    packing, settings = transfer_set_cost(tokens, teacher.shape.vocab_size), recipe.transfer_set
+    if settings.written is None:
+        return packing
+    return written_cost(
+        packing,
+        teacher.shape,
+        settings.written,
+        length=settings.written.longest(settings.window, teacher.context),
+        width=_BYTES[machine.writing_precision],
+    )
+
+
 def _cuts(stage: PruneStage, teacher: Shape, newest: Shape) -> list[Shape]:
     try:
         return possible_shapes(stage.shape_spec(), teacher=teacher, newest=newest)
@@ -290,6 +316,7 @@ def transfer_set_tokens(recipe: Recipe) -> tuple[int, bool]:
     if settings.tokens is not None:
         return settings.tokens, True
     counts = [source.tokens or _tokens_in(Path(source.path)) for source in settings.sources]
+    counts += [settings.written.tokens] if settings.written else []
     if all(counts):
         return sum(counts), True
     wanted = [stage.tokens for stage in recipe.stages if isinstance(stage, DistillStage)]
@@ -325,11 +352,15 @@ def _row(
         "disk_bytes": round(cost.disk),
         "scratch_bytes": round(cost.scratch),
         "tokens": cost.tokens,
-        "flops": float(f"{sum(cost.flops.values()):.6g}"),
+        "flops": float(f"{_all_flops(cost):.6g}"),
         "seconds": round(seconds(kind, cost, machine) / divided, 1),
         "least_processes": least,
         "most_processes": most,
     }
+
+
+def _all_flops(cost: Cost) -> float:
+    return sum(cost.flops.values()) + (cost.writing.flops if cost.writing else 0.0)
 
 
 def _parts(moment: Moment, machine: Machine, processes: int) -> dict[str, float]:
@@ -346,7 +377,8 @@ def seconds(kind: str, cost: Cost, machine: Machine) -> float:
     """Time of one process: each arithmetic at its share of the machine's rate, and the disk."""
     spent = OPENING.get(kind, 0.0) + cost.moved / DISK
     if kind == "transfer_set":
-        return spent + cost.tokens / TOKENISING
+        written = cost.writing.tokens if cost.writing else 0
+        return spent + (cost.tokens - written) / TOKENISING + writing_seconds(cost.writing, machine)
     product = machine.rates[machine.precision("auto")]
     for arithmetic, flops in cost.flops.items():
         if arithmetic == "product":
@@ -356,6 +388,18 @@ def seconds(kind: str, cost: Cost, machine: Machine) -> float:
         else:
             spent += flops / (machine.rates[arithmetic] * machine.share[arithmetic])
     return spent
+
+
+def writing_seconds(writing: Writing | None, machine: Machine) -> float:
+    """Time in which a model writes: its memory, its arithmetic and the calls of each layer, added.
+
+    They overlap in part, so this is rather too long than too short.
+    """
+    if writing is None:
+        return 0.0
+    rate = machine.rates[machine.writing_precision] * machine.share["benchmark"]
+    calls = writing.layer_steps * LAYER_STEP
+    return calls + writing.bytes / machine.memory_rate + writing.flops / rate
 
 
 def processes_that_fit(kind: str, cost: Cost, machine: Machine) -> tuple[int | None, int | None]:
@@ -409,6 +453,33 @@ def _searches(recipe: Recipe) -> Iterator[str]:
             )
 
 
+def _written(recipe: Recipe, teacher: TeacherFacts, machine: Machine) -> Iterator[str]:
+    settings = recipe.transfer_set
+    if settings.written is None:
+        return
+    why = "" if settings.sources else "the recipe names no text, so "
+    length = settings.written.longest(settings.window, teacher.context)
+    yield (
+        f"{why}the teacher writes {settings.written.tokens:,} tokens of the transfer set itself, "
+        f"in documents of {length:,} tokens, {settings.written.batch:,} at a time; its memory "
+        f"moves {machine.memory_rate / 1e9:.3g} GB/s"
+    )
+
+
+def _repeats(recipe: Recipe) -> Iterator[str]:
+    """Stages that read little written text too often."""
+    settings = recipe.transfer_set
+    if settings.written is None or settings.sources:
+        return
+    for stage in recipe.stages:
+        times = stage.tokens / settings.written.tokens if isinstance(stage, DistillStage) else 0
+        if times > MOST_REPEATS:
+            yield (
+                f"{stage.name} reads the {settings.written.tokens:,} tokens that the teacher "
+                f"writes {times:.0f} times; raise transfer_set.written.tokens"
+            )
+
+
 def _warnings(
     recipe: Recipe,
     teacher: TeacherFacts,
@@ -422,6 +493,7 @@ def _warnings(
             f"transfer_set.window {window:,} is more than the teacher's context of "
             f"{teacher.context:,} tokens"
         )
+    yield from _repeats(recipe)
     for row in rows:
         if row["least_processes"] is None:
             yield (

@@ -35,7 +35,7 @@ from students.search import read_budget
 from students.settings import ExportSettings, Settings
 from students.shape import PRESETS, Shape
 from teachers.families import training_recipe
-from teachers.settings import TeacherSettings, TransferSetSettings
+from teachers.settings import TeacherSettings, TransferSetSettings, WrittenSettings
 
 RECIPES = Path(__file__).parent / "recipes"
 MAX_BYTES = 1 << 20
@@ -248,7 +248,10 @@ class Recipe(Settings):
         description="auto, cpu, cuda, cuda:N or mps; auto takes an accelerator if there is one.",
     )
     teacher: TeacherSettings = Field(description="Which checkpoint teaches.")
-    transfer_set: TransferSetSettings = Field(description="The text it teaches on.")
+    transfer_set: TransferSetSettings = Field(
+        default=TransferSetSettings(written=WrittenSettings()),
+        description="The text it teaches on; a recipe without it has the teacher write it.",
+    )
     benchmark: BenchmarkSettings = Field(
         default=BenchmarkSettings(), description="What is measured on every model."
     )

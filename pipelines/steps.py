@@ -179,13 +179,15 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
                 "scorecard": f"{newest}/benchmark",
                 "teacher_scorecard": "teacher/benchmark",
             }
+            # Its card says so where the teacher wrote the text.
+            text = {"transfer_set": "transfer_set"} if recipe.transfer_set.written else {}
             builder.add(
                 "export",
                 stage,
                 stage=stage.name,
                 seeded=False,
                 leave_out=frozenset({"name", "kind"}),
-                needs={"model": newest, **scorecards},
+                needs={"model": newest, **scorecards, **text},
             )
             continue
         needs = {"teacher": teacher, "model": newest, "transfer_set": "transfer_set"}

@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from reports import words
 from reports.compare import compare_models, headline_metrics
 from reports.page import markdown_cell
-from reports.run_folder import Data, read_run
+from reports.run_folder import Data, as_dict, as_list, as_number, read_run
+from reports.tables import transfer
 from shearling import ShearlingError, __version__, write_text
 
 
@@ -40,6 +41,7 @@ def write_model_card(
         found.teacher,
         name=f"{found.name}-{stage}",
         recipe=found.recipe_text,
+        text=transfer(found),
         license=license,
         base_model=base_model,
     )
@@ -53,10 +55,11 @@ def model_card(
     *,
     name: str,
     recipe: str = "",
+    text: Data | None = None,
     license: str | None = None,
     base_model: str | None = None,
 ) -> str:
-    """The text of a model card, front matter included."""
+    """The text of a model card, front matter included; ``text`` is the run's transfer_set.json."""
     return "\n".join(
         [
             "---",
@@ -66,6 +69,7 @@ def model_card(
             f"# {markdown_cell(name)}",
             "",
             *_introduction(card, teacher, base_model),
+            *_written_text(text or {}),
             "",
             "## Results",
             "",
@@ -125,6 +129,23 @@ def _introduction(card: Data, teacher: Data | None, base_model: str | None) -> l
         f"A Llama of {size}: {share} of its teacher's parameters{of}. It was cut out of the "
         f"teacher by structured pruning and then taught by it, with Shearling {__version__}."
     ]
+
+
+def _written_text(text: Data) -> list[str]:
+    """What is to be known of text that nobody but the teacher wrote."""
+    sources = [as_dict(source) for source in as_list(text.get("sources"))]
+    tokens = dict.fromkeys(("all", "written"), 0.0)
+    for source in sources:
+        count = as_number(source.get("tokens")) or 0.0
+        tokens["all"] += count
+        tokens["written"] += count if source.get("written") else 0.0
+    if not tokens["written"]:
+        return []
+    told = f"{words.count(tokens['written'])} tokens that the teacher wrote itself"
+    if tokens["written"] == tokens["all"]:
+        return ["", f"No text of others was used: the transfer set is {told}."]
+    share = words.percent(words.ratio(tokens["written"], tokens["all"]))
+    return ["", f"{share} of the transfer set is text by the teacher itself: {told}."]
 
 
 def _results(card: Data, teacher: Data | None) -> list[str]:

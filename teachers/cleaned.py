@@ -166,7 +166,8 @@ class Cleaner:
             if places:
                 order = np.array(sorted(places), np.int64)
                 texts = self._changed(folder, owner, changed)
-                new = tokenise(texts, encoder, path, append=True)
+                learn = one.learn is not None
+                new = tokenise(texts, encoder, path, answers=learn, append=True)
                 trimmed += int(one.lengths[order].sum() - new.lengths.sum())
                 one = one.replaced(order, new)
             left.append(one.chosen(mine))

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from shearling import Progress, ShearlingError
+from teachers.model import open_model
 from teachers.settings import ClassifierSettings
 from teachers.tokenizer import load_tokenizer
 
@@ -46,11 +46,7 @@ class Reader:
     """The teacher, reading the beginnings of documents."""
 
     def __init__(self, folder: Path, device: str, progress: Progress) -> None:
-        dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-        self.model = LlamaForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
-        self.model.to(device).eval().requires_grad_(False)
+        self.model = open_model(folder, device)
         self.folder, self.device, self.progress = folder, device, progress
 
     @torch.inference_mode()

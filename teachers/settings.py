@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from students.settings import Settings
 
@@ -77,6 +82,46 @@ class SourceSettings(Settings):
         if self.messages is not None and self.format in ("text", "wikitext"):
             raise ValueError(f"messages can't be read from the format {self.format}")
         return self
+
+
+_DOCUMENT_WINDOWS = 4
+"""Of a written document: enough for many to come to their own end, and few keys and values."""
+
+
+class WrittenSettings(Settings):
+    """Text that the teacher writes itself; beside sources it is one more of them."""
+
+    name: ClassVar[str] = "written by the teacher"
+    weight: ClassVar[None] = None
+
+    tokens: int = Field(default=500_000, gt=0, description="How many tokens it writes.")
+    length: int | None = Field(
+        default=None,
+        ge=8,
+        description="Tokens of a document at most; by default four windows, as far as the teacher "
+        "can write that much.",
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="Of the sampling; below 1 the text is plainer."
+    )
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Sample among the likeliest tokens that have this probability together; 1: "
+        "among all.",
+    )
+    greedy_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Of a document, how many tokens after its random first one are the likeliest "
+        "instead of sampled; LLM-QAT takes 3 to 5.",
+    )
+    batch: int = Field(default=64, gt=0, description="Documents that are written at the same time.")
+
+    def longest(self, window: int, context: int | None) -> int:
+        """The greatest length of a document, by a teacher that was made for ``context`` tokens."""
+        return self.length or min(_DOCUMENT_WINDOWS * window, context or _DOCUMENT_WINDOWS * window)
 
 
 class ClassifierSettings(Settings):
@@ -155,7 +200,12 @@ class CleanSettings(Settings):
 class TransferSetSettings(Settings):
     """The text on which the teacher teaches."""
 
-    sources: tuple[SourceSettings, ...] = Field(min_length=1, description="Where text comes from.")
+    sources: tuple[SourceSettings, ...] = Field(default=(), description="Where text comes from.")
+    written: WrittenSettings | None = Field(
+        default=None,
+        description="Text that the teacher writes itself, where there is none or not enough; {} "
+        "takes the defaults.",
+    )
     tokens: int | None = Field(
         default=None,
         gt=0,
@@ -170,22 +220,48 @@ class TransferSetSettings(Settings):
         default=None, description="What is removed from the text before it is drawn from."
     )
 
+    @property
+    def all_sources(self) -> tuple[SourceSettings | WrittenSettings, ...]:
+        """Where text comes from, what the teacher writes being the last."""
+        return (*self.sources, *([self.written] if self.written else []))
+
+    @model_serializer(mode="wrap")
+    def _written_only_if_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So the key of a set of other text is what it was before teachers could write."""
+        data: dict[str, Any] = handler(self)
+        return {name: value for name, value in data.items() if name != "written" or value}
+
+    @model_validator(mode="after")
+    def _has_text(self) -> TransferSetSettings:
+        if not self.all_sources:
+            raise ValueError(
+                "has neither sources nor written; name text in sources, or set written: {} to "
+                "have the teacher write it"
+            )
+        if self.tokens is not None and not self.sources:
+            raise ValueError(
+                "tokens is shared by sources, and there are none; what the teacher writes has "
+                "written.tokens"
+            )
+        return self
+
     @model_validator(mode="after")
     def _names_differ(self) -> TransferSetSettings:
-        names = [source.name for source in self.sources]
+        names = [source.name for source in self.all_sources]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ValueError(f"two sources have the name {twice}")
         return self
 
     @model_validator(mode="after")
     def _mix_adds_up(self) -> TransferSetSettings:
-        bare = [s.name for s in self.sources if s.weight is None and s.tokens is None]
-        if bare and len(bare) < len(self.sources) and any(s.weight for s in self.sources):
+        sources = self.all_sources
+        bare = [s.name for s in sources if s.weight is None and s.tokens is None]
+        if bare and len(bare) < len(sources) and any(s.weight for s in sources):
             raise ValueError(f"where one source has a weight, all need one or tokens: {bare[0]}")
         if self.tokens is not None:
             if bare:
                 raise ValueError(f"to share tokens, each source needs a weight: {bare[0]}")
-            fixed = sum(s.tokens or 0 for s in self.sources)
-            if any(s.weight for s in self.sources) and fixed >= self.tokens:
+            fixed = sum(s.tokens or 0 for s in sources)
+            if any(s.weight for s in sources) and fixed >= self.tokens:
                 raise ValueError(f"tokens: nothing is left of it after the sources' own {fixed}")
         return self

@@ -34,11 +34,12 @@ from shearling import (
     silent,
     write_json,
 )
-from teachers.encoding import Encoder, Tokenised, lengths_of
+from teachers.encoding import Aside, Encoder, Tokenised, lengths_of
 from teachers.packing import hold_out, shuffled, write_loss_mask, write_windows
-from teachers.settings import CleanSettings, SourceSettings, TransferSetSettings
+from teachers.settings import CleanSettings, TransferSetSettings
 from teachers.sources import Source, tokenise_source
 from teachers.tokenizer import load_tokenizer, tokenizer_fingerprint
+from teachers.written import WrittenSource
 
 if TYPE_CHECKING:
     from teachers.cleaned import Cleaner, Questions
@@ -67,7 +68,7 @@ def build_transfer_set(
 
     The result is a function of the settings, the texts, the tokenizer and the seed. ``questions``
     are the benchmarks' (task -> documents -> texts), which the text is cleared of. The weights
-    beside the tokenizer are only opened for what ``clean`` wants a teacher for.
+    beside the tokenizer are only opened for what ``clean`` or ``written`` wants a teacher for.
 
     Raises:
         ShearlingError: unreadable, empty or too little text; with file and line where it can.
@@ -80,11 +81,8 @@ def build_transfer_set(
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".tokenise-") as aside:
             # A source's draw must not change when another source is put before it.
-            seeds = [_source_seed(seed, source) for source in settings.sources]
-            sources = [
-                Source(source, cache, own)
-                for source, own in zip(settings.sources, seeds, strict=True)
-            ]
+            seeds = [_source_seed(seed, source.name) for source in settings.all_sources]
+            sources = _open_sources(settings, seeds, Path(tokenizer_dir), cache, device)
             draws = [np.random.default_rng([own, 1]) for own in seeds]
             paths = [Path(aside) / f"{number}.ids" for number in range(len(sources))]
             cleaner = None
@@ -99,7 +97,7 @@ def build_transfer_set(
                     progress=progress,
                 )
             taken = [
-                tokenise_source(
+                _tokenised(
                     source,
                     encoder,
                     path,
@@ -151,17 +149,54 @@ def array_files(folder: Path) -> list[Path]:
     return [folder / name for name in names if name[:-4] in _ARRAYS or (folder / name).is_file()]
 
 
-def _source_seed(seed: int, settings: SourceSettings) -> int:
-    digest = hashlib.sha256(f"{seed}\0{settings.name}".encode()).digest()
+def _source_seed(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}\0{name}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
+
+
+def _open_sources(
+    settings: TransferSetSettings, seeds: list[int], teacher: Path, cache: Path, device: str
+) -> list[Source | WrittenSource]:
+    """The sources as ``settings.all_sources`` has them, what the teacher writes last."""
+    found: list[Source | WrittenSource] = [
+        Source(source, cache, own)
+        for source, own in zip(settings.sources, seeds[: len(settings.sources)], strict=True)
+    ]
+    if settings.written:
+        written = WrittenSource(
+            settings.written,
+            teacher,
+            cache,
+            window=settings.window,
+            seed=seeds[-1],
+            device=device,
+        )
+        found.append(written)
+    return found
+
+
+def _tokenised(
+    source: Source | WrittenSource,
+    encoder: Encoder,
+    path: Path,
+    draw: np.random.Generator,
+    progress: Progress,
+    *,
+    share: int | None,
+    aside: Aside | None,
+) -> Tokenised:
+    if isinstance(source, WrittenSource):
+        # Not ``share``: more than it, for cleaning to choose from, would cost too much to write.
+        return source.tokenise(path, progress, aside)
+    return tokenise_source(source, encoder, path, draw, progress, share=share, aside=aside)
 
 
 def _shares(settings: TransferSetSettings) -> list[int | None]:
     """How many tokens each source is asked for; None: all it has."""
-    fixed = sum(source.tokens or 0 for source in settings.sources)
-    weights = sum(source.weight or 0.0 for source in settings.sources)
+    fixed = sum(source.tokens or 0 for source in settings.all_sources)
+    weights = sum(source.weight or 0.0 for source in settings.all_sources)
     shares: list[int | None] = []
-    for source in settings.sources:
+    for source in settings.all_sources:
         if source.weight is not None and settings.tokens is not None:
             left = settings.tokens - fixed
             shares.append(max(1, round(left * source.weight / weights)))
@@ -178,12 +213,12 @@ def _balanced(
         return shares
     weighted = [
         int(tokenised.lengths.sum()) / source.weight
-        for source, tokenised in zip(settings.sources, taken, strict=True)
+        for source, tokenised in zip(settings.all_sources, taken, strict=True)
         if source.weight is not None
     ]
     return [
         share if source.weight is None else max(1, int(min(weighted) * source.weight))
-        for source, share in zip(settings.sources, shares, strict=True)
+        for source, share in zip(settings.all_sources, shares, strict=True)
     ]
 
 
@@ -209,7 +244,8 @@ def _pack(
             f"The transfer set's text is too little: {found:,} tokens in "
             f"{everything.lengths.size:,} documents don't make {settings.heldout_windows} held-out "
             f"windows of {window} tokens and one to train on, from different documents.",
-            hint="Add text, or lower `window` or `heldout_windows` in the recipe's transfer_set.",
+            hint="Add text (for what the teacher writes, raise `written.tokens`), or lower "
+            "`window` or `heldout_windows` in the recipe's transfer_set.",
         )
     parts = (("", training, windows), ("heldout_", heldout, settings.heldout_windows))
     for prefix, piece, count in parts:
@@ -225,9 +261,11 @@ def _pack(
     }
 
 
-def _source_facts(source: Source, share: int | None, taken: Tokenised) -> dict[str, Any]:
+def _source_facts(
+    source: Source | WrittenSource, share: int | None, taken: Tokenised
+) -> dict[str, Any]:
     settings, tokens = source.settings, int(taken.lengths.sum())
-    notes = []
+    notes = source.notes() if isinstance(source, WrittenSource) else []
     if share is not None and tokens < share:
         notes.append(
             f"{settings.name}: {share:,} tokens were asked for, all of the text makes {tokens:,}."
@@ -238,7 +276,11 @@ def _source_facts(source: Source, share: int | None, taken: Tokenised) -> dict[s
         notes.append(f"{settings.name}: {source.empty:,} empty documents were left out.")
     return {
         "name": settings.name,
-        "path": settings.path,
+        **(
+            {"written": source.identity}
+            if isinstance(source, WrittenSource)
+            else {"path": source.settings.path}
+        ),
         "documents": len(taken),
         "tokens": tokens,
         "bytes": int(taken.bytes.sum()),

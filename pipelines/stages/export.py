@@ -23,10 +23,12 @@ def run(settings: ExportStage, context: Context) -> dict[str, Any]:
     facts = export_checkpoint(
         context.inputs["model"] / "model", out, settings, name=name, progress=context.progress
     )
+    written = context.inputs.get("transfer_set")  # given where the card has to tell of it
     write_card(
         out,
         read_json(context.inputs["scorecard"] / "scorecard.json"),
         read_json(context.inputs["teacher_scorecard"] / "scorecard.json"),
         name=name,
+        text=read_json(written / "transfer_set.json") if written else None,
     )
     return facts

@@ -1,4 +1,8 @@
-"""Stage transfer_set: text to packed token windows, with the teacher's tokenizer."""
+"""Stage transfer_set: text to packed token windows, with the teacher's tokenizer.
+
+What the teacher writes itself is kept in the cache folder round by round, so a stage that was
+interrupted goes on there.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -348,6 +349,23 @@ def test_the_student_s_own_text_counts_up_to_its_end_and_has_no_labels(bench: Be
 def test_a_run_on_the_student_s_own_text_learns(bench: Bench) -> None:
     _, summary = bench.run(on_policy=0.5, reverse_kl=0.5, tokens=32 * 8 * 10)
     assert summary["heldout_end"]["heldout_kl"] < 0.95 * summary["heldout_start"]["heldout_kl"]
+
+
+def test_the_teacher_may_write_instead(bench: Bench) -> None:
+    run = {"on_policy": 1.0, "keep": "last", "tokens": 512, "reverse_kl": 0.5}
+    by_student, _ = bench.run("student", **run)
+    by_teacher, _ = bench.run("teacher", **run, on_policy_writer="teacher")
+    again, _ = bench.run("again", **run, on_policy_writer="teacher")
+    losses = [[line["loss"] for line in steps(out)] for out in (by_student, by_teacher, again)]
+    assert losses[1] == losses[2] != losses[0]
+
+
+def test_nobody_writes_without_on_policy() -> None:
+    with pytest.raises(ValidationError, match="set on_policy above 0"):
+        DistillSettings(tokens=1, on_policy_writer="teacher")
+    assert "on_policy_writer" not in DistillSettings(tokens=1).model_dump()
+    written = DistillSettings(tokens=1, on_policy=0.5, on_policy_writer="teacher").model_dump()
+    assert written["on_policy_writer"] == "teacher"
 
 
 # --- several teachers, or none ---------------------------------------------------------------

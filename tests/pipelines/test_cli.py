@@ -165,6 +165,7 @@ def machine(**changes: Any) -> Machine:
     rates = {"float32": 1e11, "bfloat16": 1e11, "float64": 5e10}
     facts: dict[str, Any] = {
         "name": "a laptop", "source": "made up", "rates": rates, "memory_bytes": 16 * 10**9,
+        "memory_rate": 2e10,
         "share": CPU_UTILISATION, "disk_free_bytes": 10**11, "device": "cpu",
     }  # fmt: skip
     return Machine(**{**facts, **changes})

@@ -116,6 +116,22 @@ def test_a_search_is_planned_with_all_it_tries(big: dict[str, Any]) -> None:
     assert search["scratch_bytes"] > 0.9 * 2 * 3.2e9  # a candidate in 16 bits, until it is scored
 
 
+def test_text_that_the_teacher_writes_is_planned(big: dict[str, Any]) -> None:
+    packed = row(planned(big), "transfer_set")
+    del big["transfer_set"]
+    plan = planned(big)
+    writing = row(plan, "transfer_set")
+    assert writing["tokens"] == 500_000
+    assert writing["flops"] == pytest.approx(2 * 7.5e9 * 524_288, rel=0.1)
+    assert writing["memory"]["teacher"] == 2 * 8_030_261_248
+    assert packed["flops"] == 0
+    # 8 rounds of 1024 steps, each at least the time in which an H100 reads the weights.
+    assert writing["seconds"] > 8 * 1024 * 2 * 8.03e9 / 3350e9
+    assert any("the recipe names no text, so the teacher writes 500,000" in a
+               for a in plan["assumptions"])  # fmt: skip
+    assert "2000 times; raise transfer_set.written.tokens" in plan["warnings"][0]
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [

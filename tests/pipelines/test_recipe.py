@@ -35,6 +35,17 @@ def test_a_good_recipe_is_read_and_survives_being_written(data: dict[str, Any]) 
     assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+def test_a_recipe_without_text_has_the_teacher_write_it(data: dict[str, Any]) -> None:
+    del data["transfer_set"]
+    recipe = check_recipe(data)
+    assert recipe.transfer_set.written
+    assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
+    data["transfer_set"] = {"window": 32}
+    assert "transfer_set: has neither sources nor written" in mistakes(data)
+    data["transfer_set"] = {"written": {"temprature": 1}}
+    assert "written.temprature: unknown key; did you mean 'temperature'?" in mistakes(data)
+
+
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_every_shipped_recipe_validates(name: str) -> None:
     assert load_recipe(name).name == name

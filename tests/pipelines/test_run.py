@@ -104,6 +104,29 @@ def test_a_budget_is_searched_taught_and_reported(
     assert set(decisions(again.stdout).values()) == {"not run again: nothing changed"}
 
 
+def test_a_recipe_without_text_runs_on_what_the_teacher_writes(
+    recipe_data: dict[str, Any], tmp_path: Path, shearling: Shearling
+) -> None:
+    data = copy.deepcopy(recipe_data)
+    del data["transfer_set"]
+    data["stages"].append({"name": "small", "kind": "export", "to": "hf"})
+    (tmp_path / "free.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    short = ("--set", "transfer_set.written={tokens: 4000, length: 64}")
+    short += ("--set", "transfer_set.window=32", "--set", "transfer_set.heldout_windows=4")
+    done = shearling("run", "free.yaml", "--out", "free", *short)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "free"
+    facts = json.loads((run / "stages" / "transfer_set" / "transfer_set.json").read_text())
+    assert [source["name"] for source in facts["sources"]] == ["written by the teacher"]
+    assert "The teacher wrote this itself" in (run / "report.html").read_text()
+    card = (run / "stages" / "small" / "export" / "README.md").read_text()
+    assert "No text of others was used" in card
+    planned = json.loads((run / "plan.json").read_text())
+    assert any("the teacher writes 4,000 tokens" in told for told in planned["assumptions"])
+    again = shearling("run", "free.yaml", "--out", "free", *short)
+    assert set(decisions(again.stdout).values()) == {"not run again: nothing changed"}
+
+
 def test_metrics_name_their_stage(finished: tuple[Path, str]) -> None:
     lines = [json.loads(x) for x in (finished[0] / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "loss" in line]

@@ -44,3 +44,19 @@ def test_a_stage_that_was_not_measured_is_an_error(run: Path, tmp_path: Path) ->
     with pytest.raises(ShearlingError, match="no scorecard") as caught:
         write_model_card(tmp_path, run, "nothing")
     assert "distill" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("sources", "told"),
+    [
+        ([{"tokens": 5000}], ""),
+        ([{"tokens": 5000, "written": {"seed": 1}}], "No text of others was used"),
+        ([{"tokens": 5000, "written": {"seed": 1}}, {"tokens": 15000}], "25% of the transfer set"),
+    ],
+)
+def test_it_says_where_the_teacher_wrote_the_text(
+    cards: dict[str, dict[str, Any]], sources: list[dict[str, Any]], told: str
+) -> None:
+    text = model_card(cards["prune"], None, name="x", text={"sources": sources})
+    assert told in text
+    assert ("5.0k tokens that the teacher wrote itself" in text) == bool(told)
