@@ -118,19 +118,24 @@ def fisher_metric(
     The mean over the rows of ``normed_NE`` of Kᵀ (diag(p) - p pᵀ) H with the teacher's head H,
     its probabilities p, and for K the student's head; float32, products in ``dtype``.
     """
+    parts = [slice(first, first + _ROWS) for first in range(0, len(head_VE), _ROWS)]
     mean_V = torch.zeros(len(head_VE), device=head_VE.device)
     students, teachers = student_VD.shape[1], head_VE.shape[1]
     outer_DX = torch.zeros(students, students + teachers, device=head_VE.device)
-    narrow_VE, narrow_VD = head_VE.to(dtype), student_VD.to(dtype)
     for part_NE in torch.split(normed_NE, _CHUNK):
-        probability_NV = torch.softmax((part_NE.to(dtype) @ narrow_VE.T).float(), dim=-1)
+        narrow_NE = part_NE.to(dtype)
+        # Both heads in another dtype a part at a time: of an 8B they would be 4 GB in float32.
+        logits = [(narrow_NE @ head_VE[rows].to(dtype).T).float() for rows in parts]
+        probability_NV = torch.softmax(torch.cat(logits, 1), dim=-1)
         mean_V += probability_NV.sum(0)
-        narrow_NV = probability_NV.to(dtype)
-        expected_NX = torch.cat([narrow_NV @ narrow_VD, narrow_NV @ narrow_VE], 1).float()
+        expected_NX = torch.zeros(len(part_NE), students + teachers, device=head_VE.device)
+        for rows in parts:
+            narrow_NV = probability_NV[:, rows].to(dtype)
+            expected_NX[:, :students] += (narrow_NV @ student_VD[rows].to(dtype)).float()
+            expected_NX[:, students:] += (narrow_NV @ head_VE[rows].to(dtype)).float()
         outer_DX += expected_NX[:, :students].T @ expected_NX
     metric_DX = -outer_DX
-    for first in range(0, len(head_VE), _ROWS):  # the heads in float32 a part at a time
-        rows = slice(first, first + _ROWS)
+    for rows in parts:
         ours, theirs = student_VD[rows].float(), head_VE[rows].float()
         metric_DX += (ours * mean_V[rows, None]).T @ torch.cat([ours, theirs], 1)
     metric_DD, metric_DE = torch.split(metric_DX / len(normed_NE), [students, teachers], dim=1)

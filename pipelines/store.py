@@ -64,7 +64,9 @@ class Store:
             if work.exists() and not resumable:
                 shutil.rmtree(work)
             work.mkdir(parents=True, exist_ok=True)
-            sweep(work)
+            inside = [each for each in work.rglob("*") if each.is_dir() and not each.is_symlink()]
+            for folder in (work, *inside):  # an index in model/ may have been killed half-written
+                sweep(folder)
         return work
 
     def publish(self, kind: str, key: str, record: Mapping[str, Any]) -> Path:

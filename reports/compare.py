@@ -102,9 +102,14 @@ def _short(value: Any) -> str:
     return text[:8] + "…" if len(text) > 12 else text
 
 
-def unpack(values: str | Sequence[Any]) -> list[Any]:
-    """The samples of one metric as a list; "0110" stands for [0, 1, 1, 0]."""
-    return [int(digit) for digit in values] if isinstance(values, str) else list(values)
+def unpack(values: Any) -> list[Any]:
+    """The samples of one metric as a list; "0110" stands for [0, 1, 1, 0].
+
+    What is no list of samples, in a scorecard that something else has written, holds none.
+    """
+    if isinstance(values, str):
+        return [int(digit) for digit in values]
+    return list(values) if isinstance(values, (list, tuple)) else []
 
 
 def pack(values: Sequence[Any]) -> str | list[Any]:

@@ -180,6 +180,6 @@ def test_a_broken_weight_is_caught(shearling: Shearling, monkeypatch: pytest.Mon
     done = shearling("regress", "--only", "regress-tiny", "--out", "broken")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "worse than allowed" in done.stdout
-    worse = [line.split()[0] for line in done.stdout.splitlines() if line.endswith(" worse")]
+    worse = [line.split()[0] for line in done.stdout.splitlines() if line.split()[-1:] == ["worse"]]
     assert "distill/lambada_openai/perplexity" in worse
     assert not [name for name in worse if not name.startswith("distill/")]

@@ -102,6 +102,21 @@ def test_checkpoints_of_a_stage_at_work_are_not_swept(store: Store) -> None:
     assert (work / RESUME_FOLDER / "step-1" / "student").exists()
 
 
+def test_what_a_killed_writer_left_deep_in_a_stage_goes(store: Store, tmp_path: Path) -> None:
+    work = with_checkpoint(store)
+    left = ".model.safetensors.index.json.0ul8ce66"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (work / "model").mkdir(exist_ok=True)
+    (work / "link").symlink_to(elsewhere)
+    for folder in (work / "model", elsewhere):
+        (folder / left).touch()
+    store.open_work("distill", KEY, resumable=True)
+    assert not (work / "model" / left).exists()
+    assert (work / RESUME_FOLDER / "step-1" / "student").exists()
+    assert (elsewhere / left).exists(), "a link leads to what is not the stage's"
+
+
 def test_an_interrupted_stage_starts_clean_unless_it_is_resumable(store: Store) -> None:
     (store.open_work("prune", KEY, resumable=False) / "half").write_text("x")
     assert (store.open_work("prune", KEY, resumable=True) / "half").is_file()
