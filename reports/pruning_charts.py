@@ -207,7 +207,8 @@ def reconstruction(run: Run) -> Chart | None:
     rows: list[Data] = []
     for place, entry in enumerate(as_list(stage.selection.get("reconstruction")) if stage else []):
         numbers = as_dict(entry) or {"error": entry}
-        layer = as_number(numbers.pop("layer", place))
+        layer = as_number(numbers.pop("layer", None))
+        layer = place if layer is None else layer
         for name, value in numbers.items():
             error = as_number(value)
             if error is not None and name not in ("teacher_layer", "index"):

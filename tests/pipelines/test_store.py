@@ -107,12 +107,12 @@ def test_what_a_killed_writer_left_deep_in_a_stage_goes(store: Store, tmp_path: 
     left = ".model.safetensors.index.json.0ul8ce66"
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (work / "model").mkdir(exist_ok=True)
+    (work / "parts").mkdir()
     (work / "link").symlink_to(elsewhere)
-    for folder in (work / "model", elsewhere):
+    for folder in (work / "parts", elsewhere):
         (folder / left).touch()
     store.open_work("distill", KEY, resumable=True)
-    assert not (work / "model" / left).exists()
+    assert not (work / "parts" / left).exists()
     assert (work / RESUME_FOLDER / "step-1" / "student").exists()
     assert (elsewhere / left).exists(), "a link leads to what is not the stage's"
 
