@@ -11,8 +11,12 @@ from compress.checkpointing import Group, fill, names_in
 from compress.parallel import processes
 from compress.settings import DistillSettings
 from compress.split_muon import SplitMuon
+from compress.wide_muon import WideMuon, imitates_bfloat16
 
 Named = tuple[str, nn.Parameter]
+
+_MUCH = 10_000_000
+"""Weights from which on it matters how fast Muon's products are; measuring that takes a moment."""
 
 
 def build_optimizers(
@@ -32,7 +36,11 @@ def build_optimizers(
     if settings.optimizer == "muon":
         # Scaled by 0.2 sqrt(max(A, B)) an orthogonal update has the size of AdamW's, so the same
         # learning rate and decay serve both (https://arxiv.org/abs/2502.16982).
-        kind = SplitMuon if processes() > 1 else torch.optim.Muon
+        kind: type[torch.optim.Muon] = torch.optim.Muon
+        if processes() > 1:
+            kind = SplitMuon
+        elif sum(p.numel() for _, p in inner) > _MUCH and imitates_bfloat16(inner[0][1].device):
+            kind = WideMuon
         optimizers["muon"] = kind(
             _parameters(inner),
             lr=settings.learning_rate,
