@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from compress.parallel import processes, rank
+from compress.wide_muon import with_momentum
 
 
 class SplitMuon(torch.optim.Muon):
@@ -50,10 +51,7 @@ class SplitMuon(torch.optim.Muon):
         state = self.state[p]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
-        grad, buffer = p.grad.to_local(), state["momentum_buffer"].to_local()
-        buffer.lerp_(grad, 1 - group["momentum"])
-        update: Tensor = grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-        return update
+        return with_momentum(p.grad.to_local(), state["momentum_buffer"].to_local(), group)
 
 
 def rows_of(height: int, process: int) -> int:

@@ -7,8 +7,9 @@ takes seconds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +44,16 @@ class WideMuon(torch.optim.Muon):
                 if p.grad is None:
                     continue
                 buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p.grad))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+                update = with_momentum(p.grad, buffer, group)
                 update = orthogonalised(update, group["ns_coefficients"], group["ns_steps"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape))
+
+
+def with_momentum(grad: Tensor, buffer: Tensor, group: Mapping[str, Any]) -> Tensor:
+    """Take a gradient into Muon's running mean; gives what is to be orthogonalised."""
+    buffer.lerp_(grad, 1 - group["momentum"])
+    return grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
 
 def orthogonalised(

@@ -19,8 +19,7 @@ Legend of shape suffixes: B documents of a round, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import os
-import tempfile
+import io
 from array import array
 from functools import cached_property
 from itertools import count
@@ -39,7 +38,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shearling import Progress, ShearlingError, disk_errors, sha256_of_json, sync, write_json
+from shearling import Progress, ShearlingError, disk_errors, sha256_of_json, write_bytes, write_json
 from teachers.checkpoint import Checkpoint
 from teachers.encoding import Aside, Tokenised
 from teachers.model import dtype_on, open_model
@@ -285,7 +284,9 @@ class WrittenSource:
         except (OSError, ValueError, EOFError):
             pass  # not written yet, or damaged
         ids_BT = self.author.write(number)
-        _save(path, ids_BT)
+        data = io.BytesIO()
+        np.save(data, ids_BT)
+        write_bytes(path, data.getvalue())
         return ids_BT
 
     def notes(self) -> list[str]:
@@ -300,17 +301,3 @@ class WrittenSource:
             f"The teacher wrote this itself, from random first tokens: {how}, documents of at "
             f"most {self.author.length:,} tokens."
         ]
-
-
-def _save(path: Path, array_: NDArray[np.int32]) -> None:
-    """Write a file by one rename, so that it is there whole or not at all."""
-    with disk_errors(path):
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.save(file, array_)
-            sync(Path(aside))
-            os.replace(aside, path)
-        except BaseException:
-            Path(aside).unlink(missing_ok=True)
-            raise
