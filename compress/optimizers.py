@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compress.checkpointing import Group, fill, names_in
 from compress.parallel import processes
 from compress.settings import DistillSettings
-from compress.split_muon import SplitMuon
+from compress.split_muon import SplitMuon, WideSplitMuon
 from compress.wide_muon import WideMuon, imitates_bfloat16
 
 Named = tuple[str, nn.Parameter]
@@ -36,13 +36,11 @@ def build_optimizers(
     if settings.optimizer == "muon":
         # Scaled by 0.2 sqrt(max(A, B)) an orthogonal update has the size of AdamW's, so the same
         # learning rate and decay serve both (https://arxiv.org/abs/2502.16982).
-        kind: type[torch.optim.Muon] = torch.optim.Muon
-        if processes() > 1:
-            kind = SplitMuon
-        elif sum(p.numel() for _, p in inner) > _MUCH and imitates_bfloat16(inner[0][1].device):
-            kind = WideMuon
+        matrices = _parameters(inner)
+        kinds = (torch.optim.Muon, WideMuon) if processes() == 1 else (SplitMuon, WideSplitMuon)
+        kind = kinds[wide_products(matrices)]
         optimizers["muon"] = kind(
-            _parameters(inner),
+            matrices,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             adjust_lr_fn="match_rms_adamw",
@@ -62,6 +60,11 @@ def build_optimizers(
         fused=_can_fuse(named),
     )
     return optimizers
+
+
+def wide_products(matrices: Sequence[nn.Parameter]) -> bool:
+    """Whether Muon has to multiply in float32 here."""
+    return sum(p.numel() for p in matrices) > _MUCH and imitates_bfloat16(matrices[0].device)
 
 
 def _parameters(named: Iterable[Named]) -> list[nn.Parameter]:

@@ -2,7 +2,8 @@
 
 Newton-Schulz needs a whole matrix. Of as many matrices as there are processes each process
 gathers one, orthogonalises it and sends the rows back, so the work is shared out and no process
-holds more than one matrix whole. The arithmetic is torch.optim.Muon's own.
+holds more than one matrix whole. The arithmetic is torch.optim.Muon's own, or that of
+`compress.wide_muon` where it has to be.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 
 from compress.parallel import processes, rank
-from compress.wide_muon import with_momentum
+from compress.wide_muon import orthogonalised, with_momentum
 
 
 class SplitMuon(torch.optim.Muon):
@@ -37,14 +38,18 @@ class SplitMuon(torch.optim.Muon):
         updates = [self._momentum(p, group) for p in matrices]
         mine = gather_rows(updates, [p.shape for p in matrices])
         if mine is not None:
-            mine = _zeropower_via_newtonschulz(
-                mine, group["ns_coefficients"], group["ns_steps"], group["eps"]
-            ).to(mine.dtype)
+            mine = self._orthogonalised(mine, group)
         updates = return_rows(mine, updates, [p.shape for p in matrices])
         for p, update in zip(matrices, updates, strict=True):
             local = p.to_local()
             local.mul_(1 - group["lr"] * group["weight_decay"])
             local.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape))
+
+    def _orthogonalised(self, matrix_MN: Tensor, group: dict[str, Any]) -> Tensor:
+        narrow_MN = _zeropower_via_newtonschulz(
+            matrix_MN, group["ns_coefficients"], group["ns_steps"], group["eps"]
+        )
+        return narrow_MN.to(matrix_MN.dtype)
 
     def _momentum(self, p: Any, group: dict[str, Any]) -> Tensor:
         """What is to be orthogonalised, as far as this process has it."""
@@ -52,6 +57,13 @@ class SplitMuon(torch.optim.Muon):
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(p.grad)
         return with_momentum(p.grad.to_local(), state["momentum_buffer"].to_local(), group)
+
+
+class WideSplitMuon(SplitMuon):
+    """The same with its products in float32, as `compress.wide_muon` has them."""
+
+    def _orthogonalised(self, matrix_MN: Tensor, group: dict[str, Any]) -> Tensor:
+        return orthogonalised(matrix_MN, group["ns_coefficients"], group["ns_steps"])
 
 
 def rows_of(height: int, process: int) -> int:

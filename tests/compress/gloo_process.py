@@ -4,7 +4,7 @@
 
 JOBS is a JSON file, a list of runs one after the other (starting Python costs more than they do):
 the arguments of `distill` by name, and ``stop_after``, the step after which rank 0 is asked to
-stop.
+stop; ``wide`` has Muon multiply in float32.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
+from compress import optimizers
 from compress.distill import distill
 from compress.parallel import processes, rank, together
 from compress.settings import DistillSettings
 
 
 def run(job: dict[str, Any]) -> None:
+    wide = job.pop("wide", False)
+    optimizers.wide_products = lambda _: wide
     stop_after, settings = job.pop("stop_after", None), job.pop("settings")
 
     def on_metrics(line: dict[str, Any]) -> None:

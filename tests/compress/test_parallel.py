@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from compress import optimizers
 from compress.checkpointing import load_checkpoint, names_in
 from compress.distill import distill
 from compress.settings import DistillSettings
@@ -43,11 +44,12 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "untied": {"reverse_kl": 0.3},
     "muon": {"optimizer": "muon", "ema": 0.5},
+    "wide": {"optimizer": "muon"},
     "sample": {"targets": "sample", "target_slots": 8},
     "narrow": {"precision": "bfloat16"},
     "mix": {"adaptive_mix": 1.0},
 }
-UNTIED = ("untied", "muon")
+UNTIED = ("untied", "muon", "wide")
 
 
 def free_port() -> int:
@@ -97,12 +99,15 @@ class Runs:
             "cache": self.folder / f"cache-{out}",
         }
         settings = {**BASE, **RUNS[kind]}
-        return {**{name: str(path) for name, path in named.items()}, "settings": settings}
+        job = {name: str(path) for name, path in named.items()}
+        return {**job, "settings": settings, "wide": kind == "wide"}
 
     def here(self, kind: str, out: str, **more: Any) -> None:
         job = self.job(kind, out)
-        settings = DistillSettings(**job.pop("settings"))
-        distill(settings=settings, **{k: Path(v) for k, v in job.items()}, **more)
+        settings, wide = DistillSettings(**job.pop("settings")), job.pop("wide")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimizers, "wide_products", lambda _: wide)
+            distill(settings=settings, **{k: Path(v) for k, v in job.items()}, **more)
 
 
 def stop(line: dict[str, Any]) -> None:
@@ -171,7 +176,7 @@ def alike(runs: Runs, one: str, other: str, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=30 * tolerance)
 
 
-@pytest.mark.parametrize("kind", ["all", "untied", "sample", "mix"])
+@pytest.mark.parametrize("kind", ["all", "untied", "wide", "sample", "mix"])
 def test_two_processes_learn_what_one_does(runs: Runs, kind: str) -> None:
     alike(runs, f"{kind}-1", f"{kind}-2")
 
