@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from compress.checkpointing import load_checkpoint, save_checkpoint_alone
 from compress.coupling import derive_coupling
 from compress.ends import student_ends
-from compress.memory import reuse_freed_memory
+from compress.memory import give_back_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.selection import choose, write_selection
 from compress.settings import PruneSettings
@@ -58,7 +58,7 @@ def prune(
         ShearlingError: the teacher can't be read or pruned, or the saved student does not answer
             as the one in memory does.
     """
-    reuse_freed_memory()
+    give_back_freed_memory()
     source = open_checkpoint(teacher)
     problems = shape.problems_as_student_of(source.shape)
     if problems:
@@ -181,7 +181,7 @@ def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
 
     Returns the largest difference of a logit over the largest logit.
     """
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
     counted = sum(parameter.numel() for parameter in model.parameters())
     if Shape.from_config(model.config) != shape or counted != shape.parameters:
         raise ShearlingError(
@@ -189,7 +189,7 @@ def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
             f"{shape.parameters:,}.",
             hint="This is a bug in shearling; please report it with the recipe.",
         )
-    logits = model.to(walk.device).eval()(walk.probe_tokens.to(walk.device)).logits
+    logits = _last_answer(model, walk.probe_tokens, walk.device)
     error = float((logits - walk.probe_logits).abs().max() / walk.probe_logits.abs().max())
     if not error < 1e-3:
         raise ShearlingError(
@@ -198,6 +198,29 @@ def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
             hint="This is a bug in shearling or a failing disk; run the stage again.",
         )
     return error
+
+
+def _last_answer(model: LlamaForCausalLM, tokens_BT: Tensor, device: torch.device) -> Tensor:
+    """The model's logits in float32; its layers are used up.
+
+    The weights stay as they were opened, mapped from their files, but for the module at work: in
+    float32 an 8B's would take 32 GB.
+    """
+
+    def wake(module: nn.Module, _: Any) -> None:
+        module.to(device, torch.float32)
+
+    def spend(module: nn.Module, *_: Any) -> None:
+        module.to("meta")
+
+    model.model.embed_tokens.register_forward_hook(lambda *call: call[-1].to(device).float())
+    model.model.rotary_emb.to(device)
+    for module in (*model.model.layers, model.model.norm, model.lm_head):
+        module.register_forward_pre_hook(wake)
+    for layer in model.model.layers:
+        layer.register_forward_hook(spend)
+    logits: Tensor = model.eval()(tokens_BT, use_cache=False).logits
+    return logits
 
 
 def _summary(

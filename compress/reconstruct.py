@@ -53,7 +53,7 @@ class Moments:
     ) -> None:
         """Take in positions; ``weight_N`` says how much each counts.
 
-        ``energy_N`` is ‖y‖² of each where the targets are those of which ``mapped`` makes y.
+        ``energy_N`` is ‖y‖² of each where y is what a map makes of these targets later.
         """
         weighted_NI = input_NI * weight_N[:, None]
         for first in range(0, input_NI.shape[1], _GRAM_ROWS):
@@ -64,9 +64,11 @@ class Moments:
         energy_N = target_NO.square().sum(1) if energy_N is None else energy_N
         self.target_energy += (energy_N * weight_N).sum(dtype=torch.float64)
 
-    def mapped(self, map_OP: Tensor) -> Moments:
-        """As if each target had been multiplied by ``map_OP``; the energy is that already."""
-        return Moments(self.gram_II, self.cross_IO @ map_OP, self.target_energy)
+    def take(self, other: Moments) -> None:
+        """Take in what another one holds."""
+        self.gram_II += other.gram_II
+        self.cross_IO += other.cross_IO
+        self.target_energy += other.target_energy
 
     def relative_error(self, weight_OI: Tensor) -> float:
         """Σ w ‖W x - y‖² / Σ w ‖y‖² on what was taken in, to about six digits."""
@@ -76,16 +78,10 @@ class Moments:
         energy = self.target_energy.clamp_min(torch.finfo(torch.float64).tiny)
         return float(((fitted - 2 * shared) / energy + 1).clamp_min(0))
 
-    def outputs(self, some: slice) -> Moments:
+    def outputs(self, some: slice, map_OP: Tensor | None) -> Moments:
         """The moments of some outputs alone, the energy of all: enough to compare their errors."""
-        return Moments(self.gram_II, self.cross_IO[:, some], self.target_energy)
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.gram_II + other.gram_II,
-            self.cross_IO + other.cross_IO,
-            self.target_energy + other.target_energy,
-        )
+        cross_IO = self.cross_IO[:, some] if map_OP is None else self.cross_IO @ map_OP[:, some]
+        return Moments(self.gram_II, cross_IO, self.target_energy)
 
 
 class SplitMoments:
@@ -95,12 +91,9 @@ class SplitMoments:
     learns them by heart, with many a strong pull toward the sliced weights loses what they teach.
     """
 
-    def __init__(self, fitted: Moments, heldout: Moments) -> None:
-        self.fitted, self.heldout = fitted, heldout
-
-    @classmethod
-    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> SplitMoments:
-        return cls(Moments.zeros(inputs, outputs, device), Moments.zeros(inputs, outputs, device))
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        self.fitted = Moments.zeros(inputs, outputs, device)
+        self.heldout = Moments.zeros(inputs, outputs, device)
 
     def add(
         self,
@@ -116,37 +109,39 @@ class SplitMoments:
                 energy = None if energy_N is None else energy_N[chosen]
                 part.add(input_NI[chosen], target_NO[chosen], weight_N[chosen], energy)
 
-    def mapped(self, map_OP: Tensor) -> SplitMoments:
-        """Both parts ``mapped``."""
-        return SplitMoments(self.fitted.mapped(map_OP), self.heldout.mapped(map_OP))
-
     def rescale_inputs(self, scale: float) -> None:
         """As if every input had been multiplied by ``scale``."""
         for part in (self.fitted, self.heldout):
             part.gram_II *= scale**2
             part.cross_IO *= scale
 
-    def refit(self, sliced_OI: Tensor, ridge: float | None) -> Refit:
-        """Refit on all windows; without a ``ridge``, with the best one on held-out windows."""
-        strength = self._best_ridge(sliced_OI) if ridge is None else ridge
-        everything = self.fitted + self.heldout
-        weight_OI = ridge_refit(everything, sliced_OI, strength)
+    def refit(self, sliced_OI: Tensor, ridge: float | None, map_OP: Tensor | None = None) -> Refit:
+        """Refit on all windows; without a ``ridge``, with the best one on held-out windows.
+
+        With ``map_OP`` each target is what that makes of it, and the energy is that already.
+        The moments are used up: those of a large layer are gigabytes.
+        """
+        strength = self._best_ridge(sliced_OI, map_OP) if ridge is None else ridge
+        everything = self.fitted
+        everything.take(self.heldout)
+        del self.fitted, self.heldout
+        if map_OP is not None:
+            everything.cross_IO = everything.cross_IO @ map_OP
+        fit = RidgeFit(everything, sliced_OI)
+        weight_OI, error = fit.solve(strength)
         return Refit(
-            weight_OI=weight_OI,
-            ridge=strength,
-            sliced_error=everything.relative_error(sliced_OI),
-            error=everything.relative_error(weight_OI),
+            weight_OI=weight_OI, ridge=strength, sliced_error=fit.sliced_error, error=error
         )
 
-    def _best_ridge(self, sliced_OI: Tensor) -> float:
+    def _best_ridge(self, sliced_OI: Tensor, map_OP: Tensor | None) -> float:
         """Downhill from the middle: the error falls and rises once, and each look costs a solve."""
         some = slice(None, None, max(1, len(sliced_OI) // JUDGED_OUTPUTS))
-        fit = RidgeFit(self.fitted.outputs(some), sliced_OI[some], torch.float32)
-        heldout = self.heldout.outputs(some)
+        fit = RidgeFit(self.fitted.outputs(some, map_OP), sliced_OI[some], torch.float32)
+        heldout = self.heldout.outputs(some, map_OP)
 
         @cache
         def error(place: int) -> float:
-            return heldout.relative_error(fit.solve(RIDGES[place]))
+            return heldout.relative_error(fit.solve(RIDGES[place])[0])
 
         place, last = len(RIDGES) // 2, len(RIDGES) - 1
         for step in (1, -1):
@@ -174,15 +169,31 @@ class RidgeFit:
     def __init__(
         self, moments: Moments, sliced_OI: Tensor, dtype: torch.dtype = torch.float64
     ) -> None:
-        self.sliced_OI = sliced_OI
-        self._gram_II = moments.gram_II.to(dtype)
+        self.sliced_OI, self._moments = sliced_OI, moments
+        self._gram_II = moments.gram_II.to(dtype, copy=True)
+        self._diagonal_I = self._gram_II.diagonal().clone()
         self._base_IO = sliced_OI.T.to(dtype)
         self._residual_IO = moments.cross_IO.to(dtype) - self._gram_II @ self._base_IO
-        tiny = torch.finfo(torch.float64).tiny
-        self._mean = self._gram_II.diagonal().mean().clamp_min(tiny)
+        self._mean = self._diagonal_I.mean().clamp_min(torch.finfo(torch.float64).tiny)
 
-    def solve(self, ridge: float) -> Tensor:
-        """The weights W*, [O, I]; λ is ``ridge`` times the mean of diag(Gram).
+    @property
+    def sliced_error(self) -> float:
+        """Σ w ‖W₀ x - y‖² / Σ w ‖y‖², to about six digits."""
+        # Σ w ‖W₀ x‖² is ⟨cross - residual, W₀⟩.
+        return self._error(self._base_IO, -self._residual_IO)
+
+    def _error(self, weight_IO: Tensor, beside_cross_IO: Tensor) -> float:
+        """The relative error of weights whose product with the Gram matrix is the cross moments
+        and ``beside_cross_IO``: no product of that size is needed again."""
+        moments = self._moments
+        shared = (moments.cross_IO * weight_IO).sum(dtype=torch.float64)
+        beside = (beside_cross_IO * weight_IO).sum(dtype=torch.float64)
+        energy = moments.target_energy.clamp_min(torch.finfo(torch.float64).tiny)
+        return float((1 + (beside - shared) / energy).clamp_min(0))
+
+    def solve(self, ridge: float) -> tuple[Tensor, float]:
+        """The weights W*, [O, I], and their relative error; λ is ``ridge`` times the mean of
+        diag(Gram).
 
         Solved by Cholesky. Where the Gram matrix is too ill-conditioned for it, λ is
         raised tenfold until it isn't: with λ large enough the answer is the sliced weights.
@@ -192,21 +203,19 @@ class RidgeFit:
         """
         strength = ridge
         while True:
-            shifted_II = self._gram_II.clone()
-            shifted_II.diagonal().add_(strength * self._mean)
-            factor_II, failed = torch.linalg.cholesky_ex(shifted_II)
+            # In place: another matrix of this size would be half a gigabyte for an 8B's student.
+            self._gram_II.diagonal().copy_(self._diagonal_I + strength * self._mean)
+            factor_II, failed = torch.linalg.cholesky_ex(self._gram_II)
             if not failed:
                 change_IO = torch.cholesky_solve(self._residual_IO, factor_II)
-                refitted_OI: Tensor = (self._base_IO + change_IO).T.to(self.sliced_OI)
-                return refitted_OI
+                del factor_II
+                weight_IO = self._base_IO + change_IO
+                # Gram (W₀ + change) is cross - λ change.
+                error = self._error(weight_IO, change_IO * (-strength * self._mean))
+                return weight_IO.T.to(self.sliced_OI), error
             if strength > 1e12:  # not even a diagonal matrix
                 raise FloatingPointError("the calibration activations are not finite")
             strength *= 10
-
-
-def ridge_refit(moments: Moments, sliced_OI: Tensor, ridge: float) -> Tensor:
-    """The weights W* of the module's formula for one λ, [O, I]; see ``RidgeFit.solve``."""
-    return RidgeFit(moments, sliced_OI).solve(ridge)
 
 
 def scale_of_norm(student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor) -> tuple[float, float]:

@@ -49,6 +49,11 @@ FINAL_POSITIONS = 4096
 """Final hidden states that are kept: the output head's metric has E² numbers, each a mean."""
 
 
+HEAD_SHARE = 0.25
+"""The output head's part in choosing the stream's subspace; the layers' norms share the rest. It
+reads the stream once, but what it can't see no later layer mends."""
+
+
 @dataclass
 class Survey:
     """What the teacher's activations say about each part; see ``compress.importance``.
@@ -168,6 +173,10 @@ def take_survey(
             float(worth_F[kept.neurons].sum() / worth_F.sum().clamp_min(1e-12))
         )
     survey.hidden_E = survey.hidden_E.sqrt().cpu()
+    if projects:
+        last_EE = sum(stream_gram(stream_BTE[rows], maths.eps) for rows in batches(stream_BTE))
+        reads = 2 * shape.num_hidden_layers
+        survey.gram_EE.mul_((1 - HEAD_SHARE) / reads).add_(last_EE, alpha=HEAD_SHARE)
     final_NE = stream_BTE.flatten(0, 1)
     final_NE = final_NE[:: max(1, len(final_NE) // FINAL_POSITIONS)]
     norm_E = source.tensor("model.norm.weight", torch.float32)

@@ -204,7 +204,7 @@ class Walk:
 
         weight_name, bias = f"{block.output}.weight", student.get(f"{block.output}.bias")
         sliced_OI = student[weight_name]
-        moments = SplitMoments.zeros(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
+        moments = SplitMoments(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
         mixed: list[Tensor] = []  # kept for the second loop, in the dtype that it multiplies in
         for rows in batches(self.student_stream):
             stream = self._read(self.student_stream, rows)
@@ -305,7 +305,7 @@ class InputFit:
         self.block, self.map_EO = block, map_EO
         self.norm_D = student[block.norm]
         self.biases = [student.get(f"{name}.bias") for name in block.inputs]
-        self.moments = SplitMoments.zeros(len(self.norm_D), len(map_EO), self.norm_D.device)
+        self.moments = SplitMoments(len(self.norm_D), len(map_EO), self.norm_D.device)
         self._shared = self._energy = 0.0
 
     def add(
@@ -335,7 +335,7 @@ class InputFit:
         student[self.block.norm] = self.norm_D * scale
         self.moments.rescale_inputs(scale)
         sliced = [student[f"{name}.weight"] for name in self.block.inputs]
-        refit = self.moments.mapped(self.map_EO).refit(torch.cat(sliced), ridge)
+        refit = self.moments.refit(torch.cat(sliced), ridge, self.map_EO)
         parts = torch.split(refit.weight_OI, [len(weight_OI) for weight_OI in sliced])
         for name, weight in zip(self.block.inputs, parts, strict=True):
             student[f"{name}.weight"] = weight.contiguous()

@@ -20,7 +20,7 @@ from compress.depth import layers_by_divergence
 from compress.importance import channel_energy
 from compress.layer import LayerMath, read_layer
 from compress.prune import prune
-from compress.reconstruct import Moments, SplitMoments, final_norm_refit, ridge_refit
+from compress.reconstruct import Moments, RidgeFit, SplitMoments, final_norm_refit
 from compress.selection import choose_heads, choose_layers, read_map, rotary_channels, top
 from compress.settings import PruneSettings
 from shearling import ShearlingError, read_json
@@ -104,18 +104,33 @@ def test_ridge_refit_finds_the_weights_that_made_the_targets() -> None:
     for part in inputs.split(100):
         moments.add(part, part @ weight.T, torch.rand(len(part)) + 0.1)
     start = torch.zeros(5, 12)
+    fit = RidgeFit(moments, start)
     assert moments.relative_error(start) == pytest.approx(1)
-    torch.testing.assert_close(ridge_refit(moments, start, 1e-9), weight, rtol=1e-4, atol=1e-4)
-    assert moments.relative_error(ridge_refit(moments, start, 1e-9)) < 1e-6
+    found, error = fit.solve(1e-9)
+    torch.testing.assert_close(found, weight, rtol=1e-4, atol=1e-4)
+    assert moments.relative_error(found) < 1e-6
+    assert error < 1e-6
     # A strong pull leaves the sliced weights as they are.
-    torch.testing.assert_close(ridge_refit(moments, start, 1e9), start, atol=1e-6, rtol=0)
+    torch.testing.assert_close(fit.solve(1e9)[0], start, atol=1e-6, rtol=0)
+
+
+def test_a_fit_knows_its_errors_without_another_product() -> None:
+    torch.manual_seed(0)
+    moments = Moments.zeros(12, 5, torch.device("cpu"))
+    moments.add(torch.randn(90, 12), torch.randn(90, 5), torch.rand(90))
+    start = 0.1 * torch.randn(5, 12)
+    fit = RidgeFit(moments, start)
+    assert fit.sliced_error == pytest.approx(moments.relative_error(start), rel=1e-5)
+    for ridge in (1.0, 0.01):
+        weight, error = fit.solve(ridge)
+        assert error == pytest.approx(moments.relative_error(weight), rel=1e-5)
 
 
 def test_ridge_refit_survives_a_singular_gram() -> None:
     moments = Moments.zeros(6, 2, torch.device("cpu"))
     one = torch.ones(8, 6)  # rank one
     moments.add(one, torch.ones(8, 2), torch.ones(8))
-    refitted = ridge_refit(moments, torch.zeros(2, 6), 1e-30)
+    refitted, _ = RidgeFit(moments, torch.zeros(2, 6)).solve(1e-30)
     torch.testing.assert_close(one @ refitted.T, torch.ones(8, 2), rtol=1e-3, atol=1e-3)
 
 
@@ -125,7 +140,7 @@ def test_the_ridge_is_chosen_by_what_held_out_positions_say() -> None:
     truth, start = torch.randn(4, 30), torch.zeros(4, 30)
     chosen = {}
     for positions, noise in ((40, 20.0), (4000, 0.01)):
-        moments = SplitMoments.zeros(30, 4, torch.device("cpu"))
+        moments = SplitMoments(30, 4, torch.device("cpu"))
         inputs = torch.randn(positions, 30)
         targets = inputs @ truth.T + noise * torch.randn(positions, 4)
         held = torch.arange(positions) % 8 == 7
