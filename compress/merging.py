@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from compress.coupling import narrowed
+from compress.reconstruct import add_gram
 
 MERGED_FLOOR = 0.5
 """Least singular value of the kept dims in the joint subspace, as a share of the mean."""
@@ -76,7 +77,7 @@ def joint_ends(both: BothEnds, stream: Tensor) -> tuple[Tensor, Tensor]:
     gram_XX = torch.zeros(2 * teacher, 2 * teacher).to(both.norm_E)
     for _, embedding_RE, head_RE in both.parts():
         both_RX = torch.cat([embedding_RE, head_RE], 1)
-        gram_XX.addmm_(both_RX.T, both_RX)
+        add_gram(gram_XX, both_RX, both_RX)
     energy_X = gram_XX.diagonal()
     size_in, size_out = energy_X[:teacher].sum().sqrt(), energy_X[teacher:].sum().sqrt()
     scale_X = torch.cat([1 / size_in.expand(teacher), 1 / size_out.expand(teacher)])

@@ -25,7 +25,7 @@ RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 JUDGED_OUTPUTS = 512
 """Outputs that choose the ridge: all share it, and a solution for each costs as much as a fit."""
 _GRAM_ROWS = 1024
-"""Rows of a Gram matrix in one product; what lies above its diagonal blocks is mirrored."""
+"""Rows of a Gram matrix in one product."""
 
 
 @dataclass
@@ -56,10 +56,7 @@ class Moments:
         ``energy_N`` is ‖y‖² of each where y is what a map makes of these targets later.
         """
         weighted_NI = input_NI * weight_N[:, None]
-        for first in range(0, input_NI.shape[1], _GRAM_ROWS):
-            rows, upto = slice(first, first + _GRAM_ROWS), slice(0, first + _GRAM_ROWS)
-            self.gram_II[rows, upto].addmm_(weighted_NI[:, rows].T, input_NI[:, upto])
-            self.gram_II[:first, rows] = self.gram_II[rows, :first].T
+        add_gram(self.gram_II, weighted_NI, input_NI)
         self.cross_IO.addmm_(weighted_NI.T, target_NO)
         energy_N = target_NO.square().sum(1) if energy_N is None else energy_N
         self.target_energy += (energy_N * weight_N).sum(dtype=torch.float64)
@@ -82,6 +79,14 @@ class Moments:
         """The moments of some outputs alone, the energy of all: enough to compare their errors."""
         cross_IO = self.cross_IO[:, some] if map_OP is None else self.cross_IO @ map_OP[:, some]
         return Moments(self.gram_II, cross_IO, self.target_energy)
+
+
+def add_gram(gram_II: Tensor, weighted_NI: Tensor, input_NI: Tensor) -> None:
+    """gram += weightedᵀ input, which is symmetric: what lies above the diagonal is mirrored."""
+    for first in range(0, input_NI.shape[1], _GRAM_ROWS):
+        rows, upto = slice(first, first + _GRAM_ROWS), slice(0, first + _GRAM_ROWS)
+        gram_II[rows, upto].addmm_(weighted_NI[:, rows].T, input_NI[:, upto])
+        gram_II[:first, rows] = gram_II[rows, :first].T
 
 
 class SplitMoments:

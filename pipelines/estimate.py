@@ -206,6 +206,8 @@ def prune_cost(
         * min(WALK_BATCH_TOKENS, max(tokens, survey))
         * (4 * before.intermediate_size + 6 * wide + 3 * before.query_size),
     }
+    # A layer and the output head in float32; the rest is mapped from the student's files.
+    check = {"student": 4.0 * (student.layer_parameters + vocabulary * narrow)}
     moments = [
         Moment(
             what="survey",
@@ -214,7 +216,7 @@ def prune_cost(
         ),
         *_choice_moments(before, student, settings, layers),
         Moment(what="start", device={}, host={**kept, "teacher's embeddings": whole_table}),
-        Moment(what="check", device={"student": 4.0 * student.parameters}, host=kept),
+        Moment(what="check", device=check, host=kept),
     ]
     if settings.refit:
         moments += [
@@ -331,15 +333,15 @@ def _choice_flops(
         single += 2.0 * before.vocab_size * wide * narrow
         double += 10.0 * wide**3 + 20.0 * narrow**3  # all eigenvectors, one SVD
     if student.merges_ends_of(before) and settings.merge == "least_squares":
-        single += 4.0 * before.vocab_size * wide * (2 * wide + student.hidden_size)
+        single += 4.0 * before.vocab_size * wide * (wide + student.hidden_size)
         double += 10.0 * (2 * wide) ** 3
     return {"float32": single, "float64": double}
 
 
 def _moments_bytes(inputs: int, outputs: int) -> float:
-    """Three sets of float32 moments and what the solver holds in float64."""
+    """The moments in float32, and what the solver holds in float64: its matrix and a factor."""
     square, cross = inputs**2, inputs * outputs
-    return 12.0 * (square + cross) + 8.0 * (3 * square + 3 * cross)
+    return 4.0 * (square + 2 * cross) + 8.0 * (2 * square + 3 * cross)
 
 
 def _prune_flops(
