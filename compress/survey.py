@@ -172,11 +172,16 @@ def take_survey(
         survey.neuron_shares.append(
             float(worth_F[kept.neurons].sum() / worth_F.sum().clamp_min(1e-12))
         )
+    last_E, last_EE = torch.zeros_like(survey.hidden_E), torch.zeros_like(survey.gram_EE)
+    for rows in batches(stream_BTE):
+        last_E += relative_energy(stream_BTE[rows]).to(last_E)
+        if projects:
+            last_EE += stream_gram(stream_BTE[rows], maths.eps)
+    reads = 2 * shape.num_hidden_layers
+    if taylor is None and settings.importance != "magnitude":
+        survey.hidden_E.mul_((1 - HEAD_SHARE) / reads).add_(last_E, alpha=HEAD_SHARE)
+    survey.gram_EE.mul_((1 - HEAD_SHARE) / reads).add_(last_EE, alpha=HEAD_SHARE)
     survey.hidden_E = survey.hidden_E.sqrt().cpu()
-    if projects:
-        last_EE = sum(stream_gram(stream_BTE[rows], maths.eps) for rows in batches(stream_BTE))
-        reads = 2 * shape.num_hidden_layers
-        survey.gram_EE.mul_((1 - HEAD_SHARE) / reads).add_(last_EE, alpha=HEAD_SHARE)
     final_NE = stream_BTE.flatten(0, 1)
     final_NE = final_NE[:: max(1, len(final_NE) // FINAL_POSITIONS)]
     norm_E = source.tensor("model.norm.weight", torch.float32)

@@ -318,6 +318,28 @@ def test_a_stream_in_a_subspace_is_cut_to_it_without_a_trace(
     torch.testing.assert_close(basis_DE @ map_ED @ map_ED.T, basis_DE, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("basis", ["principal", "dims"])
+def test_what_only_the_head_reads_stays(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path, basis: str
+) -> None:
+    """The last layer writes where the stream was hardly anything before."""
+
+    def shout(model: LlamaForCausalLM) -> None:
+        model.model.embed_tokens.weight[:, 5] = 0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[5] = 0
+            layer.mlp.down_proj.weight[5] = 0
+        model.model.layers[-1].mlp.down_proj.weight[5] = 30.0
+
+    teacher = edited(tiny_llama, tmp_path / "teacher", shout)
+    cut(teacher, tmp_path / "out", tiny_transfer_set, {"hidden_size": 8}, basis=basis)
+    selection = tmp_path / "out" / "selection.json"
+    assert 5 in read_json(selection)["hidden"]
+    map_ED = read_map(selection)
+    assert (map_ED is None) == (basis == "dims")
+    assert map_ED is None or map_ED[5].norm() > 0.95
+
+
 def test_the_basis_lies_near_the_dims_that_it_is_turned_toward() -> None:
     sizes_E = torch.linspace(3, 0.1, 16)
     mixing_EE = torch.linalg.qr(torch.eye(16) + 0.05 * torch.randn(16, 16))[0]
