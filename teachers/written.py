@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import io
 from array import array
+from collections.abc import Callable
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -127,8 +128,13 @@ class Author:
         return found
 
     @torch.inference_mode()
-    def write(self, number: int) -> NDArray[np.int32]:
-        """The round of this number: [B, T], `_NOTHING` after a document's end."""
+    def write(
+        self, number: int, told: Callable[[int], None] = lambda tokens: None
+    ) -> NDArray[np.int32]:
+        """The round of this number: [B, T], `_NOTHING` after a document's end.
+
+        ``told`` hears how many tokens of it there are, each time there are more.
+        """
         model = self.model
         draw = np.random.default_rng([self.seed, number])
         before, kept = self.beginning
@@ -142,7 +148,10 @@ class Author:
                 attention_mask=torch.ones_like(prompt_BT),
                 generation_config=self._how(self.length - kept - 1),
                 logits_processor=LogitsProcessorList(
-                    [Greedy(prompt_BT.shape[1] + self.settings.greedy_tokens)]
+                    [
+                        Greedy(prompt_BT.shape[1] + self.settings.greedy_tokens),
+                        Count(sorted(self.ends), told),
+                    ]
                 ),
             )
         return self._ended(written_BT[:, len(before) - kept :].cpu().numpy(), kept)
@@ -180,6 +189,18 @@ class Greedy(LogitsProcessor):  # type: ignore[misc]
         best_B1 = scores.argmax(dim=-1, keepdim=True)
         only = torch.full_like(scores, -torch.inf)
         return only.scatter(-1, best_B1, 0.0)
+
+
+class Count(LogitsProcessor):  # type: ignore[misc]
+    """Changes nothing; tells after each token how many the documents have that go on."""
+
+    def __init__(self, ends: list[int], told: Callable[[int], None]) -> None:
+        self.ends, self.told, self.tokens = torch.tensor(ends), told, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.tokens += int((~torch.isin(input_ids[:, -1].cpu(), self.ends)).sum())
+        self.told(self.tokens)
+        return scores
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -242,7 +263,11 @@ class WrittenSource:
                 show("write", min(tokens, wanted), wanted)
                 if tokens >= wanted:
                     break
-                found = self._readable(self._round(number))
+
+                def told(more: int, before: int = tokens) -> None:
+                    show("write", min(before + more, wanted), wanted)
+
+                found = self._readable(self._round(number, told))
                 if aside is not None:
                     texts = [Document(text) for _, text in found]
                     aside.take(texts, [ids.size for ids, _ in found])
@@ -275,7 +300,7 @@ class WrittenSource:
             )
         return found
 
-    def _round(self, number: int) -> NDArray[np.int32]:
+    def _round(self, number: int, told: Callable[[int], None]) -> NDArray[np.int32]:
         path = self.folder / f"round-{number:05d}.npy"
         try:
             ids_BT: NDArray[np.int32] = np.load(path)
@@ -283,7 +308,7 @@ class WrittenSource:
                 return ids_BT
         except (OSError, ValueError, EOFError):
             pass  # not written yet, or damaged
-        ids_BT = self.author.write(number)
+        ids_BT = self.author.write(number, told)
         data = io.BytesIO()
         np.save(data, ids_BT)
         write_bytes(path, data.getvalue())

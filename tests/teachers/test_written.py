@@ -97,6 +97,14 @@ def test_a_document_ends_where_the_teacher_ends_it(author: Author) -> None:
             assert (row >= 0).all()
 
 
+def test_a_round_tells_how_far_it_is(author: Author) -> None:
+    heard: list[int] = []
+    tokens = int((author.write(0, heard.append) >= 0).sum())
+    assert heard[0] == 64
+    assert heard == sorted(heard)
+    assert tokens - 2 * 64 <= heard[-1] <= tokens  # each document's last and its end don't count
+
+
 def test_the_first_tokens_may_be_the_likeliest(tiny_llama: Path) -> None:
     author = Author(tiny_llama, written(greedy_tokens=3), WINDOW, seed=0, device="cpu")
     ids = torch.from_numpy(author.write(0)).long()
