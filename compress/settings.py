@@ -26,9 +26,9 @@ class PruneSettings(Settings):
         default=32768, gt=0, description="Tokens of the transfer set that pruning looks at."
     )
     depth: Literal["cosine", "contiguous", "divergence"] | list[int] = Field(
-        default="cosine",
-        description="Which layers stay: the ones that change the residual stream most (cosine), "
-        "all but the least-changing run of neighbours (contiguous), those without which the "
+        default="contiguous",
+        description="Which layers stay: all but the run of neighbours that changes the residual "
+        "stream least (contiguous), the layers that change it most (cosine), those without which the "
         "teacher's answers diverge most, one removed after another (divergence), or a list of "
         "layer numbers.",
     )

@@ -195,14 +195,14 @@ def _filled(
 ) -> str:
     example = load_recipe("quickstart")
     text = example.transfer_set.sources[0]
-    context = facts.context if facts and facts.context and facts.context >= 8 else 256
+    context = facts.context if facts and facts.context and facts.context >= 8 else 512
     return _TEMPLATE.format(
         file=shlex.quote(str(file)),
         told=told or "#",
         name=json.dumps(_safe(file.stem)),
         teacher=json.dumps(teacher or example.teacher.model, ensure_ascii=False),
         teacher_extra="" if teacher else f"\n  sha256: {example.teacher.sha256}",
-        window=min(256, context),
+        window=min(512, context),
         text=text.path,
         text_sha256=text.sha256,
         shape=_shape_lines(facts.shape if facts else None),

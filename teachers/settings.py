@@ -212,7 +212,7 @@ class TransferSetSettings(Settings):
         description="Tokens of the whole set, which sources with a weight share; by default as "
         "many as their smallest source allows.",
     )
-    window: int = Field(default=256, ge=8, description="Tokens in one training window.")
+    window: int = Field(default=512, ge=8, description="Tokens in one training window.")
     heldout_windows: int = Field(
         default=16, ge=1, description="Windows kept out of training, to evaluate on."
     )
