@@ -28,8 +28,8 @@ class PruneSettings(Settings):
     depth: Literal["cosine", "contiguous", "divergence"] | list[int] = Field(
         default="contiguous",
         description="Which layers stay: all but the run of neighbours that changes the residual "
-        "stream least (contiguous), the layers that change it most (cosine), those without which the "
-        "teacher's answers diverge most, one removed after another (divergence), or a list of "
+        "stream least (contiguous), the layers that change it most (cosine), those without which "
+        "the teacher's answers diverge most, one removed after another (divergence), or a list of "
         "layer numbers.",
     )
     importance: Literal["greedy", "activation", "taylor", "magnitude"] = Field(
