@@ -82,8 +82,9 @@ def joint_ends(both: BothEnds, stream: Tensor) -> tuple[Tensor, Tensor]:
     size_in, size_out = energy_X[:teacher].sum().sqrt(), energy_X[teacher:].sum().sqrt()
     scale_X = torch.cat([1 / size_in.expand(teacher), 1 / size_out.expand(teacher)])
     gram_XX *= scale_X[:, None] * scale_X
-    values, vectors_XX = torch.linalg.eigh(gram_XX.double())
-    leading_XD = (vectors_XX[:, -count:] / values[-count:].clamp_min(1e-12).sqrt()).float()
+    # In float32, as the sums are: of an 8B teacher float64 takes minutes and moves nothing.
+    values, vectors_XX = torch.linalg.eigh(gram_XX)
+    leading_XD = vectors_XX[:, -count:] / values[-count:].clamp_min(1e-12).sqrt()
     del vectors_XX
     # Where the directions meet the kept dims of the embedding; both are in the Gram matrix.
     meeting_DD = leading_XD.T @ narrowed(gram_XX[:, :teacher], stream) * size_in

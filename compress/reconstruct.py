@@ -120,13 +120,20 @@ class SplitMoments:
             part.gram_II *= scale**2
             part.cross_IO *= scale
 
-    def refit(self, sliced_OI: Tensor, ridge: float | None, map_OP: Tensor | None = None) -> Refit:
+    def refit(
+        self,
+        sliced_OI: Tensor,
+        ridge: float | None,
+        map_OP: Tensor | None = None,
+        near: float | None = None,
+    ) -> Refit:
         """Refit on all windows; without a ``ridge``, with the best one on held-out windows.
 
         With ``map_OP`` each target is what that makes of it, and the energy is that already.
-        The moments are used up: those of a large layer are gigabytes.
+        ``near`` is where the search begins, one of RIDGES. The moments are used up: those of a
+        large layer are gigabytes.
         """
-        strength = self._best_ridge(sliced_OI, map_OP) if ridge is None else ridge
+        strength = self._best_ridge(sliced_OI, map_OP, near) if ridge is None else ridge
         everything = self.fitted
         everything.take(self.heldout)
         del self.fitted, self.heldout
@@ -138,8 +145,11 @@ class SplitMoments:
             weight_OI=weight_OI, ridge=strength, sliced_error=fit.sliced_error, error=error
         )
 
-    def _best_ridge(self, sliced_OI: Tensor, map_OP: Tensor | None) -> float:
-        """Downhill from the middle: the error falls and rises once, and each look costs a solve."""
+    def _best_ridge(
+        self, sliced_OI: Tensor, map_OP: Tensor | None, near: float | None
+    ) -> float:
+        """Downhill from ``near``, else from the middle: the error falls and rises once, and each
+        look costs a solve."""
         some = slice(None, None, max(1, len(sliced_OI) // JUDGED_OUTPUTS))
         fit = RidgeFit(self.fitted.outputs(some, map_OP), sliced_OI[some], torch.float32)
         heldout = self.heldout.outputs(some, map_OP)
@@ -148,7 +158,8 @@ class SplitMoments:
         def error(place: int) -> float:
             return heldout.relative_error(fit.solve(RIDGES[place])[0])
 
-        place, last = len(RIDGES) // 2, len(RIDGES) - 1
+        last = len(RIDGES) - 1
+        place = last // 2 if near is None else RIDGES.index(near)
         for step in (1, -1):
             while 0 <= place + step <= last and error(place + step) < error(place):
                 place += step

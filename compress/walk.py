@@ -175,7 +175,7 @@ class Walk:
                 self.teacher_math.mix(block, parts), teacher, block.output
             )
             self.teacher_stream[rows] = (before + written).to(self.teacher_stream)
-        return fit.solve(student, self.settings.ridge)
+        return fit.solve(student, self.settings.ridge, self._ridge_before(fit.short))
 
     def _pass_dropped_layers(self, number: int) -> None:
         """Take the teacher through the layers that the student lacks.
@@ -219,7 +219,9 @@ class Walk:
             size_N = _flat(wanted).square().mean(1).clamp_min(1e-12)
             weight_N = _weights(wanted) / size_N
             moments.add(_flat(mixed_BTI), target_NO, weight_N, _held_out(rows, wanted))
-        refit = moments.refit(sliced_OI, self.settings.ridge)
+        short = block.output.rpartition(".")[2]
+        near = self._ridge_before(short)
+        refit = moments.refit(sliced_OI, self.settings.ridge, near=near)
         student[weight_name] = refit.weight_OI
         wrong = 0.0
         for rows, mixed_BTI in zip(batches(self.student_stream), mixed, strict=True):
@@ -228,13 +230,17 @@ class Walk:
             after = stream + written
             self.student_stream[rows] = after.to(self.student_stream)
             wrong += _relative_distance(after, wanted_stream(rows))
-        short = block.output.rpartition(".")[2]
         return {
             f"{short}_sliced": refit.sliced_error,
             short: refit.error,
             f"{short}_ridge": refit.ridge,
             f"stream_after_{short}": wrong / self.student_stream[..., 0].numel(),
         }
+
+    def _ridge_before(self, short: str) -> float | None:
+        """The ridge of the same map a layer earlier, which that of this layer is seldom far from."""
+        given = self.settings.ridge is not None
+        return None if given or not self.errors else self.errors[-1][f"{short}_ridge"]
 
     def _read(self, stream_BTD: Tensor, rows: slice) -> Tensor:
         """Some windows of a stream, where they are computed, in float32."""
@@ -303,6 +309,7 @@ class InputFit:
 
     def __init__(self, student: LayerWeights, block: Block, map_EO: Tensor) -> None:
         self.block, self.map_EO = block, map_EO
+        self.short = "qkv" if block is ATTENTION else "gate_up"
         self.norm_D = student[block.norm]
         self.biases = [student.get(f"{name}.bias") for name in block.inputs]
         self.moments = SplitMoments(len(self.norm_D), len(map_EO), self.norm_D.device)
@@ -329,19 +336,23 @@ class InputFit:
         self._shared += shared
         self._energy += energy
 
-    def solve(self, student: LayerWeights, ridge: float | None) -> dict[str, float]:
-        """Put the refitted weights and the rescaled norm into ``student``; returns the errors."""
+    def solve(
+        self, student: LayerWeights, ridge: float | None, near: float | None
+    ) -> dict[str, float]:
+        """Put the refitted weights and the rescaled norm into ``student``; returns the errors.
+
+        ``ridge`` and ``near`` as of ``SplitMoments.refit``.
+        """
         scale = self._shared / self._energy if self._energy else 1.0
         student[self.block.norm] = self.norm_D * scale
         self.moments.rescale_inputs(scale)
         sliced = [student[f"{name}.weight"] for name in self.block.inputs]
-        refit = self.moments.refit(torch.cat(sliced), ridge, self.map_EO)
+        refit = self.moments.refit(torch.cat(sliced), ridge, self.map_EO, near)
         parts = torch.split(refit.weight_OI, [len(weight_OI) for weight_OI in sliced])
         for name, weight in zip(self.block.inputs, parts, strict=True):
             student[f"{name}.weight"] = weight.contiguous()
-        short = "qkv" if self.block is ATTENTION else "gate_up"
         return {
-            f"{short}_sliced": refit.sliced_error,
-            short: refit.error,
-            f"{short}_ridge": refit.ridge,
+            f"{self.short}_sliced": refit.sliced_error,
+            self.short: refit.error,
+            f"{self.short}_ridge": refit.ridge,
         }

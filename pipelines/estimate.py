@@ -23,9 +23,9 @@ LIBRARIES = 0.5e9
 """A process with torch, transformers and lm-eval loaded, before any model (measured)."""
 SHARD = 2 * 1024**3  # of a model that is being written
 SURVEY_TOKENS, WALK_BATCH_TOKENS = 16384, 4096  # as in compress.survey and compress.layer
-RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 5, 700, 1024
-"""Ridges that are tried for a map on the way downhill (measured: 4 to 7), and about how many of its
-outputs judge them; rows of a Gram matrix in one product (compress.reconstruct)."""
+RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
+"""Ridges that are tried for a map beside that of the layer before, and about how many of its outputs
+judge them; rows of a Gram matrix in one product (compress.reconstruct)."""
 MICRO_TOKENS = 1024  # as in compress.data
 SHORT_WINDOW = 1024  # as in compress.attention
 MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
@@ -296,7 +296,7 @@ def search_cost(
 def _choice_moments(
     before: Shape, student: Shape, settings: PruneSettings, layers: dict[str, float]
 ) -> list[Moment]:
-    """What choosing needs beside a layer: Gram matrices and, in float64, what is made of them."""
+    """What choosing needs beside a layer: Gram matrices and what is made of them."""
     moments = []
     if settings.importance == "greedy":
         largest = max(before.intermediate_size, before.query_size)
@@ -306,7 +306,7 @@ def _choice_moments(
         basis = {"principal directions": 40.0 * before.hidden_size**2}
         moments.append(Moment(what="basis", device={}, host=basis))
     if student.merges_ends_of(before) and settings.merge == "least_squares":
-        both = {"joint directions": 40.0 * (2 * before.hidden_size) ** 2}
+        both = {"joint directions": 20.0 * (2 * before.hidden_size) ** 2}
         merged = {"embeddings": 4.0 * student.vocab_size * student.hidden_size}
         moments.append(Moment(what="merge", device=both, host=merged))
     return moments
@@ -334,7 +334,7 @@ def _choice_flops(
         double += 10.0 * wide**3 + 20.0 * narrow**3  # all eigenvectors, one SVD
     if student.merges_ends_of(before) and settings.merge == "least_squares":
         single += 4.0 * before.vocab_size * wide * (wide + student.hidden_size)
-        double += 10.0 * (2 * wide) ** 3
+        single += 10.0 * (2 * wide) ** 3
     return {"float32": single, "float64": double}
 
 
