@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.layer import BATCH_TOKENS, LayerMath, normed, read_layer
+from compress.layer import LayerMath, normed, read_layer
 from compress.losses import forward_kl
 from shearling import Progress, silent
 from teachers.checkpoint import Checkpoint
@@ -68,16 +68,9 @@ class DepthSearch:
             weights = read_layer(self.source, layer, self.device)
             skipped_BTE = whole_BTE.clone()
             for stream_BTE in [*without, whole_BTE]:
-                self._pass(stream_BTE, weights)
+                self.maths.advance(stream_BTE, weights)
             without.append(skipped_BTE)
         return [self._final(stream) for stream in without], self._final(whole_BTE)
-
-    def _pass(self, stream_BTE: Tensor, weights: dict[str, Tensor]) -> None:
-        step = max(1, BATCH_TOKENS // stream_BTE.shape[1])
-        for first in range(0, len(stream_BTE), step):
-            rows = slice(first, first + step)
-            passed = self.maths.layer(stream_BTE[rows].to(self.device), weights)
-            stream_BTE[rows] = passed.to(stream_BTE)
 
     def _final(self, stream_BTE: Tensor) -> Tensor:
         final_BTE = normed(stream_BTE.to(self.device), self.maths.eps) * self.norm_E

@@ -88,7 +88,7 @@ def student_ends(
         embedding_VD = slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
         head_VD, norm_D = _narrowed_head(slicer, embedding_VD, head_VE, norm_E)
     # As they will be stored: in float32 an 8B's would be the largest thing in memory.
-    tied, stored = head_VD is embedding_VD, source.tensor(FINAL_NORM).dtype
+    tied, stored = head_VD is embedding_VD, source.torch_dtype
     embedding_VD = embedding_VD.to(stored)
     head_VD = embedding_VD if tied else head_VD.to(stored)
     metric_DD, metric_DE = fisher_metric(final_NE, head_VE, head_VD.to(device), dtype)

@@ -128,6 +128,12 @@ class LayerMath:
             stream_BTD = stream_BTD + self.linear(self.mix(block, parts), weights, block.output)
         return stream_BTD
 
+    def advance(self, stream_BTD: Tensor, weights: LayerWeights) -> None:
+        """Take a whole stream through a layer in place, some windows at a time on the device."""
+        for rows in batches(stream_BTD):
+            before_BTD = stream_BTD[rows].to(self.device, torch.float32)
+            stream_BTD[rows] = self.layer(before_BTD, weights).to(stream_BTD)
+
 
 def position_weights(stream_BTD: Tensor) -> Tensor:
     """How much each position of a batch counts in a fit, [B, T]."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from compress.checkpointing import load_checkpoint, save_checkpoint_alone
+from compress.checkpointing import TrainingState, load_checkpoint, save_checkpoint_alone
 from compress.coupling import derive_coupling
 from compress.ends import student_ends
 from compress.memory import give_back_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
-from compress.selection import choose, write_selection
+from compress.selection import check_rotary, choose, write_selection
 from compress.settings import PruneSettings
 from compress.slicing import Slicer
 from compress.streams import DTYPES, Streams
@@ -31,8 +32,10 @@ from shearling import (
     sha256_of_json,
     silent,
 )
+from students.build import student_config
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint, open_checkpoint
+from teachers.layout import listed
 from teachers.tokenizer import copy_tokenizer
 from teachers.transfer_set import TransferSet
 
@@ -66,6 +69,8 @@ def prune(
             "The student's shape does not fit: " + "; ".join(problems) + ".",
             hint="Change `shape` in the recipe's prune stage.",
         )
+    settings.check_depth(source.shape, shape)
+    check_rotary(source.config, student_config(source.config, shape))
     text = TransferSet(transfer_set)
     windows = text.calibration(settings.calibration_tokens, seed)
     place, resume = torch.device(device), out / "resume"
@@ -87,13 +92,19 @@ def prune(
         limit = int(settings.stream_memory_gb * 1024**3)
         return Streams(out / "streams", DTYPES[settings.stream_dtype], limit)
 
-    with torch.no_grad(), disk_errors(out):
+    saving = Saving(
+        resume,
+        {"identity": identity, "precision": precision.to_dict()},
+        settings.save_every_seconds,
+    )
+    with torch.no_grad(), disk_errors(out), finite_or_told(source):
         if saved:
             survey = Survey.from_tensors(saved.whole("survey"))
         else:
             survey = take_survey(
                 source, shape, windows, settings, streams(), place, precision.dtype, progress
             )
+            saving(survey)
         slicer = Slicer(
             teacher=source.shape,
             student=shape,
@@ -114,17 +125,9 @@ def prune(
             dtype=precision.dtype,
             folder=out / "model",
         )
-        facts = {"identity": identity, "precision": precision.to_dict()}
-        if saved:
+        if saved and saved.step:
             walk.restore(saved)
-        try:
-            walk.run(progress, Saving(resume, walk, survey, facts, settings.save_every_seconds))
-        except FloatingPointError as error:
-            raise ShearlingError(
-                f"Pruning met numbers that are not finite: {error}.",
-                hint="Set precision to float32 in the recipe's prune stage; if it is, the teacher "
-                "overflows on this text, or refit: false is needed.",
-            ) from error
+        walk.run(progress, lambda: saving(survey, walk))
         _copy_companions(teacher, out / "model")
         logit_error = _gate(walk, out / "model", shape)
     write_selection(
@@ -140,32 +143,54 @@ def identity_of_cut(
     source: Checkpoint, text: TransferSet, settings: PruneSettings, *wanted: Any
 ) -> str:
     """A hash of all that results depend on; ``wanted`` is what is cut to, and how, as JSON."""
-    how = settings.model_dump(exclude={"save_every_seconds", "stream_memory_gb"})
+    named = set(PruneSettings.model_fields) - {"save_every_seconds", "stream_memory_gb"}
+    how = settings.model_dump(include=named)  # not what a recipe calls the stage
     return sha256_of_json([how, *wanted, source.fingerprint(), text.facts["sha256"]])
 
 
 class Saving:
-    """Called between two layers: saves the walk when it is time, so a killed one can go on."""
+    """Saves what is done so far when it is time, so that a killed stage can go on.
 
-    def __init__(
-        self, folder: Path, walk: Walk, survey: Survey, facts: Mapping[str, Any], seconds: float
-    ) -> None:
-        self.folder, self.walk, self.survey, self.facts = folder, walk, survey, facts
-        self.seconds, self._saved = seconds, time.monotonic()
+    Called behind the survey, and then between two layers.
+    """
 
-    def __call__(self) -> None:
+    def __init__(self, folder: Path, facts: Mapping[str, Any], seconds: float) -> None:
+        self.folder, self.facts, self.seconds = folder, facts, seconds
+        self._saved = time.monotonic()
+
+    def __call__(self, survey: Survey, walk: Walk | None = None) -> None:
         if time.monotonic() - self._saved < self.seconds:
             return
-        state = self.walk.state()
+        state = walk.state() if walk else TrainingState(step=0, state={})
         save_checkpoint_alone(
             self.folder,
             replace(
                 state,
                 state={**self.facts, **state.state},
-                tensors={**state.tensors, "survey": self.survey.to_tensors()},
+                tensors={**state.tensors, "survey": survey.to_tensors()},
             ),
         )
         self._saved = time.monotonic()
+
+
+@contextmanager
+def finite_or_told(source: Checkpoint) -> Iterator[None]:
+    """Where numbers stop being finite, say what to do about it."""
+    try:
+        yield
+    except FloatingPointError as error:
+        hint = (
+            "Set precision to float32 in the recipe's prune stage; if it is, the teacher "
+            "overflows on this text, or refit: false is needed."
+        )
+        if source.torch_dtype is torch.float16:
+            hint = (
+                "float16 ends at 65,504, and the student is stored as the teacher is: convert the "
+                "teacher to bfloat16 or float32."
+            )
+        raise ShearlingError(
+            f"Pruning met numbers that are not finite: {error}.", hint=hint
+        ) from error
 
 
 def _copy_companions(teacher: Path, folder: Path) -> None:
@@ -181,7 +206,15 @@ def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
 
     Returns the largest difference of a logit over the largest logit.
     """
-    model = LlamaForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    model, loading = LlamaForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, output_loading_info=True
+    )
+    strange = [*loading["missing_keys"], *loading["unexpected_keys"]]
+    if strange:
+        raise ShearlingError(
+            f"The pruned model's tensors are not those of a stock Llama: {listed(strange)}.",
+            hint="This is a bug in shearling; please report it with the recipe.",
+        )
     counted = sum(parameter.numel() for parameter in model.parameters())
     if Shape.from_config(model.config) != shape or counted != shape.parameters:
         raise ShearlingError(

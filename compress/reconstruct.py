@@ -145,9 +145,7 @@ class SplitMoments:
             weight_OI=weight_OI, ridge=strength, sliced_error=fit.sliced_error, error=error
         )
 
-    def _best_ridge(
-        self, sliced_OI: Tensor, map_OP: Tensor | None, near: float | None
-    ) -> float:
+    def _best_ridge(self, sliced_OI: Tensor, map_OP: Tensor | None, near: float | None) -> float:
         """Downhill from ``near``, else from the middle: the error falls and rises once, and each
         look costs a solve."""
         some = slice(None, None, max(1, len(sliced_OI) // JUDGED_OUTPUTS))
@@ -190,7 +188,9 @@ class RidgeFit:
         self._diagonal_I = self._gram_II.diagonal().clone()
         self._base_IO = sliced_OI.T.to(dtype)
         self._residual_IO = moments.cross_IO.to(dtype) - self._gram_II @ self._base_IO
-        self._mean = self._diagonal_I.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        mean = self._diagonal_I.mean()
+        # Inputs that never spoke leave the weights as they are, for any λ above zero.
+        self._mean = torch.where(mean == 0, torch.ones_like(mean), mean)
 
     @property
     def sliced_error(self) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.data import make_batch
 from compress.fused import FusedLoss, compare
-from compress.layer import LayerMath, batches, normed, read_layer
+from compress.layer import LayerMath, normed, read_layer
 from compress.losses import LiveTargets
 from compress.precision import fast_dtype
 from compress.prune import identity_of_cut, prune
@@ -139,10 +139,7 @@ class Reference:
         maths = LayerMath(model.config, tokens_BT.shape[1], self.device, self.fused.dtype)
         stream_BTD = model.tensor("model.embed_tokens.weight")[tokens_BT].float()
         for layer in range(model.shape.num_hidden_layers):
-            weights = read_layer(model, layer, self.device)
-            for rows in batches(stream_BTD):
-                passed_BTD = maths.layer(stream_BTD[rows].to(self.device), weights)
-                stream_BTD[rows] = passed_BTD.to(stream_BTD)
+            maths.advance(stream_BTD, read_layer(model, layer, self.device))
         stream_ND = stream_BTD.to(self.device)[self.batch.mask_BT]
         norm_D = model.tensor("model.norm.weight", torch.float32).to(self.device)
         return normed(stream_ND, maths.eps) * norm_D

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from compress.basis import principal_basis
 from shearling import ShearlingError, write_json
@@ -45,26 +47,13 @@ def choose_layers(distances: Sequence[float], count: int, depth: Depth) -> list[
     ``distances[i]`` says how much layer i changes the residual stream. ``cosine`` keeps the
     largest; ``contiguous`` drops the run of neighbours with the smallest sum; a list is taken as
     it is. (``divergence`` needs the model itself: ``compress.depth``.)
-
-    Raises:
-        ShearlingError: a given list doesn't fit the number of layers.
     """
-    total = len(distances)
     if not isinstance(depth, str):
-        if (
-            sorted(set(depth)) != depth
-            or len(depth) != count
-            or not 0 <= depth[0] <= depth[-1] < total
-        ):
-            raise ShearlingError(
-                f"depth lists {depth}; the shape wants {count} different layers, ascending, "
-                f"out of 0 to {total - 1}.",
-                hint="Correct `depth` or `shape.num_hidden_layers` in the recipe's prune stage.",
-            )
         return depth
     if depth != "contiguous":
         kept: list[int] = top(torch.tensor(distances), count).tolist()
         return kept
+    total = len(distances)
     dropped = total - count
     sums = [sum(distances[first : first + dropped]) for first in range(total - dropped + 1)]
     first = sums.index(min(sums))
@@ -108,6 +97,30 @@ def rotary_channels(teacher_dim: int, head_dim: int) -> Tensor:
         )
     first = torch.arange(0, teacher_dim // 2, teacher_dim // head_dim)
     return torch.cat([first, first + teacher_dim // 2])
+
+
+def check_rotary(teacher: LlamaConfig, student: LlamaConfig) -> None:
+    """The kept channels turn in the student as they do in the teacher, whatever scales them.
+
+    YaRN's and longrope's frequencies depend on a pair's number, not on its frequency alone.
+
+    Raises:
+        ShearlingError: they don't.
+    """
+    channels_C = rotary_channels(teacher.head_dim, student.head_dim)
+    try:
+        wide, narrow = LlamaRotaryEmbedding(teacher), LlamaRotaryEmbedding(student)
+        kept = wide.inv_freq[channels_C[: student.head_dim // 2]]
+        same = torch.equal(kept, narrow.inv_freq)
+    except RuntimeError:  # a list of factors for as many pairs as the teacher has
+        same = False
+    if not same:
+        kind = teacher.rope_parameters["rope_type"]
+        raise ShearlingError(
+            f"head_dim can't go from {teacher.head_dim} to {student.head_dim}: with the teacher's "
+            f"rotary embedding ({kind}) no heads of a stock model turn as its own do.",
+            hint=f"Keep shape.head_dim at {teacher.head_dim} and take fewer heads.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

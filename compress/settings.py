@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from shearling import ShearlingError
 from students.settings import Settings
 from students.shape import Shape
 
@@ -80,6 +81,24 @@ class PruneSettings(Settings):
         description="Seconds between checkpoints of the walk, taken between two layers; 0 takes "
         "one after each.",
     )
+
+    def check_depth(self, teacher: Shape, student: Shape) -> None:
+        """A given list of layers is one that the shapes allow.
+
+        Raises:
+            ShearlingError: it isn't.
+        """
+        depth, count, total = self.depth, student.num_hidden_layers, teacher.num_hidden_layers
+        if isinstance(depth, list) and (
+            sorted(set(depth)) != depth
+            or len(depth) != count
+            or not 0 <= depth[0] <= depth[-1] < total
+        ):
+            raise ShearlingError(
+                f"depth lists {depth}; the shape wants {count} different layers, ascending, "
+                f"out of 0 to {total - 1}.",
+                hint="Correct `depth` or `shape.num_hidden_layers` in the recipe's prune stage.",
+            )
 
     def basis_for(self, teacher: Shape, student: Shape) -> Literal["principal", "dims"]:
         """How a student of this shape gets its stream; see ``basis``."""

@@ -32,14 +32,15 @@ class Streams:
             stream_BTD[window] = embedding_VD[tokens_T]
         return stream_BTD
 
-    def empty(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of this shape, in memory while there is room and in a file from then on."""
-        size = math.prod(shape) * self.dtype.itemsize
+        dtype = dtype or self.dtype
+        size = math.prod(shape) * dtype.itemsize
         if size <= self._left or size == 0:
             self._left -= size
-            return torch.empty(shape, dtype=self.dtype)
+            return torch.empty(shape, dtype=dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.stream"
         path.unlink(missing_ok=True)
-        mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=self.dtype)
+        mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
         return mapped.view(shape)

@@ -159,6 +159,8 @@ def take_survey(
         for rows in batches(stream_BTE):
             before = stream_BTE[rows].to(device)
             stream_BTE[rows] = layer.add(before).to(stream_BTE)
+        if not bool(torch.isfinite(stream_BTE).all()):
+            raise FloatingPointError(f"the teacher overflows in its layer {number}")
         scores = taylor[number] if taylor else layer.scores(settings.importance)
         survey.hidden_E += scores.hidden_E.to(survey.hidden_E)
         if projects:

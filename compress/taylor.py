@@ -49,11 +49,9 @@ def taylor_scores(
     for number in range(layers):
         progress("gradients", number, 2 * layers)
         before.append(stream_BTE)
-        weights = read_layer(source, number, device)
         stream_BTE = streams.empty(f"taylor-{number + 1}", tuple(stream_BTE.shape))
-        for rows in batches(stream_BTE):
-            inputs_BTE = before[-1][rows].to(device, torch.float32)
-            stream_BTE[rows] = maths.layer(inputs_BTE, weights).to(stream_BTE)
+        stream_BTE.copy_(before[-1])
+        maths.advance(stream_BTE, read_layer(source, number, device))
     gradient_BTE = streams.empty("taylor-gradient", tuple(stream_BTE.shape))
     _through_head(source, maths, tokens_BT, stream_BTE, gradient_BTE)
     scores: list[PartScores] = []

@@ -78,10 +78,14 @@ class Walk:
         config = student_config(source.config, slicer.student)
         self.teacher_math = LayerMath(source.config, windows_BT.shape[1], device, dtype)
         self.student_math = LayerMath(config, windows_BT.shape[1], device, dtype)
-        self.writer = StudentWriter(folder, config, source.tensor(FINAL_NORM).dtype)
+        self.writer = StudentWriter(folder, config, source.torch_dtype)
         walked = windows_BT if settings.refit else windows_BT[:0]  # slicing looks at nothing
         self.teacher_stream = streams.embedded("teacher", source.tensor(EMBEDDING), walked)
         self.student_stream = streams.embedded("student", ends.embedding_VD, walked)
+        # What each output map reads is made once and read twice, for its fit and behind it.
+        student = slicer.student
+        widest = max(student.query_size, student.intermediate_size)
+        self.mixed = streams.empty("mixed", (*walked.shape, widest), dtype)
         self.probe_tokens = windows_BT[:1, :64]
         self.probe_math = LayerMath(config, self.probe_tokens.shape[1], device, torch.float32)
         self.probe_stream = self._stored(ends.embedding_VD[self.probe_tokens]).to(device)
@@ -122,7 +126,9 @@ class Walk:
         """
         layers = self.slicer.plan.layers
         if not self.errors:
+            self.writer.restore([])  # nothing of an earlier attempt stays beside what is written
             self.writer.add(EMBEDDING, self.ends.embedding_VD)
+            self._pass_dropped_layers(0, layers[0])
         for number in range(len(self.errors), len(layers)):
             progress("walk", number, len(layers))
             weights, error = self._layer(number)
@@ -144,7 +150,8 @@ class Walk:
             for block in BLOCKS:
                 error |= self._fit_inputs(number, block, teacher, student)
                 if block is MLP:
-                    self._pass_dropped_layers(number)
+                    ends = [*plan.layers, self.source.shape.num_hidden_layers]
+                    self._pass_dropped_layers(ends[number] + 1, ends[number + 1])
                 error |= self._fit_output(block, student, self._aim(number, block))
         return {name: self._stored(weight) for name, weight in student.items()}, error
 
@@ -177,17 +184,15 @@ class Walk:
             self.teacher_stream[rows] = (before + written).to(self.teacher_stream)
         return fit.solve(student, self.settings.ridge, self._ridge_before(fit.short))
 
-    def _pass_dropped_layers(self, number: int) -> None:
-        """Take the teacher through the layers that the student lacks.
+    def _pass_dropped_layers(self, first: int, upto: int) -> None:
+        """Take the teacher through layers ``first`` to ``upto - 1``, which the student lacks.
 
         The down projection before the gap is then fitted to the stream behind it.
         """
-        layers = [*self.slicer.plan.layers, self.source.shape.num_hidden_layers]
-        for layer in range(layers[number] + 1, layers[number + 1]):
-            weights = read_layer(self.source, layer, self.device)
-            for rows in batches(self.teacher_stream):
-                passed = self.teacher_math.layer(self._read(self.teacher_stream, rows), weights)
-                self.teacher_stream[rows] = passed.to(self.teacher_stream)
+        if len(self.teacher_stream):
+            for layer in range(first, upto):
+                weights = read_layer(self.source, layer, self.device)
+                self.teacher_math.advance(self.teacher_stream, weights)
 
     def _fit_output(
         self, block: Block, student: LayerWeights, map_DE: Tensor | None
@@ -205,12 +210,12 @@ class Walk:
         weight_name, bias = f"{block.output}.weight", student.get(f"{block.output}.bias")
         sliced_OI = student[weight_name]
         moments = SplitMoments(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
-        mixed: list[Tensor] = []  # kept for the second loop, in the dtype that it multiplies in
+        mixed_BTI = self.mixed[..., : sliced_OI.shape[1]]
         for rows in batches(self.student_stream):
             stream = self._read(self.student_stream, rows)
             _, parts = self.student_math.read(block, stream, student)
-            mixed_BTI = self.student_math.mix(block, parts)
-            mixed.append(mixed_BTI.to("cpu", self.student_math.dtype))
+            read = self.student_math.mix(block, parts)
+            mixed_BTI[rows] = read.to(mixed_BTI)
             wanted = wanted_stream(rows)
             target_NO = _flat(wanted - stream)
             if bias is not None:
@@ -218,15 +223,16 @@ class Walk:
             # Relative errors count: the next norm divides each position by its size.
             size_N = _flat(wanted).square().mean(1).clamp_min(1e-12)
             weight_N = _weights(wanted) / size_N
-            moments.add(_flat(mixed_BTI), target_NO, weight_N, _held_out(rows, wanted))
+            moments.add(_flat(read), target_NO, weight_N, _held_out(rows, wanted))
         short = block.output.rpartition(".")[2]
         near = self._ridge_before(short)
         refit = moments.refit(sliced_OI, self.settings.ridge, near=near)
         student[weight_name] = refit.weight_OI
         wrong = 0.0
-        for rows, mixed_BTI in zip(batches(self.student_stream), mixed, strict=True):
+        for rows in batches(self.student_stream):
             stream = self._read(self.student_stream, rows)
-            written = self.student_math.linear(mixed_BTI.to(self.device), student, block.output)
+            read = mixed_BTI[rows].to(self.device)
+            written = self.student_math.linear(read, student, block.output)
             after = stream + written
             self.student_stream[rows] = after.to(self.student_stream)
             wrong += _relative_distance(after, wanted_stream(rows))
@@ -238,7 +244,7 @@ class Walk:
         }
 
     def _ridge_before(self, short: str) -> float | None:
-        """The ridge of the same map a layer earlier, which that of this layer is seldom far from."""
+        """The ridge of the same map a layer earlier: that of this layer is seldom far from it."""
         given = self.settings.ridge is not None
         return None if given or not self.errors else self.errors[-1][f"{short}_ridge"]
 

@@ -24,7 +24,7 @@ LIBRARIES = 0.5e9
 SHARD = 2 * 1024**3  # of a model that is being written
 SURVEY_TOKENS, WALK_BATCH_TOKENS = 16384, 4096  # as in compress.survey and compress.layer
 RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
-"""Ridges that are tried for a map beside that of the layer before, and about how many of its outputs
+"""Ridges tried for a map: the one of the layer before and its neighbours; about how many outputs
 judge them; rows of a Gram matrix in one product (compress.reconstruct)."""
 MICRO_TOKENS = 1024  # as in compress.data
 SHORT_WINDOW = 1024  # as in compress.attention

@@ -111,7 +111,9 @@ def check_shapes(recipe: Recipe, teacher: Shape) -> None:
     for stage in recipe.stages:
         if isinstance(stage, PruneStage):
             try:
-                newest = student_shape(stage.shape_spec(), teacher=teacher, newest=newest)
+                before = newest
+                newest = student_shape(stage.shape_spec(), teacher=teacher, newest=before)
+                stage.check_depth(before, newest)
             except ShearlingError as error:
                 raise ShearlingError(
                     f"Stage {stage.name}: {error.what}", hint=error.hint

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from compress.settings import PruneSettings
 from pipelines.accelerators import Machine
 from pipelines.display import format_bytes
 from pipelines.plan import TeacherFacts, make_plan, teacher_facts
@@ -68,8 +69,8 @@ stages:
   - name: prune
     kind: prune
 {shape}
-    calibration_tokens: 16384 # tokens that pruning looks at
-    depth: cosine # which layers stay; or contiguous, or a list of layer numbers
+    calibration_tokens: {calibration} # tokens that pruning looks at
+    depth: {depth} # which layers go: a run of neighbours; or cosine, or a list of those that stay
     refit: true # refit the kept weights to the teacher's activations
   - name: distill
     kind: distill
@@ -205,6 +206,8 @@ def _filled(
         window=min(512, context),
         text=text.path,
         text_sha256=text.sha256,
+        calibration=PruneSettings.model_fields["calibration_tokens"].default,
+        depth=PruneSettings.model_fields["depth"].default,
         shape=_shape_lines(facts.shape if facts else None),
         tokens=tokens,
         tokens_told=tokens_told,

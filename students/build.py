@@ -6,11 +6,12 @@ import copy
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from shearling import ShearlingError, write_json
+from shearling import ShearlingError, sync, write_json
 from students.shape import Shape
 
 SHARD_BYTES = 1024**3
@@ -53,15 +54,20 @@ class StudentWriter:
             FloatingPointError: the tensor holds NaN or infinity.
         """
         stored = tensor.detach().to("cpu", self.dtype).contiguous().clone()
-        if not bool(torch.isfinite(stored).all()):  # also what is too large for a float16
-            raise FloatingPointError(f"{name} is not finite as {self.dtype}")
+        if not bool(torch.isfinite(stored).all()):
+            too_large = bool(torch.isfinite(tensor).all())
+            raise FloatingPointError(
+                f"{name} has numbers too large for {self.dtype}"
+                if too_large
+                else f"{name} is not finite"
+            )
         self._pending[name] = stored
         self._bytes += stored.nbytes
         if sum(pending.nbytes for pending in self._pending.values()) >= self.shard_bytes:
             self._flush()
 
     def checkpoint(self) -> list[list[str]]:
-        """Put what was added so far on the disk; ``restore`` takes the answer."""
+        """Put what was added so far safely on the disk; ``restore`` takes the answer."""
         if self._pending:
             self._flush()
         return [list(names) for names in self._shards]
@@ -73,7 +79,7 @@ class StudentWriter:
         ``finish`` had done, which may have renamed some shards before it was killed.
 
         Raises:
-            ShearlingError: a shard is gone.
+            ShearlingError: a shard is gone or damaged.
         """
         self._shards = [list(names) for names in shards]
         paths = [self._shard_path(number) for number in range(1, len(shards) + 1)]
@@ -85,7 +91,13 @@ class StudentWriter:
         for path in later:
             if path not in paths:
                 path.unlink(missing_ok=True)
-        self._bytes = sum(tensor.nbytes for path in paths for tensor in load_file(path).values())
+        try:
+            self._bytes = sum(tensor.nbytes for p in paths for tensor in load_file(p).values())
+        except SafetensorError as error:
+            raise ShearlingError(
+                f"A part of the student in {self.folder} is damaged: {error}",
+                hint=f"Delete {self.folder.parent} to start this stage from its beginning.",
+            ) from error
 
     def _renamed(self, number: int) -> Path:
         """Where a ``finish`` that was killed has put a shard."""
@@ -119,5 +131,6 @@ class StudentWriter:
     def _flush(self) -> None:
         path = self._shard_path(len(self._shards) + 1)
         save_file(self._pending, path, metadata={"format": "pt"})
+        sync(path)
         self._shards.append(list(self._pending))
         self._pending = {}

@@ -162,6 +162,13 @@ class Shape:
         for name in ("attention_bias", "mlp_bias"):
             if getattr(teacher, name) and not getattr(self, name):
                 problems.append(f"{name} false would drop biases that the teacher has")
+            if getattr(self, name) and not getattr(teacher, name):
+                problems.append(f"{name} true would add biases that the teacher lacks")
+        if self.head_dim > 0 and teacher.head_dim % self.head_dim:
+            problems.append(
+                f"head_dim {self.head_dim} does not divide the teacher's {teacher.head_dim}, so "
+                "its rotary frequencies would not be those of a stock model"
+            )
         if teacher.tie_word_embeddings and not self.tie_word_embeddings:
             problems.append(
                 "tie_word_embeddings false would spend parameters that the tied teacher lacks"

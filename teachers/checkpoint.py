@@ -107,6 +107,11 @@ class Checkpoint:
         dtypes = [info.dtype for info in self.weights.infos.values()]
         return max(set(dtypes), key=dtypes.count)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The same as PyTorch has it; of a few tensors in another dtype a student takes no note."""
+        return FLOAT_DTYPES[self.dtype]
+
     def bytes(self) -> int:
         """Size of the weight files on disk."""
         return sum(file.stat().st_size for file in self.weights.files)

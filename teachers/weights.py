@@ -31,13 +31,13 @@ _MAX_HEADER_BYTES = 100_000_000
 _AGAIN = "Download or copy the model again."
 
 # The dtypes of safetensors that hold plain numbers; FP8 and integers are quantised forms.
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-_TORCH_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
+FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
 }
+_TORCH_DTYPE_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -21,8 +22,16 @@ from compress.importance import channel_energy
 from compress.layer import LayerMath, read_layer
 from compress.prune import prune
 from compress.reconstruct import Moments, RidgeFit, SplitMoments, final_norm_refit
-from compress.selection import choose_heads, choose_layers, read_map, rotary_channels, top
+from compress.selection import (
+    check_rotary,
+    choose_heads,
+    choose_layers,
+    read_map,
+    rotary_channels,
+    top,
+)
 from compress.settings import PruneSettings
+from pipelines.tiny import make_tiny_llama
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint
@@ -44,12 +53,12 @@ def logits(folder: Path) -> Tensor:
     return answer
 
 
-def edited(source: Path, folder: Path, edit: Edit) -> Path:
-    """A copy of a model with its weights changed by ``edit``."""
+def edited(source: Path, folder: Path, edit: Edit, dtype: torch.dtype = torch.float32) -> Path:
+    """A copy of a model with its weights changed by ``edit``, stored in ``dtype``."""
     model = load(source)
     with torch.no_grad():
         edit(model)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     copy_tokenizer(source, folder)
     return folder
 
@@ -185,8 +194,6 @@ def test_depth_by_cosine_contiguous_and_list() -> None:
     assert choose_layers(distances, 4, "cosine") == [0, 2, 4, 5]
     assert choose_layers(distances, 4, "contiguous") == [0, 1, 2, 5]
     assert choose_layers(distances, 2, [1, 4]) == [1, 4]
-    with pytest.raises(ShearlingError, match="the shape wants 2"):
-        choose_layers(distances, 2, [4, 1])
 
 
 def test_equal_scores_keep_the_earlier() -> None:
@@ -214,6 +221,32 @@ def test_every_second_rotary_pair_turns_as_a_stock_head_of_half_the_width(scaled
         rotary_channels(128, 48)
 
 
+def test_heads_that_would_turn_otherwise_are_refused() -> None:
+    """YaRN scales by a pair's number, longrope by a list of as many factors as there are pairs."""
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
+    long |= {name: [1.0 + 0.01 * i for i in range(64)] for name in ("short_factor", "long_factor")}
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+
+    def config(head_dim: int, rope: dict[str, Any]) -> LlamaConfig:
+        original = {"original_max_position_embeddings": 32768}
+        return LlamaConfig(head_dim=head_dim, rope_parameters={**rope, **original})
+
+    check_rotary(config(128, linear), config(64, linear))
+    for rope in (yarn, long):
+        check_rotary(config(128, rope), config(128, rope))
+        with pytest.raises(ShearlingError, match=f"{rope['rope_type']}.* no heads"):
+            check_rotary(config(128, rope), config(64, rope))
+
+
+def test_inputs_that_never_spoke_leave_the_weights_alone() -> None:
+    moments = SplitMoments(6, 2, torch.device("cpu"))
+    held = torch.arange(16) % 8 == 7
+    moments.add(torch.zeros(16, 6), torch.zeros(16, 2), torch.ones(16), held)
+    start = torch.randn(2, 6)
+    assert torch.equal(moments.refit(start, None).weight_OI, start)
+
+
 # --- the whole stage
 
 
@@ -225,6 +258,146 @@ def test_the_teachers_own_shape_gives_the_teacher(
         torch.testing.assert_close(
             logits(tmp_path / str(refit) / "model"), logits(tiny_llama), rtol=1e-3, atol=1e-4
         )
+
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "Llama 1": ({"num_key_value_heads": 4, "tie_word_embeddings": False}, torch.float16),
+    "Llama 2 70B": ({"tie_word_embeddings": False}, torch.bfloat16),
+    "CodeLlama": (
+        {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        torch.bfloat16,
+    ),
+    "Llama 3.1": ({"tie_word_embeddings": False, "rope_parameters": LLAMA_3}, torch.bfloat16),
+    "Llama 3.2": ({"rope_parameters": LLAMA_3}, torch.bfloat16),
+    "one key/value head": ({"num_key_value_heads": 1}, torch.float32),
+    "biases": ({"attention_bias": True, "mlp_bias": True}, torch.float32),
+    "biases, ungrouped": (
+        {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True},
+        torch.float32,
+    ),
+}
+
+
+def draw_biases(model: LlamaForCausalLM) -> None:
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.normal_(0, 0.3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_llama_keeps_its_answers_and_can_be_cut_on_every_axis(
+    tiny_transfer_set: Path, tmp_path: Path, family: str
+) -> None:
+    axes, dtype = FAMILIES[family]
+    source = make_tiny_llama(tmp_path / "source", **axes)
+    teacher = edited(source, tmp_path / "teacher", draw_biases, dtype)
+    cut(teacher, tmp_path / "same", tiny_transfer_set, {})
+    wanted = logits(teacher)
+    rounding = max(1e-5, 4 * torch.finfo(dtype).eps)
+    error = (logits(tmp_path / "same/model") - wanted).abs().max() / wanted.abs().max()
+    assert float(error) < rounding
+    heads = Checkpoint(teacher).shape.num_key_value_heads
+    narrow = {"hidden_size": 24, "num_hidden_layers": 3, "head_dim": 4, "intermediate_size": 40}
+    narrow |= {"num_attention_heads": 2, "num_key_value_heads": min(2, heads)}
+    cut(teacher, tmp_path / "narrow", tiny_transfer_set, narrow)
+    student = Checkpoint(tmp_path / "narrow/model")
+    assert student.shape == replace(Checkpoint(teacher).shape, **narrow)
+    assert student.torch_dtype is dtype
+
+
+def halve_heads(model: LlamaForCausalLM) -> None:
+    """Of every head half of the rotary pairs and half of the values' space say nothing."""
+    torch.manual_seed(1)
+    wide, narrow = 8, 4
+    silent = [c for c in range(wide) if c not in rotary_channels(wide, narrow).tolist()]
+    basis = torch.linalg.qr(torch.randn(wide, narrow))[0]
+    projection = basis @ basis.T
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        for rows in (attention.q_proj.weight, attention.q_proj.bias):
+            if rows is not None:
+                rows.view(-1, wide, *rows.shape[1:])[:, silent] = 0
+        for rows in (attention.v_proj.weight, attention.v_proj.bias):
+            if rows is not None:
+                heads = rows.view(-1, wide, *rows.shape[1:])
+                heads.copy_(torch.einsum("ac,kc...->ka...", projection, heads))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_a_head_that_says_nothing_is_cut_without_a_trace(
+    tiny_transfer_set: Path, tmp_path: Path, family: str
+) -> None:
+    source = make_tiny_llama(tmp_path / "source", **FAMILIES[family][0])
+
+    def edit(model: LlamaForCausalLM) -> None:
+        draw_biases(model)
+        halve_heads(model)
+
+    teacher = edited(source, tmp_path / "teacher", edit)
+    for refit in (False, True):
+        out = tmp_path / str(refit)
+        cut(teacher, out, tiny_transfer_set, {"head_dim": 4}, refit=refit)
+        torch.testing.assert_close(logits(out / "model"), logits(teacher), rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("kept", [[0, 1, 3], [0, 1, 2], [1, 2, 3], [2]])
+def test_the_teachers_stream_is_the_teachers_whatever_layers_go(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path, kept: list[int]
+) -> None:
+    """The student's layers are refitted, so its error behind the last one is small only if what
+    they are held against is the whole teacher's stream."""
+    windows = TransferSet(tiny_transfer_set).calibration(2048, 0)
+    axes = {"num_hidden_layers": len(kept)}
+    found = cut(tiny_llama, tmp_path / "cut", tiny_transfer_set, axes, depth=kept)
+
+    def last_stream(folder: Path) -> Tensor:
+        seen: list[Tensor] = []
+        model = load(folder)
+        model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            model(windows, use_cache=False)
+        return seen[0]
+
+    ours, theirs = last_stream(tmp_path / "cut/model"), last_stream(tiny_llama)
+    wrong_BT = (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
+    assert found["stream_error"] == pytest.approx(float(wrong_BT.mean()), rel=1e-3)
+
+
+def test_layers_that_say_nothing_on_the_text_are_kept_as_they_are(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """As in a teacher whose attention or FFN was pruned away: their maps read zeros."""
+
+    def silence(model: LlamaForCausalLM) -> None:
+        model.model.layers[1].self_attn.v_proj.weight.zero_()
+        model.model.layers[2].mlp.up_proj.weight.zero_()
+
+    teacher = edited(tiny_llama, tmp_path / "teacher", silence)
+    cut(teacher, tmp_path / "out", tiny_transfer_set, {})
+    torch.testing.assert_close(
+        logits(tmp_path / "out/model"), logits(teacher), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_the_student_is_stored_as_most_of_the_teacher_is(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """Conversions often leave the norms in float32."""
+    teacher = edited(tiny_llama, tmp_path / "teacher", lambda _: None, torch.bfloat16)
+    file = teacher / "model.safetensors"
+    weights = {n: t.float() if "norm" in n else t for n, t in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    cut(teacher, tmp_path / "out", tiny_transfer_set, AXES)
+    assert Checkpoint(tmp_path / "out/model").dtype == "BF16"
 
 
 def silence_neurons(model: LlamaForCausalLM) -> None:
@@ -455,6 +628,52 @@ def test_a_shape_larger_than_the_teacher_is_refused(
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.parametrize(
+    ("axes", "settings", "said"),
+    [
+        ({"head_dim": 6}, {}, "head_dim 6 does not divide"),
+        ({"num_hidden_layers": 2}, {"depth": [3, 1]}, "the shape wants 2"),
+        ({"num_hidden_layers": 2}, {"depth": [1, 4]}, "out of 0 to 3"),
+        ({"attention_bias": True}, {}, "biases that the teacher lacks"),
+    ],
+)
+def test_what_can_t_be_cut_is_refused_before_any_work(
+    tiny_llama: Path,
+    tiny_transfer_set: Path,
+    tmp_path: Path,
+    axes: dict[str, Any],
+    settings: dict[str, Any],
+    said: str,
+) -> None:
+    shape = replace(Checkpoint(tiny_llama).shape, **axes)
+    chosen = PruneSettings(**settings)
+    seen: list[str] = []
+    with pytest.raises(ShearlingError, match=said):
+        prune(
+            tiny_llama,
+            tmp_path / "out",
+            shape,
+            tiny_transfer_set,
+            chosen,
+            seed=0,
+            progress=lambda task, *_, **__: seen.append(task),
+        )
+    assert not seen
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_overflows_is_told_by_its_layer(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    def swell(model: LlamaForCausalLM) -> None:
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e38)
+
+    teacher = edited(tiny_llama, tmp_path / "teacher", swell)
+    for settings in ({}, {"importance": "greedy"}, {"refit": False}):
+        with pytest.raises(ShearlingError, match="overflows in its layer 1"):
+            cut(teacher, tmp_path / "out", tiny_transfer_set, AXES, **settings)
+
+
 def test_refit_beats_slicing_on_a_trained_model(shared_data: Path, tmp_path: Path) -> None:
     """stories260K, a real tiny Llama with grouped attention, cut to three quarters each way."""
     from teachers.settings import SourceSettings, TransferSetSettings
@@ -536,6 +755,55 @@ def test_a_killed_walk_goes_on_to_the_same_bits(
         assert torch.equal(one, other), name
     selections = [read_json(tmp_path / run / "selection.json") for run in ("whole", "killed")]
     assert selections[0] == selections[1]
+
+
+def test_a_survey_that_is_done_is_not_made_again(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    whole = cut(tiny_llama, tmp_path / "whole", tiny_transfer_set, AXES)
+    shape = replace(Checkpoint(tiny_llama).shape, **AXES)
+    settings = PruneSettings(calibration_tokens=2048, precision="float32", save_every_seconds=0)
+    seen: list[str] = []
+
+    def go_on(settings: PruneSettings) -> dict[str, Any]:
+        def told(task: str, done: int, *_: Any, **__: Any) -> None:
+            seen.append(task)
+            if seen.count("walk") == 1:
+                raise Killed
+
+        out = tmp_path / "killed"
+        return prune(tiny_llama, out, shape, tiny_transfer_set, settings, seed=0, progress=told)
+
+    with pytest.raises(Killed):
+        go_on(settings)
+    assert "survey" in seen
+    seen[:] = ["walk"]
+    # What a recipe calls the stage, and where its streams lie, changes nothing of what was done.
+    renamed = settings.model_copy(update={"stream_memory_gb": 0.0})
+    assert go_on(renamed)["stream_error"] == whole["stream_error"]
+    assert "survey" not in seen
+
+
+def test_a_damaged_part_of_the_student_is_told(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    shape = replace(Checkpoint(tiny_llama).shape, **AXES)
+    settings = PruneSettings(calibration_tokens=2048, precision="float32", save_every_seconds=0)
+
+    def kill(task: str, done: int, *_: Any, **__: Any) -> None:
+        if (task, done) == ("walk", 2):
+            raise Killed
+
+    def go_on() -> None:
+        prune(tiny_llama, tmp_path, shape, tiny_transfer_set, settings, seed=0, progress=kill)
+
+    with pytest.raises(Killed):
+        go_on()
+    shard = max((tmp_path / "model").glob(".shard-*"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(ShearlingError, match="damaged") as told:
+        go_on()
+    assert f"Delete {tmp_path}" in str(told.value.hint)
 
 
 def test_a_checkpoint_of_another_cut_is_refused(
