@@ -149,11 +149,17 @@ def batches(stream_BTD: Tensor) -> Iterator[slice]:
         yield slice(first, min(first + step, stream_BTD.shape[0]))
 
 
-def read_layer(source: Checkpoint, number: int, device: torch.device) -> LayerWeights:
-    """All weights of one decoder layer in float32 on the device, by their name inside it."""
+def read_layer(
+    source: Checkpoint,
+    number: int,
+    device: torch.device,
+    dtype: torch.dtype | None = torch.float32,
+) -> LayerWeights:
+    """All weights of one decoder layer on the device, by their name inside it; without ``dtype``
+    as they are stored, which on a CPU are pages of the teacher's files and no memory."""
     prefix = f"model.layers.{number}."
     return {
-        name.removeprefix(prefix): source.tensor(name, torch.float32).to(device)
+        name.removeprefix(prefix): source.tensor(name, dtype).to(device)
         for name in source.names()
         if name.startswith(prefix)
     }

@@ -12,6 +12,7 @@ Legend: N positions, I inputs, O outputs, V vocabulary, D student hidden, E teac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -24,6 +25,8 @@ RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """What is chosen from, each a share of the mean of the Gram matrix's diagonal."""
 JUDGED_OUTPUTS = 512
 """Outputs that choose the ridge: all share it, and a solution for each costs as much as a fit."""
+_SOLVED = 2048
+"""Outputs that are solved for at one time."""
 _GRAM_ROWS = 1024
 """Rows of a Gram matrix in one product."""
 
@@ -139,11 +142,8 @@ class SplitMoments:
         del self.fitted, self.heldout
         if map_OP is not None:
             everything.cross_IO = everything.cross_IO @ map_OP
-        fit = RidgeFit(everything, sliced_OI)
-        weight_OI, error = fit.solve(strength)
-        return Refit(
-            weight_OI=weight_OI, ridge=strength, sliced_error=fit.sliced_error, error=error
-        )
+        found = RidgeFit(everything, sliced_OI).solve(strength)
+        return Refit(**vars(found), ridge=strength)
 
     def _best_ridge(self, sliced_OI: Tensor, map_OP: Tensor | None, near: float | None) -> float:
         """Downhill from ``near``, else from the middle: the error falls and rises once, and each
@@ -154,7 +154,7 @@ class SplitMoments:
 
         @cache
         def error(place: int) -> float:
-            return heldout.relative_error(fit.solve(RIDGES[place])[0])
+            return heldout.relative_error(fit.solve(RIDGES[place]).weight_OI)
 
         last = len(RIDGES) - 1
         place = last // 2 if near is None else RIDGES.index(near)
@@ -165,19 +165,27 @@ class SplitMoments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refit:
-    """Refitted weights, the ridge they were fitted with, and the error before and after."""
+class Solution:
+    """Weights, [O, I], and Σ w ‖W x - y‖² / Σ w ‖y‖² of the sliced ones and of them, to about six
+    digits."""
 
     weight_OI: Tensor
-    ridge: float
     sliced_error: float
     error: float
 
 
-class RidgeFit:
-    """The problem of the module's formula for any λ: what doesn't depend on λ is computed once.
+@dataclass(frozen=True, kw_only=True)
+class Refit(Solution):
+    """The solution that was taken, and the ridge it was fitted with."""
 
-    In float64, or in float32 where a third of the time buys a λ and not the weights.
+    ridge: float
+
+
+class RidgeFit:
+    """The problem of the module's formula for any λ.
+
+    In float64, or in float32 where a third of the time buys a λ and not the weights. Solved for
+    some outputs at a time: of an 8B's gate and up maps everything at once would be gigabytes.
     """
 
     def __init__(
@@ -186,30 +194,28 @@ class RidgeFit:
         self.sliced_OI, self._moments = sliced_OI, moments
         self._gram_II = moments.gram_II.to(dtype, copy=True)
         self._diagonal_I = self._gram_II.diagonal().clone()
-        self._base_IO = sliced_OI.T.to(dtype)
-        self._residual_IO = moments.cross_IO.to(dtype) - self._gram_II @ self._base_IO
         mean = self._diagonal_I.mean()
         # Inputs that never spoke leave the weights as they are, for any λ above zero.
         self._mean = torch.where(mean == 0, torch.ones_like(mean), mean)
+        self._energy = moments.target_energy.clamp_min(torch.finfo(torch.float64).tiny)
+        self._residuals: dict[int, Tensor] = {}
 
-    @property
-    def sliced_error(self) -> float:
-        """Σ w ‖W₀ x - y‖² / Σ w ‖y‖², to about six digits."""
-        # Σ w ‖W₀ x‖² is ⟨cross - residual, W₀⟩.
-        return self._error(self._base_IO, -self._residual_IO)
+    def _blocks(self) -> Iterator[slice]:
+        outputs = len(self.sliced_OI)
+        return (slice(o, min(o + _SOLVED, outputs)) for o in range(0, outputs, _SOLVED))
 
-    def _error(self, weight_IO: Tensor, beside_cross_IO: Tensor) -> float:
-        """The relative error of weights whose product with the Gram matrix is the cross moments
-        and ``beside_cross_IO``: no product of that size is needed again."""
-        moments = self._moments
-        shared = (moments.cross_IO * weight_IO).sum(dtype=torch.float64)
-        beside = (beside_cross_IO * weight_IO).sum(dtype=torch.float64)
-        energy = moments.target_energy.clamp_min(torch.finfo(torch.float64).tiny)
-        return float((1 + (beside - shared) / energy).clamp_min(0))
+    def _residual(self, some: slice) -> Tensor:
+        """Cross moments minus Gram W₀ of some outputs, [I, some]; kept where they are all."""
+        if some.start in self._residuals:
+            return self._residuals[some.start]
+        base_IO = self.sliced_OI[some].T.to(self._gram_II)
+        residual_IO = self._moments.cross_IO[:, some].to(self._gram_II) - self._gram_II @ base_IO
+        if len(self.sliced_OI) <= _SOLVED:
+            self._residuals[some.start] = residual_IO
+        return residual_IO
 
-    def solve(self, ridge: float) -> tuple[Tensor, float]:
-        """The weights W*, [O, I], and their relative error; λ is ``ridge`` times the mean of
-        diag(Gram).
+    def solve(self, ridge: float) -> Solution:
+        """The weights W* and what they are worth; λ is ``ridge`` times the mean of diag(Gram).
 
         Solved by Cholesky. Where the Gram matrix is too ill-conditioned for it, λ is
         raised tenfold until it isn't: with λ large enough the answer is the sliced weights.
@@ -217,18 +223,37 @@ class RidgeFit:
         Raises:
             FloatingPointError: the moments hold NaN or infinity.
         """
+        factor_II, shift = self._factor(ridge)
+        weight_OI = torch.empty_like(self.sliced_OI)
+        # Σ w ‖W x‖² is ⟨Gram W, W⟩, and Gram W₀ is cross - residual, Gram (W₀ + change) is
+        # cross - λ change: so the errors need no other product with the Gram matrix.
+        sliced = found = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
+        for some in self._blocks():
+            residual_IO = self._residual(some)
+            change_IO = torch.cholesky_solve(residual_IO, factor_II)
+            cross_IO = self._moments.cross_IO[:, some]
+            base_IO = self.sliced_OI[some].T.to(residual_IO)
+            sliced = sliced - ((cross_IO + residual_IO) * base_IO).sum(dtype=torch.float64)
+            weight_IO = base_IO + change_IO
+            found = found - ((change_IO * shift + cross_IO) * weight_IO).sum(dtype=torch.float64)
+            weight_OI[some] = weight_IO.T.to(weight_OI)
+        return Solution(
+            weight_OI=weight_OI,
+            sliced_error=float((1 + sliced / self._energy).clamp_min(0)),
+            error=float((1 + found / self._energy).clamp_min(0)),
+        )
+
+    def _factor(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """The Cholesky factor of Gram + λ I, and λ."""
         strength = ridge
         while True:
+            shift = strength * self._mean
             # In place: another matrix of this size would be half a gigabyte for an 8B's student.
-            self._gram_II.diagonal().copy_(self._diagonal_I + strength * self._mean)
+            self._gram_II.diagonal().copy_(self._diagonal_I + shift)
             factor_II, failed = torch.linalg.cholesky_ex(self._gram_II)
+            self._gram_II.diagonal().copy_(self._diagonal_I)
             if not failed:
-                change_IO = torch.cholesky_solve(self._residual_IO, factor_II)
-                del factor_II
-                weight_IO = self._base_IO + change_IO
-                # Gram (W₀ + change) is cross - λ change.
-                error = self._error(weight_IO, change_IO * (-strength * self._mean))
-                return weight_IO.T.to(self.sliced_OI), error
+                return factor_II, shift
             if strength > 1e12:  # not even a diagonal matrix
                 raise FloatingPointError("the calibration activations are not finite")
             strength *= 10

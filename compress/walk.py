@@ -143,8 +143,8 @@ class Walk:
     def _layer(self, number: int) -> tuple[LayerWeights, dict[str, float]]:
         """The student's layer ``number``; both streams pass it."""
         plan = self.slicer.plan
-        teacher = read_layer(self.source, plan.layers[number], self.device)
-        student = self.slicer.layer(number, teacher)
+        teacher = read_layer(self.source, plan.layers[number], self.device, dtype=None)
+        student = self.slicer.layer(number, {n: w.float() for n, w in teacher.items()})
         error: dict[str, float] = {}
         if self.settings.refit:
             for block in BLOCKS:
@@ -160,7 +160,8 @@ class Walk:
     ) -> dict[str, float]:
         """Refit the maps that read the stream; the teacher's stream passes the block."""
         maps = [
-            self.slicer.target(number, name, teacher[f"{name}.weight"].T) for name in block.inputs
+            self.slicer.target(number, name, teacher[f"{name}.weight"].T).float()
+            for name in block.inputs
         ]
         fit = InputFit(student, block, torch.cat(maps, dim=1))
         for rows in batches(self.teacher_stream):
@@ -191,7 +192,7 @@ class Walk:
         """
         if len(self.teacher_stream):
             for layer in range(first, upto):
-                weights = read_layer(self.source, layer, self.device)
+                weights = read_layer(self.source, layer, self.device, dtype=None)
                 self.teacher_math.advance(self.teacher_stream, weights)
 
     def _fit_output(

@@ -21,8 +21,11 @@ from teachers.settings import WrittenSettings
 
 LIBRARIES = 0.5e9
 """A process with torch, transformers and lm-eval loaded, before any model (measured)."""
-SHARD = 2 * 1024**3  # of a model that is being written
-SURVEY_TOKENS, WALK_BATCH_TOKENS = 16384, 4096  # as in compress.survey and compress.layer
+SHARD = 2 * 1024**3  # of a teacher that is being written
+STUDENT_SHARD = 512 * 1024**2
+SURVEY_TOKENS, FINAL_POSITIONS, WALK_BATCH_TOKENS = 16384, 4096, 4096
+DEPTH_TOKENS, TAYLOR_TOKENS, METRIC_CHUNK, SOLVED_OUTPUTS = 2048, 8192, 512, 2048
+"""As in compress.survey, .layer, .depth, .taylor, .ends and .reconstruct."""
 RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
 """Ridges tried for a map: the one of the layer before and its neighbours; about how many outputs
 judge them; rows of a Gram matrix in one product (compress.reconstruct)."""
@@ -169,15 +172,44 @@ def written_cost(
 # --- prune --------------------------------------------------------------------------------------
 
 
-def _fits(student: Shape) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each least-squares problem of a layer."""
+@dataclass(frozen=True, kw_only=True)
+class _Fit:
+    """One least-squares problem of a layer: of ``maps``, with so many inputs and outputs.
+
+    ``crossed`` is with what the inputs' products are added up: the wanted outputs, or, where maps
+    read the stream, the teacher's stream, of which the outputs are made.
+    """
+
+    maps: str
+    inputs: int
+    outputs: int
+    crossed: int
+
+    @property
+    def mapped(self) -> bool:
+        return self.crossed != self.outputs
+
+    def bytes(self) -> float:
+        """At the solution: moments in float32, and in float64 the matrix, its factor, and some
+        outputs; the search for a ridge has four squares in float32, which is less."""
+        some = min(self.outputs, SOLVED_OUTPUTS)
+        square, cross = self.inputs**2, self.inputs * self.crossed
+        weights = self.inputs * self.outputs
+        maps = self.crossed * self.outputs * self.mapped
+        narrow = square + 2 * cross + weights * (2 if self.mapped else 1) + maps
+        return 4.0 * narrow + 8.0 * (2 * square + 4 * self.inputs * some)
+
+
+def _fits(before: Shape, student: Shape) -> list[_Fit]:
+    """The least-squares problems of a layer."""
     hidden, queries, neurons = student.hidden_size, student.query_size, student.intermediate_size
-    return {
-        "qkv": (hidden, queries + 2 * student.key_value_size),
-        "o_proj": (queries, hidden),
-        "gate_up": (hidden, 2 * neurons),
-        "down_proj": (neurons, hidden),
-    }
+    wide, read = before.hidden_size, queries + 2 * student.key_value_size
+    return [
+        _Fit(maps="qkv", inputs=hidden, outputs=read, crossed=wide),
+        _Fit(maps="o_proj", inputs=queries, outputs=hidden, crossed=hidden),
+        _Fit(maps="gate_up", inputs=hidden, outputs=2 * neurons, crossed=wide),
+        _Fit(maps="down_proj", inputs=neurons, outputs=hidden, crossed=hidden),
+    ]
 
 
 def prune_cost(
@@ -193,50 +225,60 @@ def prune_cost(
     tokens = settings.calibration_tokens if settings.refit else 0
     survey = min(SURVEY_TOKENS, settings.calibration_tokens)
     vocabulary, wide, narrow = student.vocab_size, before.hidden_size, student.hidden_size
+    table = float(student.embedding_parameters)
+    streams = float(tokens * (wide + narrow)) * WIDTH[settings.stream_dtype]
+    widest = max(student.query_size, student.intermediate_size)
+    held = streams + float(tokens * widest * WIDTH[product])
+    limit = settings.stream_memory_gb * 1024**3
     kept = {
-        "embeddings": 4.0 * vocabulary * narrow,
-        "residual streams": 4.0 * tokens * (wide + narrow),
-        "a shard": 1.0 * min(student.parameters * dtype_bytes, SHARD),
+        "embeddings": dtype_bytes * table,
+        "residual streams": min(held, limit),
+        "a shard": 1.0 * min(student.parameters * dtype_bytes, STUDENT_SHARD),
     }
-    whole_table = (4.0 + dtype_bytes) * vocabulary * wide
-    layers = {
-        "teacher layer": 4.0 * before.layer_parameters,
+    positions = min(WALK_BATCH_TOKENS, max(tokens, survey))
+    activations = (
+        4.0 * positions * (4 * before.intermediate_size + 6 * wide + 3 * before.query_size)
+    )
+    surveyed = {"teacher layer": 4.0 * before.layer_parameters, "activations": activations}
+    # The teacher's layer as it is stored, on a CPU as pages of its file; what is cut of it in
+    # float32, sliced and refitted.
+    walked = {
+        "teacher layer": float(dtype_bytes * before.layer_parameters),
         "student layer": 8.0 * student.layer_parameters,
-        "activations": 4.0
-        * min(WALK_BATCH_TOKENS, max(tokens, survey))
-        * (4 * before.intermediate_size + 6 * wide + 3 * before.query_size),
+        "activations": activations,
+    }
+    cutting = {**walked, "teacher layer": (4.0 + dtype_bytes) * before.layer_parameters}
+    # Logits of a chunk and their softmax; the metric of a wide head, in float32 and float64.
+    metric = {
+        "logits": 12.0 * METRIC_CHUNK * vocabulary,
+        "metric": 12.0 * narrow * (wide + narrow),
     }
     # A layer and the output head in float32; the rest is mapped from the student's files.
     check = {"student": 4.0 * (student.layer_parameters + vocabulary * narrow)}
     moments = [
-        Moment(
-            what="survey",
-            device=layers,
-            host={"embeddings": whole_table, "residual streams": 4.0 * survey * wide},
-        ),
-        *_choice_moments(before, student, settings, layers),
-        Moment(what="start", device={}, host={**kept, "teacher's embeddings": whole_table}),
+        Moment(what="survey", device=surveyed, host={"residual streams": 4.0 * survey * wide}),
+        *_choice_moments(before, student, settings, surveyed, survey),
+        Moment(what="start", device=metric, host={"embeddings": (4.0 + dtype_bytes) * table}),
+        Moment(what="cut of a layer", device=cutting, host=kept),
         Moment(what="check", device=check, host=kept),
     ]
     if settings.refit:
         moments += [
             Moment(
-                what=f"fit of {name}",
-                device={**layers, "Gram matrices": _moments_bytes(inputs, outputs)},
-                host={**kept, "inputs of the fit": float(tokens * inputs * WIDTH[product])},
+                what=f"fit of {fit.maps}",
+                device={**walked, "Gram matrices": fit.bytes()},
+                host=kept,
             )
-            for name, (inputs, outputs) in _fits(student).items()
+            for fit in _fits(before, student)
         ]
-        tables = vocabulary * (wide + narrow)
-        moments.append(
-            Moment(what="fit of the final norm", device={"output heads": 12.0 * tables}, host=kept)
-        )
     return Cost(
         moments=tuple(moments),
         disk=float(student.parameters * dtype_bytes),
+        scratch=2 * streams + max(0.0, held - limit),  # a checkpoint is whole before the old goes
         flops=_prune_flops(before, student, settings, tokens, survey, window),
         tokens=max(tokens, survey),
-        moved=float(2 * before.parameters + 2 * student.parameters) * dtype_bytes,
+        moved=float(2 * before.parameters + 2 * student.parameters) * dtype_bytes
+        + dtype_bytes * _choice_reads(before, student, settings),
     )
 
 
@@ -294,14 +336,38 @@ def search_cost(
 
 
 def _choice_moments(
-    before: Shape, student: Shape, settings: PruneSettings, layers: dict[str, float]
+    before: Shape,
+    student: Shape,
+    settings: PruneSettings,
+    layers: dict[str, float],
+    survey: int,
 ) -> list[Moment]:
-    """What choosing needs beside a layer: Gram matrices and what is made of them."""
+    """What choosing needs beside a layer: Gram matrices and what is made of them, streams."""
     moments = []
+    head = float(before.vocab_size * before.hidden_size)
     if settings.importance == "greedy":
         largest = max(before.intermediate_size, before.query_size)
         greedy = 4.0 * (before.intermediate_size**2 + before.query_size**2) + 32.0 * largest**2
         moments.append(Moment(what="greedy choice", device={**layers, "removal": greedy}, host={}))
+    if settings.importance == "taylor":
+        streams = (before.num_hidden_layers + 2.0) * min(survey, TAYLOR_TOKENS)
+        streams *= WIDTH[settings.stream_dtype] * before.hidden_size
+        moments.append(
+            Moment(
+                what="gradients",
+                device={**layers, "graph": 2 * layers["activations"], "output head": 4 * head},
+                host={"streams": min(streams, settings.stream_memory_gb * 1024**3)},
+            )
+        )
+    if _dropped(before, student) and settings.depth == "divergence":
+        candidates = (before.num_hidden_layers + 1) * min(survey, DEPTH_TOKENS)
+        moments.append(
+            Moment(
+                what="depth",
+                device={**layers, "output head": 4 * head},
+                host={"a stream for each layer": 4.0 * candidates * before.hidden_size},
+            )
+        )
     if settings.basis_for(before, student) == "principal":
         basis = {"principal directions": 40.0 * before.hidden_size**2}
         moments.append(Moment(what="basis", device={}, host=basis))
@@ -312,12 +378,33 @@ def _choice_moments(
     return moments
 
 
+def _dropped(before: Shape, student: Shape) -> int:
+    return before.num_hidden_layers - student.num_hidden_layers
+
+
+def _choice_reads(before: Shape, student: Shape, settings: PruneSettings) -> float:
+    """Weights of the teacher that are read more often than the survey and the walk read them."""
+    reads = 2.0 * (settings.importance == "taylor")
+    if settings.depth == "divergence":
+        reads += _dropped(before, student)
+    return reads * before.parameters
+
+
 def _choice_flops(
-    before: Shape, student: Shape, settings: PruneSettings, survey: int
+    before: Shape, student: Shape, settings: PruneSettings, survey: int, window: int
 ) -> dict[str, float]:
     """The floating-point operations of ``_choice_moments``, by dtype."""
     layers, wide = before.num_hidden_layers, before.hidden_size
-    single, double = 0.0, 0.0
+    single, double, products = 0.0, 0.0, 0.0
+    if settings.importance == "taylor":  # forward; for gradients forward again and twice back
+        products += 4.0 * min(survey, TAYLOR_TOKENS) * _trunk_flops(before, window)
+    if settings.depth == "divergence":
+        # Every layer that is left takes the whole stream and those without each one before it.
+        lefts = range(student.num_hidden_layers + 1, layers + 1)
+        passes = sum(left * (left + 1) / 2 for left in lefts)
+        heads = sum(left + 1 for left in lefts)
+        products += min(survey, DEPTH_TOKENS) * passes / layers * _trunk_flops(before, window)
+        products += 4.0 * min(survey, DEPTH_TOKENS) * heads * before.vocab_size * wide
     if settings.importance == "greedy":
         for inputs, left in (
             (before.intermediate_size, student.intermediate_size),
@@ -335,13 +422,7 @@ def _choice_flops(
     if student.merges_ends_of(before) and settings.merge == "least_squares":
         single += 4.0 * before.vocab_size * wide * (wide + student.hidden_size)
         single += 10.0 * (2 * wide) ** 3
-    return {"float32": single, "float64": double}
-
-
-def _moments_bytes(inputs: int, outputs: int) -> float:
-    """The moments in float32, and what the solver holds in float64: its matrix and a factor."""
-    square, cross = inputs**2, inputs * outputs
-    return 4.0 * (square + 2 * cross) + 8.0 * (2 * square + 3 * cross)
+    return {"product": products, "float32": single, "float64": double}
 
 
 def _prune_flops(
@@ -352,26 +433,26 @@ def _prune_flops(
     survey: int,
     window: int,
 ) -> dict[str, float]:
-    chosen = _choice_flops(before, student, settings, survey)
-    products = survey * _trunk_flops(before, window)
+    chosen = _choice_flops(before, student, settings, survey, window)
+    products = chosen["product"] + survey * _trunk_flops(before, window)
     products += tokens * (_trunk_flops(before, window) + _trunk_flops(student, window))
     layers, single, double = student.num_hidden_layers, chosen["float32"], chosen["float64"]
-    for name, (inputs, outputs) in _fits(student).items() if tokens else ():
-        # Of a Gram matrix the blocks below the diagonal; what a map that reads the stream should
-        # say is made of products with the teacher's stream, once.
-        reads = name in ("qkv", "gate_up")
-        gram = inputs * (inputs + min(inputs, GRAM_ROWS)) / 2
-        single += (
-            2.0 * layers * tokens * (gram + inputs * (before.hidden_size if reads else outputs))
-        )
-        single += 2.0 * layers * inputs * before.hidden_size * outputs * reads
+    for fit in _fits(before, student) if tokens else ():
+        inputs, outputs = fit.inputs, fit.outputs
+        gram = inputs * (inputs + min(inputs, GRAM_ROWS)) / 2  # blocks below the diagonal
+        single += 2.0 * layers * tokens * (gram + inputs * fit.crossed)
+        single += 2.0 * layers * inputs * fit.crossed * outputs * fit.mapped
         # Cholesky, and the error of each solution
         judged = min(outputs, JUDGED_OUTPUTS)
         single += layers * RIDGES * (inputs**3 / 3 + 4.0 * inputs**2 * judged)
         double += layers * (inputs**3 / 3 + 4.0 * inputs**2 * outputs)
+    # The metric of the output head, on the final states that are kept, and its map.
+    wide, narrow = before.hidden_size, student.hidden_size
+    final = min(survey, FINAL_POSITIONS)
+    products += 2.0 * final * student.vocab_size * (2 * wide + narrow)
+    single += 2.0 * student.vocab_size * narrow * (wide + narrow)
+    double += narrow**3 / 3 + 2.0 * narrow**2 * wide
     if tokens:
-        wide, narrow = before.hidden_size, student.hidden_size
-        double += 2.0 * student.vocab_size * narrow * (wide + narrow)
         single += 2.0 * tokens * narrow * (wide + narrow)
     return {"product": products, "float32": single, "float64": double}
 

@@ -14,7 +14,8 @@ from transformers import LlamaConfig
 from shearling import ShearlingError, sync, write_json
 from students.shape import Shape
 
-SHARD_BYTES = 1024**3
+SHARD_BYTES = 512 * 1024**2
+"""What waits in memory to be written; half a gigabyte is a file of a useful size, too."""
 _ONLY = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 

@@ -115,31 +115,40 @@ def test_ridge_refit_finds_the_weights_that_made_the_targets() -> None:
     start = torch.zeros(5, 12)
     fit = RidgeFit(moments, start)
     assert moments.relative_error(start) == pytest.approx(1)
-    found, error = fit.solve(1e-9)
-    torch.testing.assert_close(found, weight, rtol=1e-4, atol=1e-4)
-    assert moments.relative_error(found) < 1e-6
-    assert error < 1e-6
+    found = fit.solve(1e-9)
+    torch.testing.assert_close(found.weight_OI, weight, rtol=1e-4, atol=1e-4)
+    assert moments.relative_error(found.weight_OI) < 1e-6
+    assert found.error < 1e-6
     # A strong pull leaves the sliced weights as they are.
-    torch.testing.assert_close(fit.solve(1e9)[0], start, atol=1e-6, rtol=0)
+    torch.testing.assert_close(fit.solve(1e9).weight_OI, start, atol=1e-6, rtol=0)
 
 
-def test_a_fit_knows_its_errors_without_another_product() -> None:
+@pytest.mark.parametrize("at_once", [2, 2048])
+def test_a_fit_knows_its_errors_without_another_product(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr("compress.reconstruct._SOLVED", at_once)
     moments = Moments.zeros(12, 5, torch.device("cpu"))
     moments.add(torch.randn(90, 12), torch.randn(90, 5), torch.rand(90))
     start = 0.1 * torch.randn(5, 12)
     fit = RidgeFit(moments, start)
-    assert fit.sliced_error == pytest.approx(moments.relative_error(start), rel=1e-5)
+    inputs = torch.eye(12, dtype=torch.float64)
     for ridge in (1.0, 0.01):
-        weight, error = fit.solve(ridge)
-        assert error == pytest.approx(moments.relative_error(weight), rel=1e-5)
+        found = fit.solve(ridge)
+        assert found.sliced_error == pytest.approx(moments.relative_error(start), rel=1e-5)
+        assert found.error == pytest.approx(moments.relative_error(found.weight_OI), rel=1e-5)
+        gram = moments.gram_II.double()
+        shift = ridge * gram.diagonal().mean() * inputs
+        wanted = torch.linalg.solve(gram + shift, moments.cross_IO + shift @ start.T.double())
+        torch.testing.assert_close(found.weight_OI, wanted.T.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_ridge_refit_survives_a_singular_gram() -> None:
     moments = Moments.zeros(6, 2, torch.device("cpu"))
     one = torch.ones(8, 6)  # rank one
     moments.add(one, torch.ones(8, 2), torch.ones(8))
-    refitted, _ = RidgeFit(moments, torch.zeros(2, 6)).solve(1e-30)
+    refitted = RidgeFit(moments, torch.zeros(2, 6)).solve(1e-30).weight_OI
     torch.testing.assert_close(one @ refitted.T, torch.ones(8, 2), rtol=1e-3, atol=1e-3)
 
 

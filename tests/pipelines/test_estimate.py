@@ -44,10 +44,17 @@ def llama(**changes: Any) -> LlamaForCausalLM:
 
 
 def test_constants_are_those_of_the_code() -> None:
-    from compress import attention, data, layer, reconstruct, survey
+    from compress import attention, data, depth, ends, layer, reconstruct, survey, taylor
     from pipelines import estimate
+    from students import build
 
     assert survey.SURVEY_TOKENS == SURVEY_TOKENS
+    assert survey.FINAL_POSITIONS == estimate.FINAL_POSITIONS
+    assert depth.DEPTH_TOKENS == estimate.DEPTH_TOKENS
+    assert taylor.TAYLOR_TOKENS == estimate.TAYLOR_TOKENS
+    assert ends._CHUNK == estimate.METRIC_CHUNK
+    assert reconstruct._SOLVED == estimate.SOLVED_OUTPUTS
+    assert build.SHARD_BYTES == estimate.STUDENT_SHARD
     assert layer.BATCH_TOKENS == WALK_BATCH_TOKENS
     assert 512 <= estimate.JUDGED_OUTPUTS < 2 * reconstruct.JUDGED_OUTPUTS
     assert data._MICRO_TOKENS == estimate.MICRO_TOKENS
@@ -188,9 +195,11 @@ def test_pruning_does_not_need_the_teacher_in_memory() -> None:
         student = Shape(**{**STUDENT.to_dict(), "vocab_size": 128_000})
         return prune_cost(teacher, student, settings, window=256, product="float32", dtype_bytes=2)
 
-    few, many = cost(4), cost(8)
+    few, many, most = cost(4), cost(8), cost(12)
     assert few.worst(on_cpu=True) == many.worst(on_cpu=True)
-    assert many.flops["product"] > 1.4 * few.flops["product"]
+    grown = many.flops["product"] - few.flops["product"]
+    assert most.flops["product"] - many.flops["product"] == pytest.approx(grown)
+    assert grown > 0
     assert settings.calibration_tokens == few.tokens
     sliced = prune_cost(
         TEACHER,
@@ -200,7 +209,25 @@ def test_pruning_does_not_need_the_teacher_in_memory() -> None:
         product="float32",
         dtype_bytes=2,
     )
-    assert not sliced.flops["float64"]
+    assert sliced.flops["float64"] < 0.05 * few.flops["float64"]  # the output head's map alone
+
+
+def test_dear_choices_and_streams_on_the_disk_are_foreseen() -> None:
+    def cost(**settings: Any) -> Any:
+        chosen = PruneSettings(calibration_tokens=65536).model_copy(update=settings)
+        return prune_cost(TEACHER, STUDENT, chosen, window=256, product="float32", dtype_bytes=2)
+
+    plain = cost()
+    for dear in (cost(depth="divergence"), cost(importance="taylor")):
+        assert dear.flops["product"] > 1.05 * plain.flops["product"]
+        assert dear.moved > plain.moved
+        assert len(dear.moments) > len(plain.moments)
+    files = cost(stream_memory_gb=0.0)
+    streams = 4.0 * 65536 * (TEACHER.hidden_size + STUDENT.hidden_size)
+    assert files.scratch - plain.scratch > streams
+    assert plain.worst(on_cpu=True).host_bytes() - files.worst(on_cpu=True).host_bytes() > streams
+    narrow = cost(stream_dtype="bfloat16")
+    assert plain.scratch == 2 * narrow.scratch
 
 
 def test_greedy_choice_and_a_basis_are_foreseen() -> None:
