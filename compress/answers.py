@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compress.attention import choose_attention
 from compress.data import Batch, StepData
+from compress.hashed import load_hashed, save_hashed
 from compress.hidden import Collected, HiddenMatch, hidden_outputs
 from compress.losses import (
     LiveAnswer,
@@ -26,6 +27,7 @@ from compress.losses import (
 )
 from compress.parallel import (
     Inside,
+    agreed,
     largest,
     leader_first,
     leader_says,
@@ -287,22 +289,30 @@ def cached_answers(
         cache = TargetCache(root, identity, shape, windows=count, window=window)
         layers = _hidden_cache(root, identity, checkpoint, matches, count, window)
     facts: dict[str, Any] = {"folder": str(cache.folder), "bytes_per_token": shape.bytes_per_token}
-    heldout = cache.folder / "heldout.safetensors"
     missing = cache.missing(data.all_windows())
     unseen = layers.missing(data.all_windows()) if layers else []
-    if leader_says(bool(missing or unseen) or not heldout.exists()):
+    heldout_NE = _kept_heldout(cache)
+    # Any process's need counts: a file may be whole for one machine and damaged for another.
+    if agreed(bool(missing or unseen) or heldout_NE is None)[0]:
         inside = open_teacher(teacher, precision, device, window)
         facts |= _capture(cache, inside, data, leader_says(missing), precision, progress)
         if layers:
             asked = leader_says(unseen)
             facts |= _capture_hidden(layers, inside, data, asked, matches, precision, progress)
-        _keep_heldout(heldout, inside, data, precision)
+        _keep_heldout(cache, inside, data, precision)
         del inside
         meet()
+        heldout_NE = _kept_heldout(cache)
+    if heldout_NE is None:
+        raise ShearlingError(
+            f"{cache.folder / _HELDOUT} can't be read again just after it was written.",
+            hint=f"Check the disk for errors, then delete {cache.folder}; the teacher is asked "
+            "again.",
+        )
     positions = [batch.positions for batch in data.heldout()]
-    hidden_NE = torch.split(load_file(heldout, device=str(device))["hidden"], positions)
+    parts_NE = torch.split(heldout_NE.to(device), positions)
     head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
-    return CachedAnswers(cache, list(hidden_NE), head_VE, layers), facts
+    return CachedAnswers(cache, list(parts_NE), head_VE, layers), facts
 
 
 def _hidden_cache(
@@ -384,13 +394,27 @@ def _logits(
             yield number, hidden_TE @ head(inside.model).T
 
 
+_HELDOUT = "heldout.safetensors"
+
+
+def _kept_heldout(cache: TargetCache) -> Tensor | None:
+    """What `_keep_heldout` wrote; None where it is absent, damaged, or of before it was hashed.
+
+    The teacher is asked again then: it is a moment's work, and says the same.
+    """
+    try:
+        return load_hashed(cache.folder / _HELDOUT)["hidden"]
+    except (SafetensorError, FileNotFoundError):
+        return None
+
+
 @torch.no_grad()
-def _keep_heldout(path: Path, inside: Inside, data: StepData, precision: PrecisionChoice) -> None:
+def _keep_heldout(
+    cache: TargetCache, inside: Inside, data: StepData, precision: PrecisionChoice
+) -> None:
     """Hidden states of the held-out windows, one after the other however they are batched."""
     hidden_NE = torch.cat(
         [inside(partial(trunk, batch=batch, precision=precision)) for batch in data.heldout()]
     )
     if leads():
-        aside = path.with_suffix(".partial")
-        save_file({"hidden": hidden_NE}, aside)
-        aside.replace(path)
+        save_hashed({"hidden": hidden_NE}, cache.folder / _HELDOUT)

@@ -204,7 +204,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.checkpointing.save_file", full_disk)
+    monkeypatch.setattr("compress.hashed.save_file", full_disk)
     with pytest.raises(ShearlingError, match="disk is full"):
         save_checkpoint(tmp_path, checkpoint_at(2))
     monkeypatch.undo()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from compress.distill import distill
+from compress.hashed import load_hashed, save_hashed
 from compress.settings import DistillSettings
-from shearling import ShearlingError
+from shearling import ShearlingError, file_aside
 from teachers.targets import (
     TargetCache,
     TargetFormat,
@@ -288,6 +291,57 @@ def test_one_cache_serves_other_batches_and_seeds(
     for one, two in zip(*losses, strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     assert run("seed", seed=1)["targets"]["folder"] == first["targets"]["folder"]
+
+
+def flipped(content: bytes) -> bytes:
+    """Two bytes of the last tensor changed a little, as a failing disk does it."""
+    return content[:-3] + bytes([content[-3] ^ 0x40, content[-2], content[-1] ^ 1])
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-64]
+
+
+def without_hash(content: bytes) -> bytes:
+    """As it was kept before it carried a hash."""
+    return save(load(content))
+
+
+@pytest.mark.parametrize("damage", [flipped, cut, without_hash])
+def test_held_out_answers_that_are_not_what_was_kept_are_asked_for_again(
+    damage: Callable[[bytes], bytes],
+    tiny_llama: Path,
+    tiny_student: Path,
+    tiny_transfer_set: Path,
+    tmp_path: Path,
+) -> None:
+    def run(name: str) -> dict[str, Any]:
+        settings = DistillSettings(**{**BASE, "tokens": 256, "targets": "sample"})
+        out, kept = tmp_path / name, tmp_path / "cache"
+        return distill(tiny_llama, tiny_student, out, tiny_transfer_set, settings, cache=kept)
+
+    first = run("first")
+    (file,) = (tmp_path / "cache").glob("targets/*/heldout.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(damage(whole))
+    second = run("second")
+    assert second["heldout_start"] == first["heldout_start"]
+    assert file.read_bytes() == whole
+    assert not list(file.parent.glob(".heldout*")), "nothing is left aside"
+
+
+def test_two_may_write_one_file_at_once(tmp_path: Path) -> None:
+    """Runs that share a cache: what one has aside is not the other's to rename."""
+    path = tmp_path / "heldout.safetensors"
+    with file_aside(path) as slow:
+        slow.write_bytes(b"the first, half written")
+        save_hashed({"hidden": torch.arange(4.0)}, path)
+        assert torch.equal(load_hashed(path)["hidden"], torch.arange(4.0))
+        save_file({"hidden": torch.ones(4)}, slow)
+    assert torch.equal(load_file(path)["hidden"], torch.ones(4))
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(SafetensorError, match="something else"):
+        load_hashed(path)
 
 
 def test_what_the_cache_does_not_keep_is_refused_with_names() -> None:
