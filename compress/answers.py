@@ -214,8 +214,11 @@ def open_answers(
     device: torch.device,
     root: Path,
     progress: Progress,
+    vocabulary: int,
 ) -> tuple[Answers, dict[str, Any]]:
     """Load the teachers, or open their caches below ``root`` and ask for what these lack.
+
+    What is kept are probabilities of the first ``vocabulary`` rows: the others are padding.
 
     Raises:
         ShearlingError: teachers with different tokenizers.
@@ -238,6 +241,7 @@ def open_answers(
             precision,
             device,
             progress,
+            vocabulary,
             () if number else matches,
         )
         parts.append(answers)
@@ -266,13 +270,12 @@ def cached_answers(
     precision: PrecisionChoice,
     device: torch.device,
     progress: Progress,
+    vocabulary: int,
     matches: Sequence[HiddenMatch] = (),
 ) -> tuple[CachedAnswers, dict[str, Any]]:
     """Open the cache, ask the teacher for what this run needs and it lacks; give facts about it."""
     checkpoint = Checkpoint(teacher)
     assert settings.targets != "live", "live answers need no cache"
-    # Rows beyond the tokenizer's tokens are padding: they have no part in the teacher's answer.
-    vocabulary = min(checkpoint.shape.vocab_size, len(checkpoint.tokenizer()))
     shape = TargetFormat(
         kind=settings.targets,
         slots=min(settings.target_slots, vocabulary),

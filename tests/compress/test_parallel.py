@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from padding import padded
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -48,6 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sample": {"targets": "sample", "target_slots": 8},
     "narrow": {"precision": "bfloat16"},
     "mix": {"adaptive_mix": 1.0},
+    "padded": {"cross_entropy": 0.5},
 }
 UNTIED = ("untied", "muon", "wide")
 
@@ -89,7 +91,8 @@ class Runs:
         selection.write_text(json.dumps({"layers": [0, 2], "hidden": list(range(3, 27))}))
 
     def job(self, kind: str, out: str) -> dict[str, Any]:
-        teacher, student = self.models["untied" if kind in UNTIED else "tied"]
+        models = "padded" if kind == "padded" else "untied" if kind in UNTIED else "tied"
+        teacher, student = self.models[models]
         named = {
             "teacher": teacher,
             "student": student,
@@ -137,7 +140,14 @@ def runs(
         intermediate_size=41,  # rows that two processes can't halve
         tie_word_embeddings=False,
     )
-    models = {"tied": (tiny_llama, tiny_student), "untied": (tiny_llama_untied, untied_student)}
+    models = {
+        "tied": (tiny_llama, tiny_student),
+        "untied": (tiny_llama_untied, untied_student),
+        "padded": (
+            padded(tiny_llama, folder / "wide teacher", 41),
+            padded(tiny_student, folder / "wide student", 40),
+        ),
+    }
     found = Runs(folder, models, tiny_transfer_set, two_sources)
     jobs = []
     for kind in RUNS:
@@ -176,7 +186,7 @@ def alike(runs: Runs, one: str, other: str, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=30 * tolerance)
 
 
-@pytest.mark.parametrize("kind", ["all", "untied", "wide", "sample", "mix"])
+@pytest.mark.parametrize("kind", ["all", "untied", "wide", "sample", "mix", "padded"])
 def test_two_processes_learn_what_one_does(runs: Runs, kind: str) -> None:
     alike(runs, f"{kind}-1", f"{kind}-2")
 
