@@ -292,16 +292,19 @@ def cached_answers(
         cache = TargetCache(root, identity, shape, windows=count, window=window)
         layers = _hidden_cache(root, identity, checkpoint, matches, count, window)
     facts: dict[str, Any] = {"folder": str(cache.folder), "bytes_per_token": shape.bytes_per_token}
+    if layers:
+        facts["hidden_bytes_per_token"] = layers.record.itemsize
     missing = cache.missing(data.all_windows())
     unseen = layers.missing(data.all_windows()) if layers else []
     heldout_NE = _kept_heldout(cache)
     # Any process's need counts: a file may be whole for one machine and damaged for another.
     if agreed(bool(missing or unseen) or heldout_NE is None)[0]:
         inside = open_teacher(teacher, precision, device, window)
-        facts |= _capture(cache, inside, data, leader_says(missing), precision, progress)
+        missing, unseen = leader_says(missing), leader_says(unseen)
+        facts["captured_windows"] = len(missing)
+        _capture(cache, inside, data, missing, precision, progress)
         if layers:
-            asked = leader_says(unseen)
-            facts |= _capture_hidden(layers, inside, data, asked, matches, precision, progress)
+            _capture_hidden(layers, inside, data, unseen, matches, precision, progress)
         _keep_heldout(cache, inside, data, precision)
         del inside
         meet()
@@ -312,6 +315,7 @@ def cached_answers(
             hint=f"Check the disk for errors, then delete {cache.folder}; the teacher is asked "
             "again.",
         )
+    facts |= cache.measured() | (layers.measured() if layers else {})
     positions = [batch.positions for batch in data.heldout()]
     parts_NE = torch.split(heldout_NE.to(device), positions)
     head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
@@ -341,7 +345,7 @@ def _capture(
     missing: list[int],
     precision: PrecisionChoice,
     progress: Progress,
-) -> dict[str, Any]:
+) -> None:
     """Each process asks for its part of the windows; all make equally many passes."""
     passes = largest(-(-len(missing[rank() :: processes()]) // data.micro_windows))
 
@@ -353,8 +357,7 @@ def _capture(
                 pass
 
     mine = missing[rank() :: processes()]
-    facts = capture(cache, mine, answer, seed=_SAMPLE_SEED, progress=progress)
-    return {**facts, "captured_windows": len(missing)}
+    capture(cache, mine, answer, seed=_SAMPLE_SEED, measures=leads(), progress=progress)
 
 
 @torch.no_grad()
@@ -366,9 +369,9 @@ def _capture_hidden(
     matches: Sequence[HiddenMatch],
     precision: PrecisionChoice,
     progress: Progress,
-) -> dict[str, Any]:
+) -> None:
     """The same for the layers' outputs."""
-    mine, errors = missing[rank() :: processes()], []
+    mine = missing[rank() :: processes()]
     passes = largest(-(-len(mine) // data.micro_windows))
     batches = list(data.in_batches(mine)) if mine else []
     for number in range(passes):
@@ -377,12 +380,11 @@ def _capture_hidden(
         with hidden_outputs(inside.model, matches, "teacher") as found:
             inside(partial(trunk, batch=asked, precision=precision))
         for place, window in enumerate(batch.windows if batch else ()):
-            errors.append(cache.write(window, [states[place] for states in found["hidden"]]))
+            layers_TE = [states[place] for states in found["hidden"]]
+            cache.write(window, layers_TE, measures=leads())
         progress("hidden states", number + 1, passes)
     cache.flush()
     meet()
-    facts: dict[str, Any] = {"hidden_bytes_per_token": cache.record.itemsize}
-    return {**facts, "hidden_error": sum(errors) / len(errors)} if errors else facts
 
 
 @torch.no_grad()
