@@ -234,7 +234,6 @@ def training_state(course: Course, identity: str, metrics_bytes: int) -> Trainin
         tensors["average"] = course.average
     state = {
         "identity": identity,
-        "windows_seen": course.step * course.data.step_windows,
         "metrics_bytes": metrics_bytes,
         "seconds": course.seconds,
         "running_loss": course.running_loss,

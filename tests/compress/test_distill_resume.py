@@ -27,7 +27,7 @@ from compress.checkpointing import (
 from compress.distill import distill
 from compress.interrupts import StopRequest
 from compress.settings import DistillSettings
-from shearling import ShearlingError
+from shearling import ShearlingError, read_json, sha256_of_json, write_json
 
 SETTINGS: dict[str, Any] = {
     "tokens": 32 * 8 * 24,
@@ -129,6 +129,26 @@ def test_sigterm_finishes_the_step_and_saves(
     assert checkpoint.step == max(line["step"] for line in curve(out))
     distill(tiny_llama, tiny_student, out, tiny_transfer_set, DistillSettings(**SETTINGS))
     same(out, whole)
+
+
+def test_a_checkpoint_with_what_is_no_longer_kept_goes_on(
+    whole: Path, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """Earlier ones counted ``windows_seen``."""
+
+    def interrupt(line: dict[str, Any]) -> None:
+        if line["step"] == 3 and "loss" in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    arguments = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set, DistillSettings(**SETTINGS))
+    with pytest.raises(KeyboardInterrupt):
+        distill(*arguments, on_metrics=interrupt)
+    path = tmp_path / "resume" / "step-00000003" / "state.json"
+    state = {**read_json(path), "windows_seen": 24}
+    del state["sha256"]
+    write_json(path, {**state, "sha256": sha256_of_json(state)})
+    distill(*arguments)
+    same(tmp_path, whole)
 
 
 def test_other_settings_do_not_go_on_from_a_checkpoint(
