@@ -28,9 +28,11 @@ _MICRO_TOKENS = 1024
 class Batch:
     """Windows of text; B windows, T positions, N positions that count.
 
-    A position counts unless it is a document's last token (what comes after the end of a text is
-    no question for a language model) or the transfer set says that its next token isn't learnt.
-    ``labels_N`` is the next token, `IGNORED` at a window's end.
+    A position counts unless the next one begins another document (what comes after the end of a
+    text is no question for a language model) or the transfer set says that its next token isn't
+    learnt. So a window's last position counts: its document mostly goes on beyond, and the rare
+    one that ends just there can't be told from the window. There the models are compared, but no
+    label is: ``labels_N`` is the next token of the window, and `IGNORED` at its end.
     """
 
     input_BT: Tensor
