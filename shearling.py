@@ -124,19 +124,29 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
-    path = Path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with file_aside(path) as aside:
+        aside.write_bytes(data)
+
+
+@contextmanager
+def file_aside(final: Path) -> Iterator[Path]:
+    """Give a path beside ``final`` to write; on success sync it and rename it to ``final``.
+
+    Its name is nobody else's, so several may write the same file at once: the last one stays.
+    """
+    final = Path(final)
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.")
+        os.close(handle)
+        aside = Path(name)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            yield aside
+            sync(aside)
             os.chmod(aside, 0o644)
-            os.replace(aside, path)
+            os.replace(aside, final)
         except BaseException:
-            Path(aside).unlink(missing_ok=True)
+            aside.unlink(missing_ok=True)
             raise
 
 
@@ -186,7 +196,7 @@ def folder_aside(final: Path) -> Iterator[Path]:
 
 
 _ASIDE = re.compile(r"\..+\.(partial-)?[a-z0-9_]{8}")
-"""Names that `write_text` and `folder_aside` give to what isn't whole yet."""
+"""Names that `file_aside` and `folder_aside` give to what isn't whole yet."""
 
 
 def sweep(folder: Path) -> None:

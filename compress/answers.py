@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from compress.attention import choose_attention
 from compress.data import Batch, StepData
+from compress.hashed import load_hashed, save_hashed
 from compress.hidden import Collected, HiddenMatch, hidden_outputs
 from compress.losses import (
     LiveAnswer,
@@ -26,6 +27,7 @@ from compress.losses import (
 )
 from compress.parallel import (
     Inside,
+    agreed,
     largest,
     leader_first,
     leader_says,
@@ -212,8 +214,11 @@ def open_answers(
     device: torch.device,
     root: Path,
     progress: Progress,
+    vocabulary: int,
 ) -> tuple[Answers, dict[str, Any]]:
     """Load the teachers, or open their caches below ``root`` and ask for what these lack.
+
+    What is kept are probabilities of the first ``vocabulary`` rows: the others are padding.
 
     Raises:
         ShearlingError: teachers with different tokenizers.
@@ -236,6 +241,7 @@ def open_answers(
             precision,
             device,
             progress,
+            vocabulary,
             () if number else matches,
         )
         parts.append(answers)
@@ -264,13 +270,12 @@ def cached_answers(
     precision: PrecisionChoice,
     device: torch.device,
     progress: Progress,
+    vocabulary: int,
     matches: Sequence[HiddenMatch] = (),
 ) -> tuple[CachedAnswers, dict[str, Any]]:
     """Open the cache, ask the teacher for what this run needs and it lacks; give facts about it."""
     checkpoint = Checkpoint(teacher)
     assert settings.targets != "live", "live answers need no cache"
-    # Rows beyond the tokenizer's tokens are padding: they have no part in the teacher's answer.
-    vocabulary = min(checkpoint.shape.vocab_size, len(checkpoint.tokenizer()))
     shape = TargetFormat(
         kind=settings.targets,
         slots=min(settings.target_slots, vocabulary),
@@ -287,22 +292,34 @@ def cached_answers(
         cache = TargetCache(root, identity, shape, windows=count, window=window)
         layers = _hidden_cache(root, identity, checkpoint, matches, count, window)
     facts: dict[str, Any] = {"folder": str(cache.folder), "bytes_per_token": shape.bytes_per_token}
-    heldout = cache.folder / "heldout.safetensors"
+    if layers:
+        facts["hidden_bytes_per_token"] = layers.record.itemsize
     missing = cache.missing(data.all_windows())
     unseen = layers.missing(data.all_windows()) if layers else []
-    if leader_says(bool(missing or unseen) or not heldout.exists()):
+    heldout_NE = _kept_heldout(cache)
+    # Any process's need counts: a file may be whole for one machine and damaged for another.
+    if agreed(bool(missing or unseen) or heldout_NE is None)[0]:
         inside = open_teacher(teacher, precision, device, window)
-        facts |= _capture(cache, inside, data, leader_says(missing), precision, progress)
+        missing, unseen = leader_says(missing), leader_says(unseen)
+        facts["captured_windows"] = len(missing)
+        _capture(cache, inside, data, missing, precision, progress)
         if layers:
-            asked = leader_says(unseen)
-            facts |= _capture_hidden(layers, inside, data, asked, matches, precision, progress)
-        _keep_heldout(heldout, inside, data, precision)
+            _capture_hidden(layers, inside, data, unseen, matches, precision, progress)
+        _keep_heldout(cache, inside, data, precision)
         del inside
         meet()
+        heldout_NE = _kept_heldout(cache)
+    if heldout_NE is None:
+        raise ShearlingError(
+            f"{cache.folder / _HELDOUT} can't be read again just after it was written.",
+            hint=f"Check the disk for errors, then delete {cache.folder}; the teacher is asked "
+            "again.",
+        )
+    facts |= cache.measured() | (layers.measured() if layers else {})
     positions = [batch.positions for batch in data.heldout()]
-    hidden_NE = torch.split(load_file(heldout, device=str(device))["hidden"], positions)
+    parts_NE = torch.split(heldout_NE.to(device), positions)
     head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
-    return CachedAnswers(cache, list(hidden_NE), head_VE, layers), facts
+    return CachedAnswers(cache, list(parts_NE), head_VE, layers), facts
 
 
 def _hidden_cache(
@@ -328,7 +345,7 @@ def _capture(
     missing: list[int],
     precision: PrecisionChoice,
     progress: Progress,
-) -> dict[str, Any]:
+) -> None:
     """Each process asks for its part of the windows; all make equally many passes."""
     passes = largest(-(-len(missing[rank() :: processes()]) // data.micro_windows))
 
@@ -340,8 +357,7 @@ def _capture(
                 pass
 
     mine = missing[rank() :: processes()]
-    facts = capture(cache, mine, answer, seed=_SAMPLE_SEED, progress=progress)
-    return {**facts, "captured_windows": len(missing)}
+    capture(cache, mine, answer, seed=_SAMPLE_SEED, measures=leads(), progress=progress)
 
 
 @torch.no_grad()
@@ -353,9 +369,9 @@ def _capture_hidden(
     matches: Sequence[HiddenMatch],
     precision: PrecisionChoice,
     progress: Progress,
-) -> dict[str, Any]:
+) -> None:
     """The same for the layers' outputs."""
-    mine, errors = missing[rank() :: processes()], []
+    mine = missing[rank() :: processes()]
     passes = largest(-(-len(mine) // data.micro_windows))
     batches = list(data.in_batches(mine)) if mine else []
     for number in range(passes):
@@ -364,12 +380,11 @@ def _capture_hidden(
         with hidden_outputs(inside.model, matches, "teacher") as found:
             inside(partial(trunk, batch=asked, precision=precision))
         for place, window in enumerate(batch.windows if batch else ()):
-            errors.append(cache.write(window, [states[place] for states in found["hidden"]]))
+            layers_TE = [states[place] for states in found["hidden"]]
+            cache.write(window, layers_TE, measures=leads())
         progress("hidden states", number + 1, passes)
     cache.flush()
     meet()
-    facts: dict[str, Any] = {"hidden_bytes_per_token": cache.record.itemsize}
-    return {**facts, "hidden_error": sum(errors) / len(errors)} if errors else facts
 
 
 @torch.no_grad()
@@ -384,13 +399,27 @@ def _logits(
             yield number, hidden_TE @ head(inside.model).T
 
 
+_HELDOUT = "heldout.safetensors"
+
+
+def _kept_heldout(cache: TargetCache) -> Tensor | None:
+    """What `_keep_heldout` wrote; None where it is absent, damaged, or of before it was hashed.
+
+    The teacher is asked again then: it is a moment's work, and says the same.
+    """
+    try:
+        return load_hashed(cache.folder / _HELDOUT)["hidden"]
+    except (SafetensorError, FileNotFoundError):
+        return None
+
+
 @torch.no_grad()
-def _keep_heldout(path: Path, inside: Inside, data: StepData, precision: PrecisionChoice) -> None:
+def _keep_heldout(
+    cache: TargetCache, inside: Inside, data: StepData, precision: PrecisionChoice
+) -> None:
     """Hidden states of the held-out windows, one after the other however they are batched."""
     hidden_NE = torch.cat(
         [inside(partial(trunk, batch=batch, precision=precision)) for batch in data.heldout()]
     )
     if leads():
-        aside = path.with_suffix(".partial")
-        save_file({"hidden": hidden_NE}, aside)
-        aside.replace(path)
+        save_hashed({"hidden": hidden_NE}, cache.folder / _HELDOUT)

@@ -14,7 +14,6 @@ form is read by any number of processes.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -24,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -35,6 +33,7 @@ from torch.distributed.checkpoint.hf_storage import (
 from torch.distributed.checkpoint.state_dict_loader import load as load_parts
 from torch.distributed.checkpoint.state_dict_saver import save as save_parts
 
+from compress.hashed import load_hashed, save_hashed
 from compress.parallel import leader_says, leads, meet, processes, put
 from shearling import ShearlingError, folder_aside, read_json, sha256_of_json, write_json
 
@@ -97,35 +96,7 @@ def _remove_replaced(folder: Path, checkpoint: TrainingState) -> None:
 
 
 def _save_whole(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> None:
-    _save_hashed(tensors, folder / f"{name}{_WHOLE}")
-
-
-def _save_hashed(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file that names the hash of its tensors."""
-    ready = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    save_file(ready, path, metadata={"sha256": _hash_of(ready)})
-
-
-def _load_hashed(path: Path) -> dict[str, Tensor]:
-    """Read what `_save_hashed` wrote.
-
-    Raises:
-        SafetensorError: its content is not what was written.
-    """
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        expected = (file.metadata() or {}).get("sha256")
-    if _hash_of(tensors) != expected:
-        raise SafetensorError(f"{path.name} holds something else than what was written")
-    return tensors
-
-
-def _hash_of(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    save_hashed(tensors, folder / f"{name}{_WHOLE}")
 
 
 def _save_group(folder: Path, name: str, tensors: Group) -> None:
@@ -183,7 +154,7 @@ def load_checkpoint(folder: Path) -> TrainingState | None:
         raise ShearlingError(f"The checkpoint {newest} is damaged: state.json", hint=again)
     tensors: dict[str, Group] = {path.name: path for path in newest.iterdir() if path.is_dir()}
     try:
-        tensors |= {path.stem: _load_hashed(path) for path in sorted(newest.glob(f"*{_WHOLE}"))}
+        tensors |= {path.stem: load_hashed(path) for path in sorted(newest.glob(f"*{_WHOLE}"))}
     except (SafetensorError, OSError) as error:
         raise ShearlingError(f"The checkpoint {newest} is damaged: {error}", hint=again) from error
     return TrainingState(step=int(state["step"]), state=state, tensors=tensors)
@@ -222,11 +193,7 @@ def save_best(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:
         with _shared_folder(folder / name) as aside:
             _save_group(aside, "student", weights)
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}{_WHOLE}"
-    aside = path.with_suffix(".partial")
-    _save_hashed(weights, aside)
-    aside.replace(path)
+    save_hashed(weights, folder / f"{name}{_WHOLE}")
 
 
 def load_best(folder: Path, step: int) -> Group:
@@ -240,7 +207,7 @@ def load_best(folder: Path, step: int) -> Group:
         return path / "student"
     whole = path.with_name(path.name + _WHOLE)
     try:
-        return _load_hashed(whole)
+        return load_hashed(whole)
     except (SafetensorError, OSError) as error:
         raise ShearlingError(
             f"The weights of the best evaluation are damaged: {error}",

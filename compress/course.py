@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from compress.answers import Answers, Taught, open_answers
 from compress.attention import choose_attention
 from compress.checkpointing import TrainingState, fill, random_tensors, restore_random
-from compress.data import StepData
+from compress.data import StepData, vocabulary_of
 from compress.fused import FusedLoss, Term
 from compress.hidden import HiddenMatch, open_matches
 from compress.memory import reuse_freed_memory
@@ -126,8 +126,17 @@ def open_course(
     if teachers:
         config = Checkpoint(teachers[0].folder).config
         matches = open_matches(config, student, selection, settings)
+    vocabulary = vocabulary_of([*(teacher.folder for teacher in teachers), student_folder], text)
     answers, facts = open_answers(
-        teachers, settings, data, matches, precision, device, cache / "targets", progress
+        teachers,
+        settings,
+        data,
+        matches,
+        precision,
+        device,
+        cache / "targets",
+        progress,
+        vocabulary,
     )
     course = Course(
         settings=settings,
@@ -136,7 +145,7 @@ def open_course(
         inside=inside,
         answers=answers,
         data=data,
-        loss=_fused_loss(settings, precision),
+        loss=_fused_loss(settings, precision, vocabulary),
         matches=matches,
         optimizers=build_optimizers(student, settings),
         average=weights_copy(student) if settings.ema else None,
@@ -157,7 +166,9 @@ def _open_student(folder: Path, device: torch.device, precision: PrecisionChoice
     return inside
 
 
-def _fused_loss(settings: DistillSettings, precision: PrecisionChoice) -> FusedLoss:
+def _fused_loss(
+    settings: DistillSettings, precision: PrecisionChoice, vocabulary: int
+) -> FusedLoss:
     beta, skew = {"beta": settings.jensen_shannon_beta}, {"skew": settings.skew}
     arguments: dict[str, dict[str, float]] = {
         "forward_kl": {},
@@ -172,6 +183,7 @@ def _fused_loss(settings: DistillSettings, precision: PrecisionChoice) -> FusedL
         terms=tuple(Term(name, 0.0, arguments[name]) for name in used),
         chunk=settings.chunk_tokens,
         dtype=precision.dtype,
+        vocabulary=vocabulary,
     )
 
 
@@ -222,7 +234,6 @@ def training_state(course: Course, identity: str, metrics_bytes: int) -> Trainin
         tensors["average"] = course.average
     state = {
         "identity": identity,
-        "windows_seen": course.step * course.data.step_windows,
         "metrics_bytes": metrics_bytes,
         "seconds": course.seconds,
         "running_loss": course.running_loss,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from compress.mixing import Mix
 from compress.parallel import processes, rank
 from compress.settings import DistillSettings
 from shearling import ShearlingError
+from teachers.checkpoint import Checkpoint
+from teachers.tokenizer import has_tokenizer, load_tokenizer, token_count
 from teachers.transfer_set import TransferSet
 
 _MICRO_TOKENS = 1024
@@ -25,9 +28,11 @@ _MICRO_TOKENS = 1024
 class Batch:
     """Windows of text; B windows, T positions, N positions that count.
 
-    A position counts unless it is a document's last token (what comes after the end of a text is
-    no question for a language model) or the transfer set says that its next token isn't learnt.
-    ``labels_N`` is the next token, `IGNORED` at a window's end.
+    A position counts unless the next one begins another document (what comes after the end of a
+    text is no question for a language model) or the transfer set says that its next token isn't
+    learnt. So a window's last position counts: its document mostly goes on beyond, and the rare
+    one that ends just there can't be told from the window. There the models are compared, but no
+    label is: ``labels_N`` is the next token of the window, and `IGNORED` at its end.
     """
 
     input_BT: Tensor
@@ -91,6 +96,19 @@ def make_batch(
         labelled=int((labels_N != IGNORED).sum()),
         windows=tuple(windows),
     )
+
+
+def vocabulary_of(folders: Sequence[Path], text: TransferSet) -> int:
+    """How many tokens there are that all models have a row for.
+
+    Rows beyond the tokens are padding: nothing ever trained them, so what they say is of no
+    account. The text tells how many tokens its tokenizer has, the first model's tokenizer whether
+    numbers are left out among them.
+    """
+    first = folders[0]
+    tokens = token_count(load_tokenizer(first)) if has_tokenizer(first) else 0
+    rows = [Checkpoint(folder).shape.vocab_size for folder in folders]
+    return min(*rows, max(tokens, int(text.facts["vocabulary"])))
 
 
 class StepData:

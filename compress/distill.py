@@ -226,6 +226,7 @@ def _batches(course: Course) -> list[Batch]:
             share=settings.on_policy,
             temperature=settings.on_policy_temperature,
             seed=[course.data.seed, course.step, number],
+            vocabulary=course.loss.vocabulary,
         )
         for number, batch in enumerate(batches)
     ]

@@ -85,6 +85,8 @@ class FusedLoss:
     chunk: int = 512
     dtype: torch.dtype = torch.float32
     vocabulary: int | None = None
+    """Rows of the heads that are tokens; the others, padding, are as if their logits were minus
+    infinity, and get no gradient. None: as many as all models have."""
     workspace: Workspace = field(default_factory=Workspace)
 
     def __call__(

@@ -24,12 +24,19 @@ from compress.losses import IGNORED
 
 
 def continued(
-    writer: LlamaForCausalLM, batch: Batch, *, share: float, temperature: float, seed: list[int]
+    writer: LlamaForCausalLM,
+    batch: Batch,
+    *,
+    share: float,
+    temperature: float,
+    seed: list[int],
+    vocabulary: int | None = None,
 ) -> Batch:
     """The batch with the second half of a share of its windows written by ``writer``.
 
     A window whose document ends just there is left as it is. ``seed`` decides which windows are
-    taken and what is written, so a run that goes on writes the same.
+    taken and what is written, so a run that goes on writes the same. Rows of the writer's head
+    from ``vocabulary`` on are padding, which it never writes.
     """
     half = batch.input_BT.shape[1] // 2
     drawn = torch.Generator().manual_seed(_one_number(seed))
@@ -38,7 +45,9 @@ def continued(
     rows_R = torch.nonzero(chosen_B & goes_on_B).flatten().tolist()
     if not rows_R or half == 0:
         return batch
-    written_RG = _write(writer, batch, rows_R, half, temperature, _one_number([*seed, 1]))
+    padding = list(range(vocabulary or writer.config.vocab_size, writer.config.vocab_size))
+    drawn_from = _one_number([*seed, 1])
+    written_RG = _write(writer, batch, rows_R, half, temperature, drawn_from, padding)
     return _with_text(batch, rows_R, half, written_RG, writer.config.eos_token_id)
 
 
@@ -58,6 +67,7 @@ def _write(
     half: int,
     temperature: float,
     seed: int,
+    never: list[int],
 ) -> Tensor:
     """What the model writes after the first half: [R, G], of the open document alone."""
     starts = [half - 1 - int(batch.positions_BT[row, half - 1]) for row in rows]
@@ -85,6 +95,7 @@ def _write(
                 # Said, lest a model's own generation config put in what it recommends for chatting.
                 top_p=1.0,
                 repetition_penalty=1.0,
+                suppress_tokens=never or None,
                 eos_token_id=writer.config.eos_token_id,
                 pad_token_id=_first(writer.config.eos_token_id),
             ),

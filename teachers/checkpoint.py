@@ -31,7 +31,12 @@ from teachers.fetch import default_cache, fetch, is_packaged
 from teachers.file_memory import FileMemory
 from teachers.layout import expected_tensors, listed, tensor_problems
 from teachers.settings import TeacherSettings
-from teachers.tokenizer import TOKENIZER_FILES, load_tokenizer, tokenizer_fingerprint
+from teachers.tokenizer import (
+    TOKENIZER_FILES,
+    load_tokenizer,
+    token_count,
+    tokenizer_fingerprint,
+)
 from teachers.weights import FLOAT_DTYPES, WeightFiles, is_finite, weight_files
 
 _AGAIN = "Download or copy the model again."
@@ -299,10 +304,10 @@ def import_teacher(
             model.symlink_to(source.resolve(), target_is_directory=True)
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()
-    highest = max(len(tokenizer) - 1, *tokenizer.get_vocab().values())
-    if highest >= checkpoint.shape.vocab_size:
+    count = token_count(tokenizer)
+    if count > checkpoint.shape.vocab_size:
         raise ShearlingError(
-            f"The tokenizer of {settings.model} has tokens up to number {highest:,}, the model "
+            f"The tokenizer of {settings.model} has tokens up to number {count - 1:,}, the model "
             f"only {checkpoint.shape.vocab_size:,} in all.",
             hint="Put the tokenizer that belongs to this model into its folder.",
         )

@@ -14,13 +14,15 @@ with the default of 14 tokens. Two ways to choose the tokens:
 
 The folder's name is a hash of all that the answers depend on. Windows are captured when they are
 first needed, each with a checksum that is written after it, so a capture that was killed goes on,
-and the order of capture and the number of processes change nothing.
+and the order of capture and the number of processes change nothing. How far what is kept is from
+what was said is measured on the first windows, and kept beside it for all runs to come.
 
 Legend: B windows, T positions, N positions, V vocabulary, K kept tokens.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -48,6 +50,9 @@ _LEAST_LOG = 30.0
 """Probabilities below exp(-30) are kept as exp(-30)."""
 _SHARD_BYTES = 64 * 2**20
 _CHECKSUMS = "checksums.bin"
+_MEASURED = "measured.json"
+_MEASURED_POSITIONS = 2048
+"""Positions of which the error is measured: enough for a mean, few beside the whole text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +154,8 @@ class WindowCache:
         self._shards: dict[int, np.memmap[Any, np.dtype[Any]]] = {}
         self._known()
         self._checksums = _array(self.folder / _CHECKSUMS, np.dtype("<u8"), (windows,))
+        kept = self.folder / _MEASURED
+        self._measured: dict[str, float] = read_json(kept) if kept.exists() else {"positions": 0}
 
     def _known(self) -> None:
         path = self.folder / "targets.json"
@@ -184,6 +191,28 @@ class WindowCache:
             left = memoryview(data)
             while left:  # a full disk may take a part before it refuses
                 left = left[file.write(left) :]
+
+    @property
+    def unmeasured(self) -> int:
+        """Of how many positions more the error is to be measured."""
+        return max(0, _MEASURED_POSITIONS - int(self._measured["positions"]))
+
+    def measured(self) -> dict[str, float]:
+        """The mean errors of what is kept, whoever measured them; nothing in a cache of before."""
+        return {name: mean for name, mean in self._measured.items() if name != "positions"}
+
+    def measure(self, positions: int, errors: dict[str, float]) -> None:
+        """Add the mean errors of some positions to those that are kept."""
+        if not all(math.isfinite(error) for error in errors.values()):
+            return  # of a teacher that says NaN; the evaluation tells so, with a remedy
+        before = self._measured["positions"]
+        together = before + positions
+        means = {
+            name: (before * self._measured.get(name, 0.0) + positions * error) / together
+            for name, error in errors.items()
+        }
+        self._measured = {"positions": together, **means}
+        write_json(self.folder / _MEASURED, self._measured)
 
     def flush(self) -> None:
         """Bring everything to the disk, the checksums last."""
@@ -283,16 +312,18 @@ class HiddenCache(WindowCache):
         facts |= {"layers": self.layers, "hidden_size": hidden_size, "identity": identity}
         super().__init__(root, facts, record, windows, window)
 
-    def write(self, number: int, layers_TE: Sequence[Tensor]) -> float:
-        """Keep one window's outputs of all layers; gives the mean relative squared error."""
+    def write(self, number: int, layers_TE: Sequence[Tensor], *, measures: bool = True) -> None:
+        """Keep one window's outputs of all layers; measure their mean relative squared error."""
         records, errors = np.zeros(self.window, self.record), []
         for place, states_TE in enumerate(layers_TE):
             codes, scale = pack_hidden(states_TE)
             records["codes"][:, place], records["scale"][:, place] = codes.cpu(), scale.cpu()
-            apart = (unpack_hidden(codes, scale) - states_TE.float()).square().sum(-1)
-            errors.append(apart / states_TE.float().square().sum(-1).clamp(min=1e-12))
+            if measures and self.unmeasured:
+                apart = (unpack_hidden(codes, scale) - states_TE.float()).square().sum(-1)
+                errors.append(apart / states_TE.float().square().sum(-1).clamp(min=1e-12))
         self.keep(number, records)
-        return float(torch.stack(errors).mean())
+        if errors:
+            self.measure(self.window, {"hidden_error": float(torch.stack(errors).mean())})
 
     def read(self, windows: Sequence[int]) -> list[Tensor]:
         """The outputs of each layer, [B, T, E]."""
@@ -329,40 +360,38 @@ def capture(
     answer: Answer,
     *,
     seed: int,
+    measures: bool = True,
     progress: Progress = silent,
-    rank: int = 0,
-    processes: int = 1,
-) -> dict[str, Any]:
-    """Ask for the windows that are missing; give how many, and the measured error of some.
+) -> int:
+    """Ask for those of ``windows`` that are missing, and give how many there were.
 
-    ``rank`` takes the windows whose number leaves it as the remainder by ``processes``. The
-    randomness of a sample comes from ``seed`` and the window's number alone.
+    The randomness of a sample comes from ``seed`` and the window's number alone. Of several
+    processes that fill a cache, each with its part of the windows, one ``measures``.
     """
-    missing = [number for number in cache.missing(windows) if number % processes == rank]
-    errors: list[Tensor] = []
+    missing = cache.missing(windows)
     for done, (number, logits_TV) in enumerate(answer(missing), start=1):
         offset_T = torch.from_numpy(
             1 - np.random.default_rng([seed, number, 5]).random(cache.window)
         )
-        packed, entropies = [], []
+        packed, entropies, errors = [], [], []
         for start in range(0, len(logits_TV), _ROWS):
             rows = slice(start, start + _ROWS)
             log_p_BV = logits_TV[rows, : cache.format.vocabulary].float().log_softmax(-1)
             packed_BK, entropy_B = _summarise(log_p_BV, offset_T[rows], cache.format)
             packed.append(packed_BK)
             entropies.append(entropy_B)
-            if len(errors) < _MEASURED_BLOCKS:
+            if measures and start < cache.unmeasured:
                 errors.append(measured_error(log_p_BV.cpu(), *unpack(packed_BK, cache.format)))
         cache.write(number, np.concatenate(packed), np.concatenate(entropies))
+        if errors:
+            error_T2 = torch.cat(errors)
+            kl, tail = error_T2.mean(0).tolist()
+            cache.measure(len(error_T2), {"kl_to_live": kl, "tail_mass": tail})
         progress("targets", done, len(missing))
     cache.flush()
-    if not errors:
-        return {"captured_windows": 0}
-    mean = torch.cat(errors).mean(0).tolist()
-    return {"captured_windows": len(missing), "kl_to_live": mean[0], "tail_mass": mean[1]}
+    return len(missing)
 
 
-_MEASURED_BLOCKS = 32
 _ROWS = 64
 """Positions summarised at once: few enough for their distributions to stay in the cache."""
 

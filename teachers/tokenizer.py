@@ -22,9 +22,14 @@ TOKENIZER_FILES = (
 """The files that make a tokenizer; copied byte for byte they give a student the same ids."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is a tokenizer in a folder."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder, or a ShearlingError that says what is missing."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(folder):
         raise ShearlingError(
             f"{folder} has no tokenizer (tokenizer.json or tokenizer.model).",
             hint="Copy the tokenizer's files into the folder of the model.",
@@ -39,6 +44,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             hint="Download or copy the model again.",
         ) from error
     return tokenizer
+
+
+def token_count(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the highest token's number: rows of a model from there on are padding.
+
+    ``len(tokenizer)`` is less where numbers are left out.
+    """
+    numbers: dict[str, int] = tokenizer.get_vocab()
+    return max(len(tokenizer), *(number + 1 for number in numbers.values()))
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -57,8 +71,8 @@ def check_same_tokenizer(teacher: Path, student: Path) -> None:
     """The student's tokenizer gives the teacher's ids: else their probabilities can't be compared.
 
     Chat template, names of special tokens (Llama 3.1 gave some of 3's reserved ones a use) and
-    padding of the vocabulary may differ: logits beyond the rows that both have are left out of the
-    loss.
+    padding of the vocabulary may differ: logits of rows that are no token, or that one of them
+    lacks, are left out of the loss.
 
     Raises:
         ShearlingError: two tokenizers; says what would work.

@@ -9,7 +9,7 @@ from pipelines.stages.context import Context
 if TYPE_CHECKING:
     from pipelines.recipe import CorrectStage
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 RESUMABLE = True
 TOGETHER = True
 

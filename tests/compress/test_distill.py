@@ -64,6 +64,38 @@ def bench(tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_pat
     return Bench(tiny_llama, tiny_student, tiny_transfer_set, tmp_path)
 
 
+# --- what counts -----------------------------------------------------------------------------
+
+
+def test_a_document_s_end_counts_at_a_window_s_end_only(bench: Bench) -> None:
+    """A window doesn't show whether a document ends with it: the position counts, with no label."""
+    text = TransferSet(bench.text)
+    end = text.facts["eos_token_id"]
+    data = StepData(text, DistillSettings(**BASE), seed=0, device=torch.device("cpu"))
+    inside, at_end = 0, 0
+    for (batch,) in (data.in_batches([window]) for window in range(len(text))):
+        ended_T, counts_T = batch.input_BT[0] == end, batch.mask_BT[0]
+        assert torch.equal(counts_T[:-1], ~ended_T[:-1])
+        assert counts_T[-1]
+        assert batch.labels_N[-1] == IGNORED
+        assert (batch.labels_N[:-1] != IGNORED).all()
+        inside, at_end = inside + int(ended_T[:-1].sum()), at_end + int(ended_T[-1])
+    assert inside > at_end > 0, "the text must have both to be a test"
+
+
+def test_where_the_text_says_what_is_learnt_a_window_s_end_may_not_count() -> None:
+    ids, positions = torch.tensor([[5, 6, 0, 7, 0]]), torch.tensor([[0, 1, 2, 0, 1]])
+    learnt = torch.tensor([[True, True, False, True, False]])
+    device = torch.device("cpu")
+    plain = make_batch(ids, positions, device)
+    assert plain.mask_BT.tolist() == [[True, True, False, True, True]]
+    assert plain.labels_N.tolist() == [6, 0, 0, IGNORED]
+    told = make_batch(ids, positions, device, loss_mask_BT=learnt)
+    assert told.mask_BT.tolist() == learnt.tolist()
+    assert told.labels_N.tolist() == [6, 0, 0]
+    assert told.labelled == told.positions == 3
+
+
 # --- it works --------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ from compress.checkpointing import (
 from compress.distill import distill
 from compress.interrupts import StopRequest
 from compress.settings import DistillSettings
-from shearling import ShearlingError
+from shearling import ShearlingError, read_json, sha256_of_json, write_json
 
 SETTINGS: dict[str, Any] = {
     "tokens": 32 * 8 * 24,
@@ -131,6 +131,26 @@ def test_sigterm_finishes_the_step_and_saves(
     same(out, whole)
 
 
+def test_a_checkpoint_with_what_is_no_longer_kept_goes_on(
+    whole: Path, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """Earlier ones counted ``windows_seen``."""
+
+    def interrupt(line: dict[str, Any]) -> None:
+        if line["step"] == 3 and "loss" in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    arguments = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set, DistillSettings(**SETTINGS))
+    with pytest.raises(KeyboardInterrupt):
+        distill(*arguments, on_metrics=interrupt)
+    path = tmp_path / "resume" / "step-00000003" / "state.json"
+    state = {**read_json(path), "windows_seen": 24}
+    del state["sha256"]
+    write_json(path, {**state, "sha256": sha256_of_json(state)})
+    distill(*arguments)
+    same(tmp_path, whole)
+
+
 def test_other_settings_do_not_go_on_from_a_checkpoint(
     tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:
@@ -204,7 +224,7 @@ def test_a_failed_write_leaves_the_earlier_checkpoint(
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compress.checkpointing.save_file", full_disk)
+    monkeypatch.setattr("compress.hashed.save_file", full_disk)
     with pytest.raises(ShearlingError, match="disk is full"):
         save_checkpoint(tmp_path, checkpoint_at(2))
     monkeypatch.undo()

@@ -5,28 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from padding import padded
 from transformers import LlamaForCausalLM
 
+from compress.answers import Taught, first_teacher
+from compress.course import open_course
+from compress.data import vocabulary_of
+from compress.distill import _batches as step_batches
 from compress.distill import distill
+from compress.on_policy import continued
 from compress.settings import DistillSettings
 from pipelines.tiny import make_tiny_llama
-from shearling import ShearlingError, read_json
-from teachers.tokenizer import check_same_tokenizer, copy_tokenizer, load_tokenizer
-
-
-def padded(folder: Path, out: Path, rows: int) -> Path:
-    """The same model with more rows in its embedding, which hold large numbers."""
-    model = LlamaForCausalLM.from_pretrained(folder)
-    before = model.config.vocab_size
-    model.resize_token_embeddings(before + rows, mean_resizing=False)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[before:] = 3.0
-    model.save_pretrained(out)
-    copy_tokenizer(folder, out)
-    return out
+from shearling import ShearlingError, read_json, silent
+from teachers.tokenizer import (
+    TOKENIZER_FILES,
+    check_same_tokenizer,
+    load_tokenizer,
+    token_count,
+)
+from teachers.transfer_set import TransferSet
 
 
 def first_loss(teacher: Path, student: Path, text: Path, out: Path, **settings: object) -> float:
@@ -66,6 +67,131 @@ def test_a_padded_student_learns_from_a_plain_teacher(
     assert first_loss(tiny_llama, wide, tiny_transfer_set, tmp_path / "padded") == pytest.approx(
         plain, rel=1e-5
     )
+
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "live": {"cross_entropy": 0.5},
+    "mixture": {"reverse_kl": 0.5, "jensen_shannon": 0.5, "temperature": 2.0},
+    "labels alone": {"forward_kl": 0.0, "cross_entropy": 1.0},
+    "top_k": {"targets": "top_k", "target_slots": 256},
+    "sample": {"targets": "sample", "cross_entropy": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_padding_of_both_has_no_part_in_anything(
+    name: str, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """The student of a padded teacher is padded alike, for pruning keeps the vocabulary."""
+    both = padded(tiny_llama, tmp_path / "teacher", 40), padded(tiny_student, tmp_path / "cut", 40)
+    runs = {"plain": (tiny_llama, tiny_student), "padded": both}
+    chosen = DistillSettings(
+        tokens=512, batch_tokens=128, precision="float32", evaluate_every=2, **OBJECTIVES[name]
+    )
+    for kind, (teacher, student) in runs.items():
+        cache = tmp_path / f"cache-{kind}"
+        distill(teacher, student, tmp_path / kind, tiny_transfer_set, chosen, cache=cache)
+    plain, wide = (numbers(tmp_path / kind) for kind in runs)
+    assert len(plain) == 7
+    for line, wanted in zip(wide, plain, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-4)
+    taught = [LlamaForCausalLM.from_pretrained(tmp_path / kind / "model") for kind in runs]
+    weights, rows = [dict(model.named_parameters()) for model in taught], taught[0].vocab_size
+    assert len(weights[1]["model.embed_tokens.weight"]) == rows + 40
+    for key, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][key][: len(weight)], weight, rtol=0, atol=1e-5)
+
+
+def numbers(out: Path) -> list[dict[str, float]]:
+    """The lines of a run without what a clock says."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    clocks = {"seconds", "tokens_per_second"}
+    return [{key: line[key] for key in line.keys() - clocks} for line in lines]
+
+
+def test_live_and_kept_answers_of_padded_models_are_the_same(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    teacher = padded(tiny_llama, tmp_path / "teacher", 40)
+    student = padded(tiny_student, tmp_path / "student", 40)
+    chosen = {"tokens": 128, "batch_tokens": 128, "precision": "float32"}
+    for name, how in (("live", {}), ("kept", {"targets": "sample", "target_slots": 256})):
+        settings = DistillSettings(**chosen, **how)
+        cache = tmp_path / "cache"
+        distill(teacher, student, tmp_path / name, tiny_transfer_set, settings, cache=cache)
+    live, kept = numbers(tmp_path / "live"), numbers(tmp_path / "kept")
+    assert kept[0] == live[0]
+    assert kept[1]["cross_entropy"] == pytest.approx(live[1]["cross_entropy"], rel=1e-6)
+    assert kept[1]["forward_kl"] == pytest.approx(live[1]["forward_kl"], rel=0.02)  # a sample
+
+
+def test_labels_alone_know_no_padding_either(
+    tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    wide = padded(tiny_student, tmp_path / "wide", 40)
+    chosen = DistillSettings(tokens=256, batch_tokens=128, precision="float32", cross_entropy=1.0)
+    for name, student in (("plain", tiny_student), ("padded", wide)):
+        distill(None, student, tmp_path / name, tiny_transfer_set, chosen)
+    plain, found = numbers(tmp_path / "plain"), numbers(tmp_path / "padded")
+    for line, wanted in zip(found, plain, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("by", ["student", "teacher"])
+def test_nobody_writes_padding(
+    by: str, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    course = open_course(
+        [Taught(padded(tiny_llama, tmp_path / "teacher", 40))],
+        padded(tiny_student, tmp_path / "student", 40),
+        TransferSet(tiny_transfer_set),
+        DistillSettings(tokens=512, batch_tokens=256, on_policy=1.0, on_policy_writer=by),
+        selection=None,
+        seed=0,
+        device=torch.device("cpu"),
+        cache=tmp_path,
+        checkpoint=None,
+        progress=silent,
+    )
+    (read,), (written,) = course.data.step(0), step_batches(course)
+    tokens = course.student.vocab_size - 40
+    assert written.input_BT.max() < tokens
+    assert not torch.equal(written.input_BT, read.input_BT)
+    how: dict[str, Any] = {"share": 1.0, "temperature": 1.0, "seed": [0]}
+    writer = course.student if by == "student" else first_teacher(course.answers)
+    assert continued(writer, read, **how).input_BT.max() >= tokens, "they are inclined to"
+
+
+def test_models_without_a_tokenizer_go_by_the_text_s(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    teacher = padded(tiny_llama, tmp_path / "teacher", 40)
+    for name in TOKENIZER_FILES:
+        (teacher / name).unlink(missing_ok=True)
+    losses = [
+        first_loss(folder, tiny_student, tiny_transfer_set, tmp_path / folder.name, targets=kind)
+        for folder, kind in ((tiny_llama, "live"), (teacher, "live"))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_token_s_number_may_be_beyond_how_many_there_are(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """Numbers left out among the tokens; the row of the last one is none of padding."""
+    folders = [padded(f, tmp_path / f"{n}", 40) for n, f in enumerate((tiny_llama, tiny_student))]
+    text = TransferSet(tiny_transfer_set)
+    count = token_count(load_tokenizer(tiny_llama))
+    assert count == text.facts["vocabulary"] == vocabulary_of(folders, text)
+    path = folders[0] / "tokenizer.json"
+    data = json.loads(path.read_text())
+    last = max(data["model"]["vocab"], key=lambda token: data["model"]["vocab"][token])
+    data["model"]["vocab"][last] = count + 9
+    path.write_text(json.dumps(data))
+    tokenizer = load_tokenizer(folders[0])
+    assert len(tokenizer) == count
+    assert token_count(tokenizer) == count + 10 == vocabulary_of(folders, text)
+    assert vocabulary_of([folders[0], tiny_student], text) == count, "no more than all have"
 
 
 def test_another_tokenizer_is_refused_with_what_would_work(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from padding import padded
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -48,6 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "sample": {"targets": "sample", "target_slots": 8},
     "narrow": {"precision": "bfloat16"},
     "mix": {"adaptive_mix": 1.0},
+    "padded": {"cross_entropy": 0.5},
 }
 UNTIED = ("untied", "muon", "wide")
 
@@ -89,7 +91,8 @@ class Runs:
         selection.write_text(json.dumps({"layers": [0, 2], "hidden": list(range(3, 27))}))
 
     def job(self, kind: str, out: str) -> dict[str, Any]:
-        teacher, student = self.models["untied" if kind in UNTIED else "tied"]
+        models = "padded" if kind == "padded" else "untied" if kind in UNTIED else "tied"
+        teacher, student = self.models[models]
         named = {
             "teacher": teacher,
             "student": student,
@@ -102,9 +105,13 @@ class Runs:
         job = {name: str(path) for name, path in named.items()}
         return {**job, "settings": settings, "wide": kind == "wide"}
 
-    def here(self, kind: str, out: str, **more: Any) -> None:
+    def here(
+        self, kind: str, out: str, cache: str = "", tokens: int = BASE["tokens"], **more: Any
+    ) -> None:
         job = self.job(kind, out)
-        settings, wide = DistillSettings(**job.pop("settings")), job.pop("wide")
+        job["cache"] = cache or job["cache"]
+        settings = DistillSettings(**{**job.pop("settings"), "tokens": tokens})
+        wide = job.pop("wide")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(optimizers, "wide_products", lambda _: wide)
             distill(settings=settings, **{k: Path(v) for k, v in job.items()}, **more)
@@ -124,7 +131,10 @@ def runs(
     two_sources: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Runs:
-    """Every run in one process as NAME-1, in two as NAME-2; and broken off as FIRST-SECOND."""
+    """Every run in one process as NAME-1, in two as NAME-2; and broken off as FIRST-SECOND.
+
+    The cache of sample-1-2 was begun by one process that needed less, and filled up by two.
+    """
     folder = tmp_path_factory.mktemp("runs")
     untied_student = make_tiny_llama(
         folder / "student",
@@ -137,7 +147,14 @@ def runs(
         intermediate_size=41,  # rows that two processes can't halve
         tie_word_embeddings=False,
     )
-    models = {"tied": (tiny_llama, tiny_student), "untied": (tiny_llama_untied, untied_student)}
+    models = {
+        "tied": (tiny_llama, tiny_student),
+        "untied": (tiny_llama_untied, untied_student),
+        "padded": (
+            padded(tiny_llama, folder / "wide teacher", 41),
+            padded(tiny_student, folder / "wide student", 40),
+        ),
+    }
     found = Runs(folder, models, tiny_transfer_set, two_sources)
     jobs = []
     for kind in RUNS:
@@ -148,6 +165,9 @@ def runs(
             found.here(kind, f"{kind}-1-2", on_metrics=stop)
         jobs.append(found.job(kind, f"{kind}-1-2"))
         jobs.append({**found.job(kind, f"{kind}-2-1"), "stop_after": AFTER})
+    begun = found.job("sample", "sample-1-2")
+    found.here("sample", "begun", cache=begun["cache"], tokens=32 * 7 * 2)
+    jobs.append(begun)
     (folder / "jobs.json").write_text(json.dumps(jobs))
     start_processes(folder / "jobs.json")
     return found
@@ -176,7 +196,7 @@ def alike(runs: Runs, one: str, other: str, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=30 * tolerance)
 
 
-@pytest.mark.parametrize("kind", ["all", "untied", "wide", "sample", "mix"])
+@pytest.mark.parametrize("kind", ["all", "untied", "wide", "sample", "mix", "padded"])
 def test_two_processes_learn_what_one_does(runs: Runs, kind: str) -> None:
     alike(runs, f"{kind}-1", f"{kind}-2")
 
@@ -202,12 +222,23 @@ def test_what_comes_out_is_a_stock_model_with_its_tie(runs: Runs) -> None:
 
 
 def test_the_cache_is_the_same_whoever_filled_it(runs: Runs) -> None:
-    shards = [
-        next((runs.folder / f"cache-sample-{count}").glob("targets/*/shard-*.bin")).read_bytes()
-        for count in (1, 2)
+    names = ("sample-1", "sample-2", "sample-1-2")
+    folders = [next((runs.folder / f"cache-{name}").glob("targets/*")) for name in names]
+    for file in ("shard-00000.bin", "checksums.bin", "heldout.safetensors"):
+        contents = [(folder / file).read_bytes() for folder in folders]
+        assert any(contents[0])
+        assert contents[0] == contents[1] == contents[2]
+    told = [
+        json.loads((runs.folder / name / "summary.json").read_text())["targets"]
+        for name in ("sample-2", "sample-1-2")
     ]
-    assert any(shards[0])
-    assert shards[0] == shards[1]
+    assert 0 < told[1]["captured_windows"] < told[0]["captured_windows"] == 35
+    measured = [json.loads((folder / "measured.json").read_text()) for folder in folders]
+    assert measured[0]["positions"] == 35 * 32
+    assert measured[1]["positions"] == 18 * 32, "one of two processes measures"
+    assert measured[2]["positions"] > measured[1]["positions"], "to what one had measured"
+    for facts, kept in zip(told, measured[1:], strict=True):
+        assert facts["kl_to_live"] == kept["kl_to_live"] > 0
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("all", 1e-5), ("muon", ROUNDED)])

@@ -1,0 +1,22 @@
+"""Models whose vocabulary is padded: more rows than there are tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from teachers.tokenizer import copy_tokenizer
+
+
+def padded(folder: Path, out: Path, rows: int) -> Path:
+    """The same model with more rows in its embedding, which hold large numbers."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    before = model.config.vocab_size
+    model.resize_token_embeddings(before + rows, mean_resizing=False)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[before:] = 3.0
+    model.save_pretrained(out)
+    copy_tokenizer(folder, out)
+    return out
