@@ -187,13 +187,21 @@ def names_in(source: Group) -> list[str]:
 
 
 def save_best(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:
-    """Keep the weights of the best evaluation so far; the next checkpoint drops the earlier."""
+    """Keep the weights of the best evaluation so far, and beside them only those that the last
+    checkpoint names: they are what a killed run goes on from."""
     name = _BEST.format(step)
     if processes() > 1:
         with _shared_folder(folder / name) as aside:
             _save_group(aside, "student", weights)
-        return
-    save_hashed(weights, folder / f"{name}{_WHOLE}")
+    else:
+        save_hashed(weights, folder / f"{name}{_WHOLE}")
+    if leads():
+        checkpoints = sorted(folder.glob("step-*"))
+        needed = {name, *(path.name for path in checkpoints)}
+        if checkpoints:
+            needed.add(_BEST.format(read_json(checkpoints[-1] / "state.json").get("best_step", -1)))
+        _remove_all_but(needed | {best + _WHOLE for best in needed}, folder)
+    meet()
 
 
 def load_best(folder: Path, step: int) -> Group:

@@ -19,7 +19,12 @@ from compress.data import StepData, vocabulary_of
 from compress.fused import FusedLoss, Term
 from compress.hidden import HiddenMatch, open_matches
 from compress.memory import reuse_freed_memory
-from compress.optimizers import build_optimizers, optimizer_tensors, restore_optimizers
+from compress.optimizers import (
+    build_optimizers,
+    optimizer_tensors,
+    restore_optimizers,
+    wide_products,
+)
 from compress.parallel import Inside, leader_says, open_split, processes, put, sum_gradients
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.saving import load_model
@@ -45,11 +50,15 @@ class Course:
     """The loss with its buffers; its weights and temperature are those of `loss_at`."""
     matches: tuple[HiddenMatch, ...]
     optimizers: dict[str, torch.optim.Optimizer]
+    wide_muon: bool
+    """Whether Muon multiplies in float32."""
     average: dict[str, Tensor] | None
     alone: bool = False
     """Whether there is no teacher."""
     targets_facts: dict[str, Any] = field(default_factory=dict)
     step: int = 0
+    saved_step: int = 0
+    """Of the last checkpoint, 0 where there is none."""
     seconds: float = 0.0
     running_loss: float = 0.0
     skipped: int = 0
@@ -107,13 +116,14 @@ def open_course(
     torch.manual_seed(seed)
     if device.type == "cpu":
         reuse_freed_memory()
-    if checkpoint:  # what was measured then, lest a busy machine change the arithmetic now
-        precision = PrecisionChoice(**checkpoint.state["precision"])
-    else:
-        measured = fast_dtype(device, settings.precision)
-        precision = PrecisionChoice(**leader_says(measured.to_dict()))
+    # What was measured before, lest a busy machine change the arithmetic now.
+    known = checkpoint.state if checkpoint else {}
+    measured = known.get("precision") or fast_dtype(device, settings.precision).to_dict()
+    precision = PrecisionChoice(**leader_says(measured))
     inside = _open_student(student_folder, device, precision)
     student = inside.model
+    wide = known.get("wide_muon")
+    wide = bool(leader_says(wide_products(student, settings) if wide is None else wide))
     student.set_attn_implementation(choose_attention(device, precision.dtype, text.window))
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable()
@@ -147,7 +157,8 @@ def open_course(
         data=data,
         loss=_fused_loss(settings, precision, vocabulary),
         matches=matches,
-        optimizers=build_optimizers(student, settings),
+        optimizers=build_optimizers(student, settings, wide=wide),
+        wide_muon=wide,
         average=weights_copy(student) if settings.ema else None,
         alone=not teachers,
         targets_facts=facts,
@@ -243,6 +254,7 @@ def training_state(course: Course, identity: str, metrics_bytes: int) -> Trainin
         "first": course.first,
         "latest": course.latest,
         "precision": course.precision.to_dict(),
+        "wide_muon": course.wide_muon,
         "mix": course.data.mix.history if course.data.mix else None,
     }
     return TrainingState(step=course.step, state=state, tensors=tensors)
@@ -256,7 +268,8 @@ def restore(course: Course, checkpoint: TrainingState) -> None:
     restore_random(checkpoint.whole("random"))
     if course.average is not None:
         fill(course.average, tensors["average"])
-    course.step, course.seconds = checkpoint.step, state["seconds"]
+    course.step = course.saved_step = checkpoint.step
+    course.seconds = state["seconds"]
     course.running_loss, course.skipped = state["running_loss"], state.get("skipped", 0)
     course.best, course.first, course.latest = state["best"], state["first"], state["latest"]
     if course.data.mix is not None:

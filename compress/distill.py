@@ -98,7 +98,8 @@ def distill(
         ShearlingError: the inputs don't fit together, or the loss became NaN or exploded.
         KeyboardInterrupt: after SIGINT or SIGTERM, when the step was finished and saved.
     """
-    identity = sha256_of_json([settings.model_dump(exclude={"save_every_seconds"}), seed])
+    what = set(DistillSettings.model_fields) - {"save_every_seconds"}
+    identity = sha256_of_json([settings.model_dump(include=what), seed])
     meet()
     checkpoint = load_checkpoint(out / "resume")
     if checkpoint and checkpoint.state["identity"] != identity:
@@ -150,6 +151,7 @@ def _train(
 
     def save() -> None:
         save_checkpoint(out / "resume", training_state(course, identity, metrics.tell()))
+        course.saved_step = course.step
 
     started, saved = time.monotonic() - course.seconds, time.monotonic()
     if course.step == 0:
@@ -307,12 +309,17 @@ def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
     course.skipped += 1
     if course.settings.spikes == "skip" and course.skipped <= _SPIKES_IN_A_ROW:
         return True
-    settings = course.settings
+    settings, kept = course.settings, course.saved_step
     raise ShearlingError(
         what + (f" So it was in {course.skipped} steps in a row." if course.skipped > 1 else ""),
         hint=f"Lower learning_rate (now {settings.learning_rate:g}) or clip (now "
         f"{settings.clip:g}), or lengthen warmup (now {settings.warmup:g}), or set precision to "
-        "float32. The last good checkpoint was kept.",
+        "float32; with other settings the stage starts anew. "
+        + (
+            f"With the same ones it goes on behind step {kept}, whose checkpoint was kept."
+            if kept
+            else "No checkpoint had been written yet (see save_every_seconds)."
+        ),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,27 +20,26 @@ _MUCH = 10_000_000
 
 
 def build_optimizers(
-    model: nn.Module, settings: DistillSettings
+    model: nn.Module, settings: DistillSettings, *, wide: bool = False
 ) -> dict[str, torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the layers' matrices and AdamW for the rest.
 
+    ``wide``: Muon multiplies in float32 (``wide_products``).
     Embeddings and output head learn at a share of the rate (`set_learning_rate`).
     Weight decay pulls on matrices only. The Llama papers say nothing of exceptions, but a norm's
     gain has no reason to tend to 0: in a pruned student it holds the scale of the kept dims.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inner = [(name, p) for name, p in named if p.ndim >= 2 and ".layers." in f".{name}"]
+    inner = _inner(named)
     ends = [(name, p) for name, p in named if p.ndim >= 2 and ".layers." not in f".{name}"]
     vectors = [entry for entry in named if entry[1].ndim < 2]
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if settings.optimizer == "muon":
         # Scaled by 0.2 sqrt(max(A, B)) an orthogonal update has the size of AdamW's, so the same
         # learning rate and decay serve both (https://arxiv.org/abs/2502.16982).
-        matrices = _parameters(inner)
         kinds = (torch.optim.Muon, WideMuon) if processes() == 1 else (SplitMuon, WideSplitMuon)
-        kind = kinds[wide_products(matrices)]
-        optimizers["muon"] = kind(
-            matrices,
+        optimizers["muon"] = kinds[wide](
+            _parameters(inner),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             adjust_lr_fn="match_rms_adamw",
@@ -62,9 +61,21 @@ def build_optimizers(
     return optimizers
 
 
-def wide_products(matrices: Sequence[nn.Parameter]) -> bool:
-    """Whether Muon has to multiply in float32 here."""
+def wide_products(model: nn.Module, settings: DistillSettings) -> bool:
+    """Whether Muon had better multiply in float32 here. Measured, so a run asks once."""
+    if settings.optimizer != "muon":
+        return False
+    matrices = _parameters(_inner((name, p) for name, p in model.named_parameters()))
     return sum(p.numel() for p in matrices) > _MUCH and imitates_bfloat16(matrices[0].device)
+
+
+def _inner(named: Iterable[Named]) -> list[Named]:
+    """The matrices of the layers that are trained."""
+    return [
+        (name, p)
+        for name, p in named
+        if p.requires_grad and p.ndim >= 2 and ".layers." in f".{name}"
+    ]
 
 
 def _parameters(named: Iterable[Named]) -> list[nn.Parameter]:

@@ -57,7 +57,8 @@ def _save(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
         copy_tokenizer(source, aside)
         again = load_model(aside, dtype, student.device).eval()
         probe_BT = torch.arange(student.config.vocab_size, device=student.device)[None, :64]
-        with torch.no_grad():
+        # Compiled layers round in another order: the answers would differ in their last bits.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             same = torch.equal(student(probe_BT).logits, again(probe_BT).logits)
         if not same:
             raise ShearlingError(

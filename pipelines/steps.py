@@ -203,7 +203,10 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
             stage,
             stage=stage.name,
             seeded=stage.kind != "teacher",
-            leave_out=frozenset({"name", "kind", "training"}),  # training: only what it stands for
+            # training: only what it stands for; the others change no result
+            leave_out=frozenset(
+                {"name", "kind", "training", "save_every_seconds", "stream_memory_gb"}
+            ),
             needs=needs,
             files=files,
         )

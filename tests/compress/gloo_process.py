@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from compress import optimizers
+from compress import course
 from compress.distill import distill
 from compress.parallel import processes, rank, together
 from compress.settings import DistillSettings
@@ -25,7 +25,7 @@ from compress.settings import DistillSettings
 
 def run(job: dict[str, Any]) -> None:
     wide = job.pop("wide", False)
-    optimizers.wide_products = lambda _: wide
+    course.wide_products = lambda *_: wide
     stop_after, settings = job.pop("stop_after", None), job.pop("settings")
 
     def on_metrics(line: dict[str, Any]) -> None:

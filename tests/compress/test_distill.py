@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,28 @@ def test_an_exploding_loss_stops_with_the_step_and_keeps_the_last_checkpoint(ben
 
     weights = load_file(kept[0] / "student.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_an_exploding_loss_says_that_nothing_was_kept_where_nothing_was(bench: Bench) -> None:
+    options = {"tokens": 32 * 8 * 60, "learning_rate": 50.0, "warmup": 0.5, "clip": 1e9}
+    with pytest.raises(ShearlingError) as caught:
+        bench.run(evaluate_every=0, save_every_seconds=3600, **options)
+    assert "No checkpoint had been written" in caught.value.hint
+    assert not list((bench.tmp_path / "out" / "resume").glob("step-*"))
+    with pytest.raises(ShearlingError) as caught:
+        bench.run(evaluate_every=0, save_every_seconds=0, **options)
+    (kept,) = (bench.tmp_path / "out" / "resume").glob("step-*")
+    assert f"behind step {int(kept.name.removeprefix('step-'))}," in caught.value.hint
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_learn_the_same_and_the_student_is_saved(bench: Bench) -> None:
+    plain, _ = bench.run("plain", tokens=32 * 8 * 2)
+    compiled, summary = bench.run("compiled", tokens=32 * 8 * 2, compile=True)
+    assert summary["heldout_end"]["step"] == 2
+    for one, other in zip(steps(plain), steps(compiled), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
 def test_a_spike_is_left_out_where_the_recipe_says_so(bench: Bench) -> None:

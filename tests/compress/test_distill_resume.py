@@ -151,6 +151,49 @@ def test_a_checkpoint_with_what_is_no_longer_kept_goes_on(
     same(tmp_path, whole)
 
 
+def test_what_a_recipe_calls_the_stage_changes_nothing(
+    whole: Path, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """Nor how often it saves; and Muon's arithmetic stays what it was measured to be."""
+    from pipelines.recipe import DistillStage
+
+    def interrupt(line: dict[str, Any]) -> None:
+        if line["step"] == 3 and "loss" in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    first = DistillStage(kind="distill", name="one", **SETTINGS)
+    again = DistillStage(kind="distill", name="two", **{**SETTINGS, "save_every_seconds": 100})
+    folders = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set)
+    with pytest.raises(KeyboardInterrupt):
+        distill(*folders, first, on_metrics=interrupt)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.course.wide_products", lambda *_: True)
+        distill(*folders, again)
+    same(tmp_path, whole)
+
+
+def test_surpassed_weights_do_not_pile_up_between_checkpoints(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    kept: list[set[str]] = []
+    settings = {**SETTINGS, "evaluate_every": 1, "save_every_seconds": 3600}
+
+    def look(line: dict[str, Any]) -> None:
+        kept.append({path.name for path in (tmp_path / "resume").glob("best-*")})
+        if line["step"] == 9 and "loss" in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    folders = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set)
+    with pytest.raises(KeyboardInterrupt):
+        distill(*folders, DistillSettings(**settings), on_metrics=look)
+    assert len(set.union(*kept)) > 2
+    assert max(map(len, kept)) == 1
+    # Beside the newest the one that the checkpoint at step 9 names: a kill goes back to it.
+    kept.clear()
+    distill(*folders, DistillSettings(**settings), on_metrics=look)
+    assert max(map(len, kept)) == 2
+
+
 def test_other_settings_do_not_go_on_from_a_checkpoint(
     tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from padding import padded
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from compress import optimizers
+from compress import course
 from compress.checkpointing import load_checkpoint, names_in
 from compress.distill import distill
 from compress.settings import DistillSettings
@@ -113,7 +113,7 @@ class Runs:
         settings = DistillSettings(**{**job.pop("settings"), "tokens": tokens})
         wide = job.pop("wide")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optimizers, "wide_products", lambda _: wide)
+            patch.setattr(course, "wide_products", lambda *_: wide)
             distill(settings=settings, **{k: Path(v) for k, v in job.items()}, **more)
 
 

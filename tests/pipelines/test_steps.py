@@ -120,6 +120,17 @@ def test_renaming_a_stage_repeats_nothing(recipe_data: dict[str, Any], store: St
     assert steps_of(other, store)["cut"].key == steps_of(recipe_data, store)["prune"].key
 
 
+def test_what_changes_no_result_repeats_nothing(recipe_data: dict[str, Any], store: Store) -> None:
+    """Someone whose machine was too small, or whose disk too slow, goes on where they were."""
+
+    def careful(data: dict[str, Any]) -> None:
+        prune, distill = data["stages"][:2]
+        prune |= {"save_every_seconds": 5, "stream_memory_gb": 0}
+        distill |= {"save_every_seconds": 5}
+
+    assert not changed_by(recipe_data, store, careful)
+
+
 def test_the_users_files_are_part_of_the_keys(
     recipe_data: dict[str, Any], store: Store, tmp_path: Path
 ) -> None:
