@@ -111,7 +111,7 @@ def _trunk_flops(shape: Shape, window: int) -> float:
 
 def import_cost(shape: Shape, form: str, dtype_bytes: int) -> Cost:
     """Bring a teacher in: ``folder`` is linked, ``hub`` downloaded, others converted by shards."""
-    converted = form in ("gguf", "meta", "mllama")
+    converted = form in ("gguf", "meta", "mllama", "relative")
     width = 4 if form == "gguf" else dtype_bytes
     size = float(shape.parameters * width)
     largest = 4.0 * shape.vocab_size * shape.hidden_size

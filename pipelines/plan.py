@@ -70,7 +70,7 @@ class TeacherFacts:
     name: str
     shape: Shape
     form: str
-    """folder (taken as it is), hub, gguf, meta or mllama."""
+    """folder (taken as it is), hub, gguf, meta, mllama or relative."""
     dtype_bytes: int
     """Of a stored weight, once the teacher is a Hugging Face folder."""
     context: int | None
@@ -148,6 +148,10 @@ def _from_folder(name: str, folder: Path) -> TeacherFacts:
         from teachers.mllama import text_config
 
         config, _ = text_config(folder)
+    elif form == "relative":
+        from teachers.relatives import llama_config as relative_config
+
+        config = relative_config(folder)
     else:
         return _from_config(name, folder / "config.json", form, "its config.json")
     return TeacherFacts(

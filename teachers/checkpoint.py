@@ -26,7 +26,7 @@ from shearling import (
     silent,
 )
 from students.shape import Shape
-from teachers import gguf_file, meta_format, mllama
+from teachers import gguf_file, meta_format, mllama, relatives
 from teachers.fetch import default_cache, fetch, is_packaged
 from teachers.file_memory import FileMemory
 from teachers.layout import expected_tensors, listed, tensor_problems
@@ -172,11 +172,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ShearlingError(f"{folder / 'config.json'} holds no JSON object.", hint=_AGAIN)
     kind = config.get("model_type")
+    if kind in relatives.RELATIVES:
+        raise ShearlingError(
+            f"{folder} holds a {kind}, which is not read in place.",
+            hint="Name it as the teacher of a recipe: it is brought in as a Llama.",
+        )
     if kind != "llama":
+        why = relatives.UNLIKE.get(str(kind))
         raise ShearlingError(
             f"{folder} holds a {kind or 'model of unknown type'}, not a Llama "
-            f"(config.json says model_type {kind!r}).",
-            hint="Shearling takes checkpoints with model_type 'llama'.",
+            f"(config.json says model_type {kind!r})" + (f": {why}." if why else "."),
+            hint="Shearling takes checkpoints with model_type 'llama', 'mistral' or 'qwen2'.",
         )
     return config
 
@@ -282,6 +288,7 @@ CONVERTERS = {
     "gguf": gguf_file.convert,
     "meta": meta_format.convert,
     "mllama": mllama.convert,
+    "relative": relatives.convert,
 }
 
 
@@ -290,9 +297,9 @@ def import_teacher(
 ) -> dict[str, Any]:
     """Make ``out/model`` the Hugging Face folder of the teacher that a recipe names.
 
-    A folder or a hub snapshot is linked; a GGUF is dequantised to 32-bit floats, Meta's own
-    format and the text tower of a vision model are converted in their dtype. Returns facts
-    for the report: source, format, fingerprint, shape, parameters, bytes, tokenizer.
+    A folder or a hub snapshot is linked; a GGUF is dequantised to 32-bit floats; Meta's own
+    format, the text tower of a vision model, Mistral and Qwen2 are converted in their dtype.
+    Returns facts for the report: source, format, fingerprint, shape, parameters, bytes, tokenizer.
     """
     model = Path(out) / "model"
     source, kind = _locate(settings, cache, progress)
@@ -350,7 +357,8 @@ def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple
         return local, folder_format(local)
     if _HUB_ID.fullmatch(name):
         snapshot = _hub_snapshot(name, settings.revision)
-        return snapshot, "mllama" if mllama.is_mllama_folder(snapshot) else "hub"
+        kind = folder_format(snapshot)
+        return snapshot, "hub" if kind == "folder" else kind
     raise ShearlingError(
         f"The teacher {name} is neither a folder, nor a .gguf file, nor a hub id.",
         hint="Check `teacher: model:` in the recipe; a hub id has the form owner/name.",
@@ -358,9 +366,12 @@ def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple
 
 
 def folder_format(folder: Path) -> str:
-    """``meta``, ``mllama``, or ``folder`` for a Hugging Face folder that is taken as it is."""
+    """``meta``, ``mllama``, ``relative`` (Mistral, Qwen2), or ``folder`` for a Hugging Face folder
+    that is taken as it is."""
     if meta_format.is_meta_folder(folder):
         return "meta"
+    if relatives.relative_in(folder):
+        return "relative"
     return "mllama" if mllama.is_mllama_folder(folder) else "folder"
 
 

@@ -180,7 +180,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "mistral"}, "not a Llama"),
+        ({"model_type": "mistral"}, "not read in place"),
+        ({"model_type": "qwen3"}, "normalises queries and keys"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised (gptq)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),

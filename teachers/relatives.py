@@ -1,0 +1,168 @@
+"""Mistral and Qwen2 (Qwen2.5) as ordinary Llamas.
+
+Both are built as a Llama is. Mistral's weights have the same names and the same meaning. Qwen2 has
+biases on queries, keys and values and none behind the attention, where a stock Llama with
+``attention_bias`` has one as well: it gets one that is zero. So the student is a stock Llama.
+
+What differs elsewhere can't be said in a Llama's weights, and is refused by name: windows of
+attention that slide, norms on queries and keys, experts, fused or scaled parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, MistralConfig, Qwen2Config
+
+from shearling import Progress, ShearlingError, read_json, silent
+from students.shape import Shape
+from teachers.layout import tensor_problems
+from teachers.tokenizer import copy_tokenizer
+from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
+
+RELATIVES: dict[str, type[MistralConfig] | type[Qwen2Config]] = {
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+}
+UNLIKE = {
+    "qwen3": "it normalises queries and keys, which a stock Llama does not",
+    "qwen2_moe": "it is a mixture of experts",
+    "qwen3_moe": "it is a mixture of experts",
+    "mixtral": "it is a mixture of experts",
+    "llama4": "it is a mixture of experts",
+    "deepseek_v3": "it is a mixture of experts",
+    "gemma": "it scales its embeddings, and its norms add one to their weights",
+    "gemma2": "it scales its embeddings and has norms behind its blocks",
+    "gemma3": "it scales its embeddings and has norms behind its blocks",
+    "gemma3_text": "it scales its embeddings and has norms behind its blocks",
+    "phi3": "its projections are fused, and some of its rotary embeddings are longrope's",
+    "olmo2": "its norms stand behind its blocks",
+    "granite": "it scales its embeddings, residuals and logits",
+    "gpt2": "its positions are learnt, not rotary",
+    "opt": "its positions are learnt, not rotary",
+}
+"""Models that are often asked for -> what keeps them from being a stock Llama."""
+
+_KEPT = (
+    "vocab_size",
+    "hidden_size",
+    "hidden_act",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "rope_parameters",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+)
+
+
+def relative_in(folder: Path) -> str | None:
+    """``mistral`` or ``qwen2`` where a Hugging Face folder holds one."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return kind if kind in RELATIVES else None
+
+
+def llama_config(folder: Path) -> LlamaConfig:
+    """The configuration of the same model as a Llama.
+
+    Raises:
+        ShearlingError: its attention slides, or the configuration is damaged.
+    """
+    kind = relative_in(folder)
+    assert kind is not None, "asked for by relative_in"
+    try:
+        theirs: Any = RELATIVES[kind].from_pretrained(folder, local_files_only=True)
+        config = LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            head_dim=getattr(theirs, "head_dim", None),
+            attention_bias=kind == "qwen2",
+            **{name: getattr(theirs, name) for name in _KEPT},
+        )
+    except Exception as error:  # transformers' strict dataclasses raise types of their own
+        raise ShearlingError(
+            f"{folder / 'config.json'} is not a usable {kind} configuration: {error}",
+            hint="Download or copy the model again.",
+        ) from error
+    slides = theirs.use_sliding_window if kind == "qwen2" else True
+    window = theirs.sliding_window if slides else None
+    if window is not None and window < theirs.max_position_embeddings:
+        raise ShearlingError(
+            f"{folder} attends to its last {window:,} tokens only (sliding_window), which a stock "
+            "Llama does not.",
+            hint="Take a version without it (Mistral from v0.2 on). If no text is longer than the "
+            f"window, set max_position_embeddings to {window} in its config.json.",
+        )
+    return config
+
+
+class Relative:
+    """The weights of a relative under Llama's names, read lazily."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.config = folder, llama_config(folder)
+        self.weights = WeightFiles(weight_files(folder))
+        self.shapes = {name: info.shape for name, info in self.weights.infos.items()}
+        if self.config.attention_bias:
+            for layer in range(self.config.num_hidden_layers):
+                name = f"model.layers.{layer}.self_attn.o_proj.bias"
+                self.shapes.setdefault(name, (self.config.hidden_size,))
+        if self.config.tie_word_embeddings:
+            self.shapes.pop("lm_head.weight", None)
+        shape = Shape.from_config(self.config)
+        if problems := tensor_problems(shape, self.shapes, "config.json says"):
+            raise ShearlingError(
+                f"The weights in {folder} don't fit its config.json:\n"
+                + "\n".join(f"  - {problem}" for problem in problems),
+                hint="Download or copy the model again.",
+            )
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, size in self.shapes.items():
+            if name in self.weights.infos:
+                yield name, self.weights.tensor(name)
+            else:
+                yield name, torch.zeros(size, dtype=FLOAT_DTYPES[self._dtype(name)])
+
+    def sizes(self) -> list[int]:
+        """Bytes of each of ``tensors``."""
+        return [
+            FLOAT_DTYPES[self._dtype(name)].itemsize * math.prod(size)
+            for name, size in self.shapes.items()
+        ]
+
+    def _dtype(self, name: str) -> str:
+        """A bias that is made up is stored as the matrix before it is."""
+        info = self.weights.infos.get(name)
+        found = info or self.weights.infos[f"{name.removesuffix('.bias')}.weight"]
+        if found.dtype not in FLOAT_DTYPES:
+            raise ShearlingError(
+                f"{self.folder} stores {name} as {found.dtype}, not as plain numbers.",
+                hint="Use the original weights in 16 or 32 bits.",
+            )
+        return found.dtype
+
+
+def convert(folder: Path, out: Path, *, progress: Progress = silent) -> None:
+    """Write a relative as a Llama's Hugging Face folder in the dtype it has."""
+    relative = Relative(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    relative.config.save_pretrained(out)
+    copy_tokenizer(folder, out)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        (out / generation.name).write_bytes(generation.read_bytes())
+    save_shards(relative.tensors(), relative.sizes(), out, what="teacher", progress=progress)
