@@ -160,7 +160,7 @@ class Walk:
     ) -> dict[str, float]:
         """Refit the maps that read the stream; the teacher's stream passes the block."""
         maps = [
-            self.slicer.target(number, name, teacher[f"{name}.weight"].T).float()
+            self.slicer.target(number, name, teacher[f"{name}.weight"].float().T)
             for name in block.inputs
         ]
         fit = InputFit(student, block, torch.cat(maps, dim=1))
