@@ -24,7 +24,7 @@ class PruneSettings(Settings):
     """How a teacher is cut. The shape itself is part of the recipe's prune stage."""
 
     calibration_tokens: int = Field(
-        default=32768, gt=0, description="Tokens of the transfer set that pruning looks at."
+        default=65536, gt=0, description="Tokens of the transfer set that pruning looks at."
     )
     depth: Literal["cosine", "contiguous", "divergence"] | list[int] = Field(
         default="contiguous",
