@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from shearling import ShearlingError, silent
 
 _FOLDERS = ("out", "run", "cache")
 _GRACE = 30.0
+_SAME = 60.0
+"""Seconds in which rank 0 comes upon a mistake of all, and writes its report of it."""
 """Seconds in which the other processes may end by themselves once one has ended."""
 
 
@@ -146,7 +149,9 @@ def follow() -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)
+    left_alone = threading.Timer(0, lambda: None)
     while (told := leader_says(None, patiently=True)) is not None:
+        left_alone.cancel()
         context = Context(
             name=told["name"],
             inputs={role: Path(path) for role, path in told["inputs"].items()},
@@ -159,5 +164,18 @@ def follow() -> None:
         )
         try:
             STAGES[told["kind"]].run(KINDS[told["kind"]].model_validate(told["settings"]), context)
-        except (ShearlingError, KeyboardInterrupt):
-            continue  # the same happened to rank 0, which tells the user
+        except KeyboardInterrupt:
+            continue  # rank 0 was interrupted too
+        except ShearlingError as error:
+            # Mostly the same happened to rank 0, which tells the user and sends all home.
+            left_alone = threading.Timer(_SAME, _leave, [error])
+            left_alone.daemon = True
+            left_alone.start()
+    left_alone.cancel()
+
+
+def _leave(error: ShearlingError) -> None:
+    """Say what went wrong here alone, and end: the others wait for this process in the stage."""
+    number = os.environ["RANK"]
+    print(f"Process {number}: {error.what}\n{error.hint or ''}", file=sys.stderr, flush=True)
+    os._exit(1)

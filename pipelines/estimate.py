@@ -92,6 +92,8 @@ class Cost:
     """Bytes read from and written to disk."""
     writing: Writing | None = None
     """What a model writes besides; its operations are not among ``flops``."""
+    product: str | None = None
+    """The dtype of the products, where the stage says it."""
 
     def worst(self, *, on_cpu: bool, processes: int = 1) -> Moment:
         """The moment that decides whether the stage fits."""
@@ -277,6 +279,7 @@ def prune_cost(
         scratch=2 * streams + max(0.0, held - limit),  # a checkpoint is whole before the old goes
         flops=_prune_flops(before, student, settings, tokens, survey, window),
         tokens=max(tokens, survey),
+        product=product,
         moved=float(2 * before.parameters + 2 * student.parameters) * dtype_bytes
         + dtype_bytes * _choice_reads(before, student, settings),
     )
@@ -561,6 +564,8 @@ def distill_cost(
         distinct = min(tokens, distinct_tokens or tokens)
         flops += distinct * sum(teacher.flops_per_token(window) for teacher in teachers)
         disk += distinct * cache_bytes(settings) * len(teachers)
+        if settings.hidden.weight != 0 and teachers:  # of the first teacher, in 8 bits
+            disk += distinct * student.num_hidden_layers * hidden_bytes(teachers[0])
         capture = {
             "weights": 4.0 * parameters,
             "teacher": float(width * max((t.parameters for t in teachers), default=0)),
@@ -578,6 +583,8 @@ def distill_cost(
         scratch=2 * state + (4.0 * parameters if settings.keep == "best" else 0.0),
         flops={"product": flops},
         tokens=tokens,
+        product=product,
+        writing=_on_policy(teachers, student, settings, window, micro, tokens, width),
         moved=float(dtype_bytes * (2 * parameters + sum(t.parameters for t in teachers))),
     )
 
@@ -585,6 +592,38 @@ def distill_cost(
 def cache_bytes(settings: DistillSettings) -> int:
     """A token's share of the target cache: four bytes a slot, and four for the entropy."""
     return 4 * settings.target_slots + 4
+
+
+def hidden_bytes(teacher: Shape) -> int:
+    """A token's share of a kept layer: a byte a dim, and two for the scale of each 64."""
+    return teacher.hidden_size + 2 * -(-teacher.hidden_size // 64)
+
+
+def _on_policy(
+    teachers: tuple[Shape, ...],
+    student: Shape,
+    settings: DistillSettings,
+    window: int,
+    micro: int,
+    tokens: int,
+    width: int,
+) -> Writing | None:
+    """The second halves of some windows, written a micro-batch at a time."""
+    if not settings.on_policy:
+        return None
+    by_teacher = settings.on_policy_writer == "teacher"
+    writer = teachers[0] if by_teacher else student
+    weights = (width if by_teacher else 4) * writer.parameters
+    rounds, share = tokens / micro, settings.on_policy
+    # A round is left out where no window of it is chosen.
+    asked = rounds * (1 - (1 - share) ** (micro / window))
+    steps, written = asked * (window / 2), share * tokens / 2
+    return Writing(
+        tokens=round(written),
+        layer_steps=steps * writer.num_hidden_layers,
+        flops=written * writer.flops_per_token(window),
+        bytes=steps * weights + 1.5 * written * window * writer.key_value_bytes_per_token(width),
+    )
 
 
 def _distill_flops(

@@ -383,7 +383,7 @@ def seconds(kind: str, cost: Cost, machine: Machine) -> float:
     if kind == "transfer_set":
         written = cost.writing.tokens if cost.writing else 0
         return spent + (cost.tokens - written) / TOKENISING + writing_seconds(cost.writing, machine)
-    product = machine.rates[machine.precision("auto")]
+    product = machine.rates[cost.product or machine.precision("auto")]
     for arithmetic, flops in cost.flops.items():
         if arithmetic == "product":
             spent += flops / (product * machine.share["distill" if kind == "correct" else kind])
@@ -391,7 +391,7 @@ def seconds(kind: str, cost: Cost, machine: Machine) -> float:
             spent += flops / (machine.rates[arithmetic] * machine.share[kind])
         else:
             spent += flops / (machine.rates[arithmetic] * machine.share[arithmetic])
-    return spent
+    return spent + writing_seconds(cost.writing, machine)
 
 
 def writing_seconds(writing: Writing | None, machine: Machine) -> float:

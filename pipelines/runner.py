@@ -348,7 +348,8 @@ class _Run:
         except ShearlingError:
             return  # not known before the teacher has been brought in
         here = this_machine(self.options.cache, self.device, self.run)
-        write_json(path, make_plan(self.recipe, facts, here))
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        write_json(path, make_plan(self.recipe, facts, here, processes=processes))
 
     def _report(self) -> None:
         from reports.page import write_report

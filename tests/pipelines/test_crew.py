@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from shearling_process import Shearling, command, environment
+
+from pipelines import crew
 
 pytestmark = pytest.mark.slow
 
@@ -80,6 +83,26 @@ def test_ctrl_c_reaches_all_and_one_process_goes_on(
     done = shearling("run", recipe_file, "--out", run, *more)
     assert done.returncode == 0, done.stderr
     assert "goes on where it was interrupted" in done.stdout
+
+
+def test_a_mistake_of_one_process_is_told_and_ends_all() -> None:
+    script = Path(__file__).with_name("crew_process.py")
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(crew._free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script)],
+            env={**environment(), **where, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=100)[1] for process in processes]
+    assert processes[1].returncode == 1
+    assert "Process 1: The shard is damaged." in outputs[1]
+    assert "Delete it." in outputs[1]
+    assert processes[0].returncode not in (0, None), "it doesn't wait for one who has gone"
 
 
 def test_a_mistake_is_told_once_and_exits_with_2(recipe_file: Path, run: Path) -> None:

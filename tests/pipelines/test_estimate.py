@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +20,13 @@ from pipelines.estimate import (
     activation_bytes,
     cache_bytes,
     distill_cost,
+    hidden_bytes,
     optimizer_bytes,
     prune_cost,
     steps_of,
 )
 from students.shape import Shape
-from teachers.targets import TargetFormat
+from teachers.targets import HiddenCache, TargetFormat
 
 WIDE = {
     "hidden_size": 256,
@@ -228,6 +231,13 @@ def test_dear_choices_and_streams_on_the_disk_are_foreseen() -> None:
     assert plain.worst(on_cpu=True).host_bytes() - files.worst(on_cpu=True).host_bytes() > streams
     narrow = cost(stream_dtype="bfloat16")
     assert plain.scratch == 2 * narrow.scratch
+
+
+@pytest.mark.parametrize("hidden", [64, 100])
+def test_a_kept_layer_takes_what_the_cache_writes(tmp_path: Path, hidden: int) -> None:
+    shape = replace(TEACHER, hidden_size=hidden)
+    cache = HiddenCache(tmp_path, {}, [0, 2, 3], hidden, windows=1, window=8)
+    assert 3 * hidden_bytes(shape) == cache.record.itemsize
 
 
 def test_greedy_choice_and_a_basis_are_foreseen() -> None:

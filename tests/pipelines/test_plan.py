@@ -116,6 +116,29 @@ def test_a_search_is_planned_with_all_it_tries(big: dict[str, Any]) -> None:
     assert search["scratch_bytes"] > 0.9 * 2 * 3.2e9  # a candidate in 16 bits, until it is scored
 
 
+def test_precision_and_writing_on_policy_cost_time(big: dict[str, Any]) -> None:
+    fast = row(planned(big), "distill")
+    big["stages"][1]["precision"] = "float32"
+    assert row(planned(big), "distill")["seconds"] > 3 * fast["seconds"]
+    big["stages"][1] |= {"precision": "auto", "on_policy": 0.5}
+    written = row(planned(big), "distill")
+    assert written["seconds"] > 1.5 * fast["seconds"]
+    assert written["flops"] > fast["flops"]
+    big["stages"][1]["on_policy_writer"] = "teacher"
+    assert row(planned(big), "distill")["flops"] > written["flops"]
+
+
+def test_kept_hidden_states_take_their_disk(big: dict[str, Any]) -> None:
+    stage = big["stages"][1]
+    stage |= {"targets": "sample", "tokens": 1_000_000}
+    plain = row(planned(big), "distill")
+    stage["hidden"] = {"weight": 1.0}
+    kept = row(planned(big), "distill")
+    distinct = (plain["disk_bytes"] - 2 * plain["parameters"]) / 60
+    layers = kept["disk_bytes"] - plain["disk_bytes"]
+    assert layers == pytest.approx(distinct * 28 * (4096 + 2 * 64), rel=1e-6)
+
+
 def test_text_that_the_teacher_writes_is_planned(big: dict[str, Any]) -> None:
     packed = row(planned(big), "transfer_set")
     del big["transfer_set"]
