@@ -19,6 +19,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _AT_LEAST = 5
 _SHAPE_MKN = (1024, 576, 1536)
 """Rows, inner and outer size of the measured product: the order of a small model's layers."""
+_LARGE_MKN = (4096, 4096, 4096)
+"""Elsewhere than on a CPU, where a small product takes less time than its call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,10 @@ def fast_dtype(device: torch.device | str, precision: Precision) -> PrecisionCho
     if precision != "auto":
         return PrecisionChoice(name=precision, reason="set in the recipe")
     device = torch.device(device)
-    narrow, wide = (product_rate(_DTYPES[name], device) for name in ("bfloat16", "float32"))
+    size = _SHAPE_MKN if device.type == "cpu" else _LARGE_MKN
+    narrow, wide = (
+        product_rate(_DTYPES[name], device, size=size) for name in ("bfloat16", "float32")
+    )
     # The casts around bfloat16 products cost time too, and its rounding costs accuracy.
     name = "bfloat16" if narrow > 1.3 * wide else "float32"
     return PrecisionChoice(

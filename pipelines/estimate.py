@@ -550,11 +550,13 @@ def distill_cost(
         "activations": activations,
         "mask": MASK * micro * window,
         "logits": chunk * vocabulary * (2.0 * width) + 4.0 * tables[0] + width * sum(tables),
+        "blocks of logits": 0.0 if on_cpu else 12.0 * chunk * vocabulary,
     }
     moments = [Moment(what="step", device={name: size for name, size in held.items() if size})]
     if live and teachers:
         answering = micro * max(answer_bytes(each, window, product) for each in teachers)
         during = held | {"activations": answering, "mask": 0.0, "logits": 0.0}
+        during["blocks of logits"] = 0.0
         moments.append(
             Moment(what="answer", device={name: size for name, size in during.items() if size})
         )

@@ -295,3 +295,11 @@ def test_the_tail_s_loss_is_a_lower_bound_of_the_kl() -> None:
     merged = sparse_forward_kl(student, sparse("tail"))
     assert (merged <= forward_kl(student, teacher_logits(given)) + 1e-9).all()
     assert (merged >= 0).all()
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", 16), ("meta", 512)])
+def test_blocks_are_as_small_as_a_processors_cache_on_a_cpu_only(device: str, rows: int) -> None:
+    from compress.fused import _rows_at_once
+
+    fused = FusedLoss(terms=())
+    assert _rows_at_once(fused, torch.device(device), 128_256, torch.float32) == rows
