@@ -282,8 +282,8 @@ class DistillSettings(Settings):
     )
     spikes: Literal["stop", "skip"] = Field(
         default="stop",
-        description="What to do when the loss is no number or jumps: stop with the last good "
-        "checkpoint, or leave the step out (after five in a row it stops too).",
+        description="What to do when the loss is no number or jumps: stop, with the "
+        "last checkpoint kept, or leave the step out (after five in a row it stops too).",
     )
     keep: Literal["best", "last"] = Field(
         default="best",

@@ -21,15 +21,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pipelines.machine import memory_errors
 from pipelines.stages.context import Context
 from pipelines.steps import STAGES, Step
 from reports.settings import BenchmarkSettings
-from shearling import ShearlingError, silent
+from shearling import ShearlingError, disk_errors, silent
 
 _FOLDERS = ("out", "run", "cache")
-_GRACE = 30.0
-_SAME = 60.0
+_SAME = 20.0
 """Seconds in which rank 0 comes upon a mistake of all, and writes its report of it."""
+_GRACE = 30.0
 """Seconds in which the other processes may end by themselves once one has ended."""
 
 
@@ -162,8 +163,10 @@ def follow() -> None:
             on_metrics=lambda line: None,
             **{name: Path(path) for name, path in told["folders"].items()},
         )
+        settings = KINDS[told["kind"]].model_validate(told["settings"])
         try:
-            STAGES[told["kind"]].run(KINDS[told["kind"]].model_validate(told["settings"]), context)
+            with memory_errors(context.name, told["kind"]), disk_errors(context.out):
+                STAGES[told["kind"]].run(settings, context)
         except KeyboardInterrupt:
             continue  # rank 0 was interrupted too
         except ShearlingError as error:

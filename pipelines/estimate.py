@@ -581,8 +581,10 @@ def distill_cost(
     return Cost(
         moments=tuple(moments),
         disk=disk,
-        # The new checkpoint is whole before the old one goes; the best weights lie beside them.
-        scratch=2 * state + (4.0 * parameters if settings.keep == "best" else 0.0),
+        # The new checkpoint is whole before the old one goes; beside them lie the best weights,
+        # and those that the old one names.
+        scratch=2 * state
+        + (8.0 * parameters if settings.keep == "best" and settings.evaluate_every else 0.0),
         flops={"product": flops},
         tokens=tokens,
         product=product,
