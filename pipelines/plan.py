@@ -153,6 +153,9 @@ def _from_folder(name: str, folder: Path) -> TeacherFacts:
 
         config = relative_config(folder)
     else:
+        from teachers.checkpoint import Checkpoint
+
+        Checkpoint(folder)  # refuses by name what is no Llama
         return _from_config(name, folder / "config.json", form, "its config.json")
     return TeacherFacts(
         name=name,

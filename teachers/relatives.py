@@ -22,7 +22,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from shearling import Progress, ShearlingError, read_json, silent
 from students.shape import Shape
 from teachers.layout import tensor_problems
-from teachers.tokenizer import copy_tokenizer
+from teachers.tokenizer import check_same_tokenizer, copy_tokenizer
 from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
 RELATIVES: dict[str, type[MistralConfig] | type[Qwen2Config]] = {
@@ -162,6 +162,7 @@ def convert(folder: Path, out: Path, *, progress: Progress = silent) -> None:
     out.mkdir(parents=True, exist_ok=True)
     relative.config.save_pretrained(out)
     copy_tokenizer(folder, out)
+    check_same_tokenizer(folder, out)  # transformers' choice of a class looks at the model's kind
     generation = folder / "generation_config.json"
     if generation.is_file():
         (out / generation.name).write_bytes(generation.read_bytes())

@@ -136,6 +136,8 @@ def test_others_are_refused_with_what_is_unlike(kind: str, why: str, tmp_path: P
             TeacherSettings(model=str(tmp_path / "model")), tmp_path / "in", cache=tmp_path
         )
     assert "'mistral' or 'qwen2'" in str(told.value.hint)
+    with pytest.raises(ShearlingError, match=why):
+        teacher_facts(TeacherSettings(model=str(tmp_path / "model")))
 
 
 def test_a_missing_tensor_is_named(relative: Path, tmp_path: Path) -> None:
