@@ -172,7 +172,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise ShearlingError(f"{folder / 'config.json'} holds no JSON object.", hint=_AGAIN)
     kind = config.get("model_type")
-    if kind in relatives.RELATIVES:
+    if relatives.relative_in(folder):
         raise ShearlingError(
             f"{folder} holds a {kind}, which is not read in place.",
             hint="Name it as the teacher of a recipe: it is brought in as a Llama.",

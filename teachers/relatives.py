@@ -73,7 +73,7 @@ def relative_in(folder: Path) -> str | None:
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else None
     kind = config.get("model_type") if isinstance(config, dict) else None
-    return kind if kind in RELATIVES else None
+    return kind if isinstance(kind, str) and kind in RELATIVES else None
 
 
 def llama_config(folder: Path) -> LlamaConfig:
