@@ -52,7 +52,7 @@ from compress.optimizers import set_learning_rate
 from compress.parallel import agreed, leads, meet, own_device, processes, total, whole
 from compress.saving import load_model, save_student
 from compress.schedule import warmup_then_cosine
-from compress.settings import DistillSettings
+from compress.settings import DistillSettings, deciding
 from shearling import Progress, ShearlingError, disk_errors, sha256_of_json, silent
 from teachers.fetch import default_cache
 from teachers.transfer_set import TransferSet
@@ -98,8 +98,7 @@ def distill(
         ShearlingError: the inputs don't fit together, or the loss became NaN or exploded.
         KeyboardInterrupt: after SIGINT or SIGTERM, when the step was finished and saved.
     """
-    what = set(DistillSettings.model_fields) - {"save_every_seconds"}
-    identity = sha256_of_json([settings.model_dump(include=what), seed])
+    identity = sha256_of_json([deciding(settings, DistillSettings), seed])
     meet()
     checkpoint = load_checkpoint(out / "resume")
     if checkpoint and checkpoint.state["identity"] != identity:

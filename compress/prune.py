@@ -20,7 +20,7 @@ from compress.ends import student_ends
 from compress.memory import give_back_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.selection import check_rotary, choose, write_selection
-from compress.settings import PruneSettings
+from compress.settings import PruneSettings, deciding
 from compress.slicing import Slicer
 from compress.streams import DTYPES, Streams
 from compress.survey import Survey, take_survey
@@ -36,7 +36,7 @@ from students.build import student_config
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint, open_checkpoint
 from teachers.layout import listed
-from teachers.tokenizer import copy_tokenizer
+from teachers.tokenizer import copy_companions
 from teachers.transfer_set import TransferSet
 
 
@@ -128,7 +128,7 @@ def prune(
         if saved and saved.step:
             walk.restore(saved)
         walk.run(progress, lambda: saving(survey, walk))
-        _copy_companions(teacher, out / "model")
+        copy_companions(teacher, out / "model")
         logit_error = _gate(walk, out / "model", shape)
     write_selection(
         out / "selection.json",
@@ -143,8 +143,7 @@ def identity_of_cut(
     source: Checkpoint, text: TransferSet, settings: PruneSettings, *wanted: Any
 ) -> str:
     """A hash of all that results depend on; ``wanted`` is what is cut to, and how, as JSON."""
-    named = set(PruneSettings.model_fields) - {"save_every_seconds", "stream_memory_gb"}
-    how = settings.model_dump(include=named)  # not what a recipe calls the stage
+    how = deciding(settings, PruneSettings)
     return sha256_of_json([how, *wanted, source.fingerprint(), text.facts["sha256"]])
 
 
@@ -191,14 +190,6 @@ def finite_or_told(source: Checkpoint) -> Iterator[None]:
         raise ShearlingError(
             f"Pruning met numbers that are not finite: {error}.", hint=hint
         ) from error
-
-
-def _copy_companions(teacher: Path, folder: Path) -> None:
-    """What makes a folder of weights usable: the tokenizer, and how the teacher generates."""
-    copy_tokenizer(teacher, folder)
-    generation = teacher / "generation_config.json"
-    if generation.is_file():
-        shutil.copyfile(generation, folder / generation.name)
 
 
 def _gate(walk: Walk, folder: Path, shape: Shape) -> float:

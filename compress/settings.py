@@ -18,6 +18,13 @@ from students.settings import Settings
 from students.shape import Shape
 
 Precision = Literal["auto", "float32", "bfloat16"]
+CHANGE_NO_RESULT = frozenset({"save_every_seconds", "stream_memory_gb"})
+"""Settings that only say how safely or on how small a machine a stage works."""
+
+
+def deciding(settings: Settings, kind: type[Settings]) -> dict[str, Any]:
+    """Those settings of ``kind`` on which results depend; not what a recipe calls its stage."""
+    return settings.model_dump(include=set(kind.model_fields) - CHANGE_NO_RESULT)
 
 
 class PruneSettings(Settings):

@@ -179,17 +179,14 @@ class _Fit:
     """One least-squares problem of a layer: of ``maps``, with so many inputs and outputs.
 
     ``crossed`` is with what the inputs' products are added up: the wanted outputs, or, where maps
-    read the stream, the teacher's stream, of which the outputs are made.
+    read the stream (``mapped``), the teacher's stream, of which the outputs are made.
     """
 
     maps: str
     inputs: int
     outputs: int
     crossed: int
-
-    @property
-    def mapped(self) -> bool:
-        return self.crossed != self.outputs
+    mapped: bool = False
 
     def bytes(self) -> float:
         """At the solution: moments in float32, and in float64 the matrix, its factor, and some
@@ -207,9 +204,9 @@ def _fits(before: Shape, student: Shape) -> list[_Fit]:
     hidden, queries, neurons = student.hidden_size, student.query_size, student.intermediate_size
     wide, read = before.hidden_size, queries + 2 * student.key_value_size
     return [
-        _Fit(maps="qkv", inputs=hidden, outputs=read, crossed=wide),
+        _Fit(maps="qkv", inputs=hidden, outputs=read, crossed=wide, mapped=True),
         _Fit(maps="o_proj", inputs=queries, outputs=hidden, crossed=hidden),
-        _Fit(maps="gate_up", inputs=hidden, outputs=2 * neurons, crossed=wide),
+        _Fit(maps="gate_up", inputs=hidden, outputs=2 * neurons, crossed=wide, mapped=True),
         _Fit(maps="down_proj", inputs=neurons, outputs=hidden, crossed=hidden),
     ]
 

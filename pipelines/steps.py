@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from compress.settings import CHANGE_NO_RESULT
 from pipelines.recipe import DistillStage, Recipe, TeacherStage
 from pipelines.stages import benchmark, correct, distill, export, prune, teacher, transfer_set
 from pipelines.stages.distill import teacher_role
@@ -203,10 +204,8 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
             stage,
             stage=stage.name,
             seeded=stage.kind != "teacher",
-            # training: only what it stands for; the others change no result
-            leave_out=frozenset(
-                {"name", "kind", "training", "save_every_seconds", "stream_memory_gb"}
-            ),
+            # training: only what it stands for
+            leave_out=frozenset({"name", "kind", "training"}) | CHANGE_NO_RESULT,
             needs=needs,
             files=files,
         )

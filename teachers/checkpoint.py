@@ -29,7 +29,7 @@ from students.shape import Shape
 from teachers import gguf_file, meta_format, mllama, relatives
 from teachers.fetch import default_cache, fetch, is_packaged
 from teachers.file_memory import FileMemory
-from teachers.layout import expected_tensors, listed, tensor_problems
+from teachers.layout import AGAIN, expected_tensors, listed, misfit, tensor_problems
 from teachers.settings import TeacherSettings
 from teachers.tokenizer import (
     TOKENIZER_FILES,
@@ -39,7 +39,6 @@ from teachers.tokenizer import (
 )
 from teachers.weights import FLOAT_DTYPES, WeightFiles, is_finite, weight_files
 
-_AGAIN = "Download or copy the model again."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _BUFFERS = re.compile(r"\.rotary_emb\.inv_freq$")  # old checkpoints carry it; it is computed
 _ADAPTER = re.compile(r"lora_|\.base_layer\.")
@@ -80,7 +79,7 @@ class Checkpoint:
         except Exception as error:  # transformers' strict dataclasses raise types of their own
             raise ShearlingError(
                 f"{self.folder / 'config.json'} is not a usable Llama configuration: {error}",
-                hint=_AGAIN,
+                hint=AGAIN,
             ) from error
         return config
 
@@ -170,9 +169,9 @@ def open_checkpoint(folder: Path | str, *, values: bool = True) -> Checkpoint:
 def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
-        raise ShearlingError(f"{folder / 'config.json'} holds no JSON object.", hint=_AGAIN)
+        raise ShearlingError(f"{folder / 'config.json'} holds no JSON object.", hint=AGAIN)
     kind = config.get("model_type")
-    if relatives.relative_in(folder):
+    if kind in tuple(relatives.RELATIVES):  # a tuple: what stands there may be anything
         raise ShearlingError(
             f"{folder} holds a {kind}, which is not read in place.",
             hint="Name it as the teacher of a recipe: it is brought in as a Llama.",
@@ -232,21 +231,13 @@ def _unexpected(names: list[str]) -> Iterator[str]:
         yield f"tensors that a stock Llama does not have: {listed(names)}"
 
 
-def _misfit(checkpoint: Checkpoint, problems: list[str]) -> ShearlingError:
-    return ShearlingError(
-        f"The weights in {checkpoint.folder} don't fit its config.json:\n"
-        + "\n".join(f"  - {problem}" for problem in problems),
-        hint=_AGAIN,
-    )
-
-
 def _check_tensors(checkpoint: Checkpoint) -> None:
     infos = checkpoint.weights.infos
     problems = tensor_problems(
         checkpoint.shape, {name: info.shape for name, info in infos.items()}, "config.json says"
     )
     if problems:
-        raise _misfit(checkpoint, problems)
+        raise misfit(checkpoint.folder, problems)
     expected = expected_tensors(checkpoint.shape)
     strange = [n for n in expected if infos[n].dtype not in FLOAT_DTYPES]
     if strange:
@@ -256,7 +247,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     extra = [n for n in infos if n not in expected and n not in allowed and not _BUFFERS.search(n)]
     problems += _unexpected(extra)
     if problems:
-        raise _misfit(checkpoint, problems)
+        raise misfit(checkpoint.folder, problems)
 
 
 def _check_values(checkpoint: Checkpoint) -> None:

@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+from transformers import LlamaConfig
 
+from shearling import ShearlingError, read_json
 from students.shape import Shape
 
+AGAIN = "Download or copy the model again."
+
 _SHOWN = 8  # names in one error message
+_SHARED = (
+    "vocab_size",
+    "hidden_size",
+    "hidden_act",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "rope_parameters",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "initializer_range",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+)
+
+
+def model_type(folder: Path) -> str | None:
+    """What the config.json of a Hugging Face folder says the model is; None where it says none."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return kind if isinstance(kind, str) else None
+
+
+def as_llama(theirs: Any, **other: Any) -> LlamaConfig:
+    """The configuration of a model that is built as a Llama is; ``other`` is where it differs."""
+    shared = {name: getattr(theirs, name) for name in _SHARED}
+    return LlamaConfig(architectures=["LlamaForCausalLM"], **{**shared, **other})
 
 
 def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -70,6 +108,15 @@ def tensor_problems(shape: Shape, found: Mapping[str, tuple[int, ...]], told_by:
         if name in found and found[name] != wanted
     ][:_SHOWN]
     return problems
+
+
+def misfit(folder: Path, problems: Sequence[str], what: str = "weights") -> ShearlingError:
+    """Why the tensors in a folder are not what its config.json says."""
+    return ShearlingError(
+        f"The {what} in {folder} don't fit its config.json:\n"
+        + "\n".join(f"  - {problem}" for problem in problems),
+        hint=AGAIN,
+    )
 
 
 def halves_apart(rows: Tensor, heads: int) -> Tensor:

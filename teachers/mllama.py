@@ -13,26 +13,24 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlamaConfig, MllamaConfig
 
-from shearling import Progress, ShearlingError, read_json, silent
+from shearling import Progress, ShearlingError, silent
 from students.shape import Shape
-from teachers.layout import tensor_problems
+from teachers.layout import AGAIN, as_llama, misfit, model_type, tensor_problems
 from teachers.tokenizer import copy_tokenizer
-from teachers.weights import WeightFiles, save_shards, weight_files
+from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
 _LAYER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?layers\.(\d+)\.(.+)")
 _OUTER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?((?:embed_tokens|norm)\.weight)")
 _HEAD = re.compile(r"(?:(?:model\.)?language_model\.)?lm_head\.weight")
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def is_mllama_folder(folder: Path) -> bool:
     """Whether a Hugging Face folder holds one of Llama's vision models."""
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else None
-    return isinstance(config, dict) and config.get("model_type") == "mllama"
+    return model_type(folder) == "mllama"
 
 
 def text_config(folder: Path) -> tuple[LlamaConfig, list[int]]:
@@ -41,36 +39,13 @@ def text_config(folder: Path) -> tuple[LlamaConfig, list[int]]:
         text: Any = MllamaConfig.from_pretrained(folder, local_files_only=True).text_config
         across = set(text.cross_attention_layers)
         layers = [number for number in range(text.num_hidden_layers) if number not in across]
-        config = LlamaConfig(
-            architectures=["LlamaForCausalLM"],
-            num_hidden_layers=len(layers),
-            **{name: getattr(text, name) for name in _KEPT},
-        )
+        config = as_llama(text, num_hidden_layers=len(layers))
     except Exception as error:  # transformers' strict dataclasses raise types of their own
         raise ShearlingError(
             f"{folder / 'config.json'} is not a usable Mllama configuration: {error}",
-            hint="Download or copy the model again.",
+            hint=AGAIN,
         ) from error
     return config, layers
-
-
-_KEPT = (
-    "vocab_size",
-    "hidden_size",
-    "hidden_act",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "rope_parameters",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "initializer_range",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "dtype",
-)
 
 
 def _name(name: str, numbers: dict[int, int]) -> str | None:
@@ -109,11 +84,7 @@ class TextTower:
     def _check(self) -> None:
         shape = Shape.from_config(self.config)
         if problems := tensor_problems(shape, self.shapes, "config.json says"):
-            raise ShearlingError(
-                f"The text weights in {self.folder} don't fit its config.json:\n"
-                + "\n".join(f"  - {problem}" for problem in problems),
-                hint="Download or copy the model again.",
-            )
+            raise misfit(self.folder, problems, "text weights")
 
     def names(self) -> list[str]:
         return list(self.shapes)
@@ -123,8 +94,8 @@ class TextTower:
         return tensor if len(tensor) == rows else tensor[:rows].clone()
 
     def bytes(self, name: str) -> int:
-        width = _BYTES.get(self.weights.infos[self._stored[name]].dtype, 4)
-        return width * math.prod(self.shapes[name])
+        dtype = FLOAT_DTYPES.get(self.weights.infos[self._stored[name]].dtype, torch.float32)
+        return dtype.itemsize * math.prod(self.shapes[name])
 
 
 def convert(folder: Path, out: Path, *, progress: Progress = silent) -> None:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from shearling import Progress, ShearlingError, read_json, silent
+from shearling import Progress, ShearlingError, silent
 from students.shape import Shape
-from teachers.layout import tensor_problems
-from teachers.tokenizer import check_same_tokenizer, copy_tokenizer
+from teachers.layout import AGAIN, as_llama, misfit, model_type, tensor_problems
+from teachers.tokenizer import check_same_tokenizer, copy_companions
 from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
 RELATIVES: dict[str, type[MistralConfig] | type[Qwen2Config]] = {
@@ -48,32 +48,11 @@ UNLIKE = {
 }
 """Models that are often asked for -> what keeps them from being a stock Llama."""
 
-_KEPT = (
-    "vocab_size",
-    "hidden_size",
-    "hidden_act",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "intermediate_size",
-    "rope_parameters",
-    "rms_norm_eps",
-    "max_position_embeddings",
-    "initializer_range",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "dtype",
-)
-
 
 def relative_in(folder: Path) -> str | None:
     """``mistral`` or ``qwen2`` where a Hugging Face folder holds one."""
-    path = folder / "config.json"
-    config = read_json(path) if path.is_file() else None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    return kind if isinstance(kind, str) and kind in RELATIVES else None
+    kind = model_type(folder)
+    return kind if kind in RELATIVES else None
 
 
 def llama_config(folder: Path) -> LlamaConfig:
@@ -86,16 +65,13 @@ def llama_config(folder: Path) -> LlamaConfig:
     assert kind is not None, "asked for by relative_in"
     try:
         theirs: Any = RELATIVES[kind].from_pretrained(folder, local_files_only=True)
-        config = LlamaConfig(
-            architectures=["LlamaForCausalLM"],
-            head_dim=getattr(theirs, "head_dim", None),
-            attention_bias=kind == "qwen2",
-            **{name: getattr(theirs, name) for name in _KEPT},
+        config = as_llama(
+            theirs, head_dim=getattr(theirs, "head_dim", None), attention_bias=kind == "qwen2"
         )
     except Exception as error:  # transformers' strict dataclasses raise types of their own
         raise ShearlingError(
             f"{folder / 'config.json'} is not a usable {kind} configuration: {error}",
-            hint="Download or copy the model again.",
+            hint=AGAIN,
         ) from error
     slides = theirs.use_sliding_window if kind == "qwen2" else True
     window = theirs.sliding_window if slides else None
@@ -124,11 +100,7 @@ class Relative:
             self.shapes.pop("lm_head.weight", None)
         shape = Shape.from_config(self.config)
         if problems := tensor_problems(shape, self.shapes, "config.json says"):
-            raise ShearlingError(
-                f"The weights in {folder} don't fit its config.json:\n"
-                + "\n".join(f"  - {problem}" for problem in problems),
-                hint="Download or copy the model again.",
-            )
+            raise misfit(folder, problems)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, size in self.shapes.items():
@@ -161,9 +133,6 @@ def convert(folder: Path, out: Path, *, progress: Progress = silent) -> None:
     relative = Relative(folder)
     out.mkdir(parents=True, exist_ok=True)
     relative.config.save_pretrained(out)
-    copy_tokenizer(folder, out)
+    copy_companions(folder, out)
     check_same_tokenizer(folder, out)  # transformers' choice of a class looks at the model's kind
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        (out / generation.name).write_bytes(generation.read_bytes())
     save_shards(relative.tensors(), relative.sizes(), out, what="teacher", progress=progress)

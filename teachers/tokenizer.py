@@ -108,6 +108,14 @@ def _ordinary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {token: n for token, n in tokenizer.get_vocab().items() if token not in added}
 
 
+def copy_companions(source: Path, target: Path) -> None:
+    """What makes a folder of weights usable: the tokenizer, and how the model generates."""
+    copy_tokenizer(source, target)
+    generation = source / "generation_config.json"
+    if generation.is_file():
+        shutil.copyfile(generation, target / generation.name)
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files as they are: same ids, chat template and special tokens."""
     with disk_errors(target):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from students.shape import Shape
 
@@ -29,3 +30,15 @@ LLAMA_2_7B = Shape(
 LLAMA_3_1_8B = dataclasses.replace(
     LLAMA_2_7B, num_key_value_heads=8, intermediate_size=14336, vocab_size=128256
 )
+
+
+def llama3_rope(*, factor: float = 8.0, original: int = 8192) -> dict[str, Any]:
+    """The rotary embedding of Llama 3.1 (factor 8) and 3.2 (32), made for ``original`` tokens."""
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,16 @@ def wait_for_lines(process: subprocess.Popen[bytes], metrics: Path, count: int) 
         if metrics.is_file() and len(metrics.read_bytes().splitlines()) >= count:
             return
         time.sleep(0.005)
+
+
+def interrupt_after(step: int) -> Callable[[dict[str, Any]], None]:
+    """Told of metrics, sends SIGTERM when that step is done."""
+
+    def told(line: dict[str, Any]) -> None:
+        if line["step"] == step and "loss" in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    return told
 
 
 def curve(out: Path) -> list[dict[str, Any]]:
@@ -135,14 +145,9 @@ def test_a_checkpoint_with_what_is_no_longer_kept_goes_on(
     whole: Path, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:
     """Earlier ones counted ``windows_seen``."""
-
-    def interrupt(line: dict[str, Any]) -> None:
-        if line["step"] == 3 and "loss" in line:
-            signal.raise_signal(signal.SIGTERM)
-
     arguments = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set, DistillSettings(**SETTINGS))
     with pytest.raises(KeyboardInterrupt):
-        distill(*arguments, on_metrics=interrupt)
+        distill(*arguments, on_metrics=interrupt_after(3))
     path = tmp_path / "resume" / "step-00000003" / "state.json"
     state = {**read_json(path), "windows_seen": 24}
     del state["sha256"]
@@ -157,15 +162,11 @@ def test_what_a_recipe_calls_the_stage_changes_nothing(
     """Nor how often it saves; and Muon's arithmetic stays what it was measured to be."""
     from pipelines.recipe import DistillStage
 
-    def interrupt(line: dict[str, Any]) -> None:
-        if line["step"] == 3 and "loss" in line:
-            signal.raise_signal(signal.SIGTERM)
-
     first = DistillStage(kind="distill", name="one", **SETTINGS)
     again = DistillStage(kind="distill", name="two", **{**SETTINGS, "save_every_seconds": 100})
     folders = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set)
     with pytest.raises(KeyboardInterrupt):
-        distill(*folders, first, on_metrics=interrupt)
+        distill(*folders, first, on_metrics=interrupt_after(3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compress.course.wide_products", lambda *_: True)
         distill(*folders, again)
@@ -180,8 +181,7 @@ def test_surpassed_weights_do_not_pile_up_between_checkpoints(
 
     def look(line: dict[str, Any]) -> None:
         kept.append({path.name for path in (tmp_path / "resume").glob("best-*")})
-        if line["step"] == 9 and "loss" in line:
-            signal.raise_signal(signal.SIGTERM)
+        interrupt_after(9)(line)
 
     folders = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set)
     with pytest.raises(KeyboardInterrupt):

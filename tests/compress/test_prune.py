@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes import llama3_rope
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -31,8 +32,9 @@ from compress.selection import (
     top,
 )
 from compress.settings import PruneSettings
+from pipelines.recipe import PruneStage
 from pipelines.tiny import make_tiny_llama
-from shearling import ShearlingError, read_json
+from shearling import Progress, ShearlingError, read_json, silent
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint
 from teachers.tokenizer import copy_tokenizer
@@ -64,11 +66,18 @@ def edited(source: Path, folder: Path, edit: Edit, dtype: torch.dtype = torch.fl
 
 
 def cut(
-    teacher: Path, out: Path, transfer_set: Path, axes: dict[str, Any], **settings: Any
+    teacher: Path,
+    out: Path,
+    transfer_set: Path,
+    axes: dict[str, Any],
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+    **settings: Any,
 ) -> dict[str, Any]:
     shape = replace(Checkpoint(teacher).shape, **axes)
     chosen = PruneSettings(calibration_tokens=2048, precision="float32", **settings)
-    return prune(teacher, out, shape, transfer_set, chosen, seed=0)
+    return prune(teacher, out, shape, transfer_set, chosen, seed=seed, progress=progress)
 
 
 # --- parts
@@ -213,13 +222,7 @@ def test_equal_scores_keep_the_earlier() -> None:
 def test_every_second_rotary_pair_turns_as_a_stock_head_of_half_the_width(scaled: bool) -> None:
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 500000.0}
     if scaled:
-        rope |= {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
+        rope = llama3_rope()
     wide, narrow = (
         LlamaRotaryEmbedding(LlamaConfig(head_dim=dim, rope_parameters=rope)).inv_freq
         for dim in (128, 64)
@@ -269,14 +272,7 @@ def test_the_teachers_own_shape_gives_the_teacher(
         )
 
 
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA_3 = llama3_rope(original=64)
 FAMILIES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "Llama 1": ({"num_key_value_heads": 4, "tie_word_embeddings": False}, torch.float16),
     "Llama 2 70B": ({"tie_word_embeddings": False}, torch.bfloat16),
@@ -654,19 +650,13 @@ def test_what_can_t_be_cut_is_refused_before_any_work(
     settings: dict[str, Any],
     said: str,
 ) -> None:
-    shape = replace(Checkpoint(tiny_llama).shape, **axes)
-    chosen = PruneSettings(**settings)
     seen: list[str] = []
+
+    def told(task: str, *_: Any, **__: Any) -> None:
+        seen.append(task)
+
     with pytest.raises(ShearlingError, match=said):
-        prune(
-            tiny_llama,
-            tmp_path / "out",
-            shape,
-            tiny_transfer_set,
-            chosen,
-            seed=0,
-            progress=lambda task, *_, **__: seen.append(task),
-        )
+        cut(tiny_llama, tmp_path / "out", tiny_transfer_set, axes, progress=told, **settings)
     assert not seen
     assert not (tmp_path / "out").exists()
 
@@ -713,8 +703,17 @@ def test_refit_beats_slicing_on_a_trained_model(shared_data: Path, tmp_path: Pat
 AXES: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40}
 
 
+SAVING = {"save_every_seconds": 0}
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
+
+
+def kill(task: str, done: int, *_: Any, **__: Any) -> None:
+    """Ends the process when two layers are walked."""
+    if (task, done) == ("walk", 2):
+        raise Killed
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -725,31 +724,21 @@ def test_a_killed_walk_goes_on_to_the_same_bits(
     tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:
     cut(tiny_llama, tmp_path / "whole", tiny_transfer_set, AXES)
-    shape = replace(Checkpoint(tiny_llama).shape, **AXES)
-    settings = PruneSettings(calibration_tokens=2048, precision="float32", save_every_seconds=0)
-    walked: list[int] = []
-
-    def kill(task: str, done: int, total: int, **shown: Any) -> None:
-        walked.extend([done] if task == "walk" else [])
-        if task == "walk" and done == 2:
-            raise Killed
-
-    def go_on(progress: Any) -> None:
-        prune(
-            tiny_llama,
-            tmp_path / "killed",
-            shape,
-            tiny_transfer_set,
-            settings,
-            seed=0,
-            progress=progress,
-        )
-
-    with pytest.raises(Killed):
-        go_on(kill)
-    assert walked == [0, 1, 2]
     seen: list[tuple[str, int]] = []
-    go_on(lambda task, done, total, **shown: seen.append((task, done)))
+
+    def told(task: str, done: int, *_: Any, **__: Any) -> None:
+        seen.append((task, done))
+
+    def told_and_killed(task: str, done: int, *_: Any, **__: Any) -> None:
+        told(task, done)
+        kill(task, done)
+
+    arguments = (tiny_llama, tmp_path / "killed", tiny_transfer_set, AXES)
+    with pytest.raises(Killed):
+        cut(*arguments, progress=told_and_killed, **SAVING)
+    assert [done for task, done in seen if task == "walk"] == [0, 1, 2]
+    seen.clear()
+    cut(*arguments, progress=told, **SAVING)
     assert seen == [("walk", 2), ("walk", 3)]  # no second survey, no layer twice
     assert (
         files_of(tmp_path / "killed/model").items()
@@ -771,58 +760,47 @@ def test_a_survey_that_is_done_is_not_made_again(
 ) -> None:
     whole = cut(tiny_llama, tmp_path / "whole", tiny_transfer_set, AXES)
     shape = replace(Checkpoint(tiny_llama).shape, **AXES)
-    settings = PruneSettings(calibration_tokens=2048, precision="float32", save_every_seconds=0)
     seen: list[str] = []
 
-    def go_on(settings: PruneSettings) -> dict[str, Any]:
-        def told(task: str, done: int, *_: Any, **__: Any) -> None:
-            seen.append(task)
-            if seen.count("walk") == 1:
-                raise Killed
+    def told(task: str, *_: Any, **__: Any) -> None:
+        seen.append(task)
+        if seen == ["survey"] * 4 + ["walk"]:
+            raise Killed
 
+    def go_on(name: str, **more: Any) -> dict[str, Any]:
+        settings = {"calibration_tokens": 2048, "precision": "float32", **SAVING, **more}
+        stage = PruneStage(kind="prune", name=name, shape=AXES, **settings)
         out = tmp_path / "killed"
-        return prune(tiny_llama, out, shape, tiny_transfer_set, settings, seed=0, progress=told)
+        return prune(tiny_llama, out, shape, tiny_transfer_set, stage, seed=0, progress=told)
 
     with pytest.raises(Killed):
-        go_on(settings)
-    assert "survey" in seen
-    seen[:] = ["walk"]
+        go_on("one")
+    seen.clear()
     # What a recipe calls the stage, and where its streams lie, changes nothing of what was done.
-    renamed = settings.model_copy(update={"stream_memory_gb": 0.0})
-    assert go_on(renamed)["stream_error"] == whole["stream_error"]
+    assert go_on("two", stream_memory_gb=0.0)["stream_error"] == whole["stream_error"]
+    assert "walk" in seen
     assert "survey" not in seen
 
 
 def test_a_damaged_part_of_the_student_is_told(
     tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:
-    shape = replace(Checkpoint(tiny_llama).shape, **AXES)
-    settings = PruneSettings(calibration_tokens=2048, precision="float32", save_every_seconds=0)
-
-    def kill(task: str, done: int, *_: Any, **__: Any) -> None:
-        if (task, done) == ("walk", 2):
-            raise Killed
-
-    def go_on() -> None:
-        prune(tiny_llama, tmp_path, shape, tiny_transfer_set, settings, seed=0, progress=kill)
-
+    arguments = (tiny_llama, tmp_path, tiny_transfer_set, AXES)
     with pytest.raises(Killed):
-        go_on()
+        cut(*arguments, progress=kill, **SAVING)
     shard = max((tmp_path / "model").glob(".shard-*"))
     shard.write_bytes(shard.read_bytes()[:1000])
     with pytest.raises(ShearlingError, match="damaged") as told:
-        go_on()
+        cut(*arguments, progress=kill, **SAVING)
     assert f"Delete {tmp_path}" in str(told.value.hint)
 
 
 def test_a_checkpoint_of_another_cut_is_refused(
     tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:
-    shape = replace(Checkpoint(tiny_llama).shape, **AXES)
-    settings = PruneSettings(calibration_tokens=2048, precision="float32", save_every_seconds=0)
-    prune(tiny_llama, tmp_path, shape, tiny_transfer_set, settings, seed=0)
+    cut(tiny_llama, tmp_path, tiny_transfer_set, AXES, **SAVING)
     with pytest.raises(ShearlingError, match="another cut"):
-        prune(tiny_llama, tmp_path, shape, tiny_transfer_set, settings, seed=1)
+        cut(tiny_llama, tmp_path, tiny_transfer_set, AXES, seed=1, **SAVING)
 
 
 def test_streams_in_files_change_no_bit(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from shapes import llama3_rope
 from shearling_process import Shearling
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -60,14 +61,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         changes |= {
             "tie_word_embeddings": False,
             "num_key_value_heads": 4,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500_000.0,
-                "factor": 32.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
+            "rope_parameters": llama3_rope(factor=32.0),
         }
     if "biases" in request.param:
         changes |= {"attention_bias": True, "mlp_bias": True}

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shapes import llama3_rope
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -28,14 +29,7 @@ from teachers.layout import halves_apart
 from teachers.settings import TeacherSettings
 
 Q = gguf.GGMLQuantizationType
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
+LLAMA3_ROPE = llama3_rope(factor=32.0)
 TO_GGUF = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from shapes import llama3_rope
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from vision import SMALL_VISION
 
@@ -31,14 +32,7 @@ def vision_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             "intermediate_size": 64,
             "cross_attention_layers": [1, 4],
             "initializer_range": 0.3,
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 500000.0,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 64,
-            },
+            "rope_parameters": llama3_rope(original=64),
             "max_position_embeddings": 512,
             "bos_token_id": 0,
             "eos_token_id": 0,
