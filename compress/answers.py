@@ -146,11 +146,14 @@ class CachedAnswers:
 
     def targets(self, batch: Batch) -> tuple[SparseTargets, Collected]:
         device, mask_BT = batch.input_BT.device, batch.mask_BT.cpu()
-        parts = (part[mask_BT].to(device) for part in self.cache.read(batch.windows))
+        ids, weights, tail, entropy = (
+            part[mask_BT].to(device) for part in self.cache.read(batch.windows)
+        )
         kept: Collected = {}
         if self.layers is not None:
             kept["hidden"] = [states.to(device) for states in self.layers.read(batch.windows)]
-        return SparseTargets(*parts), kept
+        sampled = self.cache.format.kind == "sample"
+        return SparseTargets(ids, weights, entropy, None if sampled else tail), kept
 
     def heldout(self, number: int, batch: Batch) -> LiveTargets:
         absent = number >= len(self.heldout_NE)  # a batch in which nothing counts
@@ -183,7 +186,7 @@ class NoAnswers:
 
     def targets(self, batch: Batch) -> tuple[SparseTargets, Collected]:
         none_N1 = torch.zeros(batch.positions, 1, device=batch.input_BT.device)
-        return SparseTargets(none_N1.long(), none_N1, none_N1[:, 0], none_N1[:, 0]), {}
+        return SparseTargets(none_N1.long(), none_N1, none_N1[:, 0]), {}
 
     def heldout(self, number: int, batch: Batch) -> None:
         return None

@@ -167,10 +167,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_ND, grad_VD = ctx.saved_tensors
-        # In place: the loop calls backward once, with a gradient of one for a loss of weight one.
-        if grads[0] != 1:
-            grad_ND, grad_VD = grad_ND * grads[0], grad_VD * grads[0]
-        return grad_ND, grad_VD, None, None, None, None
+        # In place: the head's gradient is large, and the loop calls backward once. A second call
+        # finds saved tensors changed, which autograd refuses.
+        return grad_ND.mul_(grads[0]), grad_VD.mul_(grads[0]), None, None, None, None
 
 
 _BLOCK_BYTES = 8 * 2**20
@@ -331,7 +330,7 @@ def _sparse_block(
     kl_scale, label_scale = scales[0] * term.weight, scales[1]
     label_B1 = labelled_B.to(student_BV.dtype).mul_(label_scale).unsqueeze(-1)
     pull_BK, push_B1 = weights_BK * -kl_scale, label_B1 + kl_scale * weights_BK.sum(-1, True)
-    if tail_B.any():
+    if tail_B is not None:
         known_BK = student_BV.gather(-1, targets.ids_NK)
         others_B = (1 - known_BK.sum(-1)).clamp(min=LEAST_TAIL)
         share_B1 = (tail_B / others_B).unsqueeze(-1).to(student_BV.dtype)

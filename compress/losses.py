@@ -205,19 +205,20 @@ class LiveTargets:
 class SparseTargets:
     """What the teacher said, as K tokens a position with their probabilities.
 
-    ``tail_N`` is the mass of all other tokens: 0 for an unbiased sample, whose weights stand for
-    everything; ``entropy_N`` the teacher's exact entropy, so that a sample's cross-entropy
-    becomes an unbiased estimate of the KL.
+    ``entropy_N`` is the teacher's exact entropy, with which a sample's cross-entropy becomes an
+    unbiased estimate of the KL; ``tail_N`` the mass of all other tokens, None for an unbiased
+    sample, whose weights stand for everything.
     """
 
     ids_NK: Tensor
     weights_NK: Tensor
-    tail_N: Tensor
     entropy_N: Tensor
+    tail_N: Tensor | None = None
 
     def rows(self, chunk: slice | Tensor) -> SparseTargets:
+        tail_N = None if self.tail_N is None else self.tail_N[chunk]
         return SparseTargets(
-            self.ids_NK[chunk], self.weights_NK[chunk], self.tail_N[chunk], self.entropy_N[chunk]
+            self.ids_NK[chunk], self.weights_NK[chunk], self.entropy_N[chunk], tail_N
         )
 
 
@@ -245,7 +246,6 @@ def mix_sparse(parts: Sequence[SparseTargets], weights: Sequence[float]) -> Spar
     return SparseTargets(
         torch.cat([part.ids_NK for part in parts], dim=-1),
         torch.cat([part.weights_NK * w for part, w in zip(parts, weights, strict=True)], dim=-1),
-        torch.zeros_like(parts[0].tail_N),
         torch.stack([p.entropy_N * w for p, w in zip(parts, weights, strict=True)]).sum(0),
     )
 
@@ -260,7 +260,7 @@ def sparse_forward_kl(student_NV: Tensor, targets: SparseTargets) -> Tensor:
     log_q_NV = _log_probabilities(student_NV, None, 1.0)
     log_q_NK = log_q_NV.gather(-1, targets.ids_NK)
     crossed_N = -_expectation(targets.weights_NK, log_q_NK)
-    if not targets.tail_N.any():
+    if targets.tail_N is None:
         return crossed_N - targets.entropy_N
     others_N = (1 - log_q_NK.exp().sum(-1)).clamp(min=LEAST_TAIL)
     known_N = torch.xlogy(targets.weights_NK, targets.weights_NK).sum(-1)

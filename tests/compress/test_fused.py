@@ -137,12 +137,7 @@ def test_mixed_samples_have_the_mixture_s_gradient() -> None:
     given, other = problem(torch.float64), second_teacher(torch.float64)
     student = (given["student_ND"] @ given["head_VD"].T).detach().requires_grad_()
     said = [teacher_logits(given).softmax(-1), (other.hidden_NE @ other.head_VE.T).softmax(-1)]
-    kept = [
-        SparseTargets(
-            torch.arange(V).expand(N, V), p, torch.zeros(N).double(), -(p * p.log()).sum(-1)
-        )
-        for p in said
-    ]
+    kept = [SparseTargets(torch.arange(V).expand(N, V), p, -(p * p.log()).sum(-1)) for p in said]
     mixture = (0.25 * said[0] + 0.75 * said[1]).log()
     (wanted,) = torch.autograd.grad(forward_kl(student, mixture).sum(), student)
     values = sparse_forward_kl(student, mix_sparse(kept, (0.25, 0.75)))
@@ -158,6 +153,14 @@ def test_the_caller_s_factor_reaches_the_gradient() -> None:
     fused(**given)[0].backward()
     (fused(**again)[0] * 2.5).backward()
     torch.testing.assert_close(again["head_VD"].grad, given["head_VD"].grad * 2.5)
+
+
+def test_a_second_backward_is_refused_and_not_wrong() -> None:
+    """The first one scales its gradients in place."""
+    value, _ = FusedLoss(**OBJECTIVES["forward"], dtype=torch.float64)(**problem(torch.float64))
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        value.backward()
 
 
 def test_padding_columns_of_the_student_s_head_get_no_gradient() -> None:
@@ -252,10 +255,10 @@ def sparse(kind: str, dtype: torch.dtype = torch.float64, kept: int = 6) -> Spar
     """The teacher of `problem` as its top tokens, with the tail or scaled up to stand for it."""
     log_p = teacher_logits(problem(dtype)).log_softmax(-1)
     weights, ids = log_p.exp().topk(kept)
-    tail = (1 - weights.sum(-1)).clamp(min=0)
+    entropy = -(log_p.exp() * log_p).sum(-1)
     if kind == "sample":
-        weights, tail = weights / weights.sum(-1, keepdim=True), torch.zeros_like(tail)
-    return SparseTargets(ids, weights, tail, -(log_p.exp() * log_p).sum(-1))
+        return SparseTargets(ids, weights / weights.sum(-1, keepdim=True), entropy)
+    return SparseTargets(ids, weights, entropy, (1 - weights.sum(-1)).clamp(min=0))
 
 
 @pytest.mark.parametrize("kind", ["sample", "tail"])
