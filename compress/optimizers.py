@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpointing import Group, fill, names_in
+from compress.muon import Muon, imitates_bfloat16
 from compress.parallel import processes
 from compress.settings import DistillSettings
-from compress.split_muon import SplitMuon, WideSplitMuon
-from compress.wide_muon import WideMuon, imitates_bfloat16
+from compress.split_muon import SplitMuon
 
 Named = tuple[str, nn.Parameter]
 
@@ -35,14 +35,12 @@ def build_optimizers(
     vectors = [entry for entry in named if entry[1].ndim < 2]
     optimizers: dict[str, torch.optim.Optimizer] = {}
     if settings.optimizer == "muon":
-        # Scaled by 0.2 sqrt(max(A, B)) an orthogonal update has the size of AdamW's, so the same
-        # learning rate and decay serve both (https://arxiv.org/abs/2502.16982).
-        kinds = (torch.optim.Muon, WideMuon) if processes() == 1 else (SplitMuon, WideSplitMuon)
-        optimizers["muon"] = kinds[wide](
+        kind = Muon if processes() == 1 else SplitMuon
+        optimizers["muon"] = kind(
             _parameters(inner),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
+            products=torch.float32 if wide else torch.bfloat16,
         )
         inner = []
     decay, share = settings.weight_decay, settings.embedding_learning_rate

@@ -1,9 +1,8 @@
 """Muon for matrices whose rows lie in several processes.
 
-Newton-Schulz needs a whole matrix. Of as many matrices as there are processes each process
-gathers one, orthogonalises it and sends the rows back, so the work is shared out and no process
-holds more than one matrix whole. The arithmetic is torch.optim.Muon's own, or that of
-`compress.wide_muon` where it has to be.
+To be made orthogonal a matrix has to be whole. Of as many matrices as there are processes each
+process gathers one, makes it orthogonal and sends the rows back, so the work is shared out and no
+process holds more than one matrix whole.
 """
 
 from __future__ import annotations
@@ -15,15 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# PyTorch offers Muon's two formulas under these names only.
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
-
+from compress.muon import Muon, mine, move, orthogonalised
 from compress.parallel import processes, rank
-from compress.wide_muon import orthogonalised, with_momentum
 
 
-class SplitMuon(torch.optim.Muon):
-    """`torch.optim.Muon` over FSDP2's parameters (split by rows), state and all."""
+class SplitMuon(Muon):
+    """`Muon` over FSDP2's parameters (split by rows), state and all."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -35,35 +31,14 @@ class SplitMuon(torch.optim.Muon):
                 self._step_some(matrices[start : start + processes()], group)
 
     def _step_some(self, matrices: list[Any], group: dict[str, Any]) -> None:
-        updates = [self._momentum(p, group) for p in matrices]
-        mine = gather_rows(updates, [p.shape for p in matrices])
-        if mine is not None:
-            mine = self._orthogonalised(mine, group)
-        updates = return_rows(mine, updates, [p.shape for p in matrices])
-        for p, update in zip(matrices, updates, strict=True):
-            local = p.to_local()
-            local.mul_(1 - group["lr"] * group["weight_decay"])
-            local.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], p.shape))
-
-    def _orthogonalised(self, matrix_MN: Tensor, group: dict[str, Any]) -> Tensor:
-        narrow_MN = _zeropower_via_newtonschulz(
-            matrix_MN, group["ns_coefficients"], group["ns_steps"], group["eps"]
-        )
-        return narrow_MN.to(matrix_MN.dtype)
-
-    def _momentum(self, p: Any, group: dict[str, Any]) -> Tensor:
-        """What is to be orthogonalised, as far as this process has it."""
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p.grad)
-        return with_momentum(p.grad.to_local(), state["momentum_buffer"].to_local(), group)
-
-
-class WideSplitMuon(SplitMuon):
-    """The same with its products in float32, as `compress.wide_muon` has them."""
-
-    def _orthogonalised(self, matrix_MN: Tensor, group: dict[str, Any]) -> Tensor:
-        return orthogonalised(matrix_MN, group["ns_coefficients"], group["ns_steps"])
+        shapes = [p.shape for p in matrices]
+        updates = [self.momentum(p) for p in matrices]
+        whole = gather_rows(updates, shapes)
+        if whole is not None:
+            whole = orthogonalised(whole, self.products).to(whole.dtype)
+        updates = return_rows(whole, updates, shapes)
+        for p, shape, update in zip(matrices, shapes, updates, strict=True):
+            move(mine(p), shape, update, group)
 
 
 def rows_of(height: int, process: int) -> int:

@@ -493,11 +493,11 @@ def optimizer_bytes(shape: Shape, kind: str) -> float:
 
 
 def _muon_flops(shape: Shape) -> float:
-    """Of one optimizer step: five rounds of Newton and Schulz on each matrix of each layer."""
+    """Of one optimizer step: three polynomials (`compress.muon`) of each matrix of each layer."""
     hidden, neurons = shape.hidden_size, shape.intermediate_size
     queries, keys = shape.query_size, shape.key_value_size
     sizes = [(queries, hidden)] * 2 + [(keys, hidden)] * 2 + [(neurons, hidden)] * 3
-    rounds = (5.0 * (4.0 * min(size) ** 2 * max(size) + 2.0 * min(size) ** 3) for size in sizes)
+    rounds = (3.0 * (4.0 * min(size) ** 2 * max(size) + 2.0 * min(size) ** 3) for size in sizes)
     return shape.num_hidden_layers * sum(rounds)
 
 

@@ -9,7 +9,7 @@ from pipelines.stages.context import Context
 if TYPE_CHECKING:
     from pipelines.recipe import CorrectStage
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 RESUMABLE = True
 TOGETHER = True
 
