@@ -3,7 +3,9 @@
 PyTorch's CPU kernel for attention is made for long sequences. On windows of some hundred tokens
 it reaches a twentieth of the speed of matrix products, and was a third of the training step;
 this does the same arithmetic in half the time. What it keeps for backward are the probabilities
-in the products' dtype, B · H · T² of them, so it serves short windows only.
+in the products' dtype, up to B · H · T² of them, so it serves short windows only. As nobody looks
+ahead, queries are taken in blocks, each with the keys up to its own end: of four blocks that saves
+three eighths.
 
 Legend: B windows, H query heads, K key/value heads, G query heads a key/value head (H = K·G),
 T positions, C head dim.
@@ -21,6 +23,8 @@ from transformers.masking_utils import sdpa_mask
 NAME = "shearling_short_windows"
 LONGEST = 1024
 """Above this many positions PyTorch's own kernel is used: it needs no T² memory."""
+BLOCK = 128
+"""Queries at a time: fewer save more, in products that are too small to be fast."""
 
 
 class _Attention(torch.autograd.Function):
@@ -32,37 +36,54 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         batch, heads, length, dim = query_BHTC.shape
         groups = batch * key_BKTC.shape[1]
-        query = query_BHTC.reshape(groups, -1, dim)
         key = key_BKTC.reshape(groups, length, dim)
         value = value_BKTC.reshape(groups, length, dim)
-        scores = torch.bmm(query, key.transpose(1, 2)).view(batch, heads, length, length)
-        wide = torch.add(bias, scores, alpha=s)
-        torch.ops.aten._softmax.out(wide, -1, False, out=wide)
-        probability = scores.copy_(wide).view(groups, -1, length)
-        ctx.save_for_backward(query, key, value, probability)
-        ctx.scale, ctx.shapes = s, (query_BHTC.shape, key_BKTC.shape)
-        return torch.bmm(probability, value).view(query_BHTC.shape)
+        mixed_BHTC = torch.empty_like(query_BHTC, memory_format=torch.contiguous_format)
+        probabilities = []
+        for start, end in _blocks(length):
+            query = query_BHTC[:, :, start:end].reshape(groups, -1, dim)
+            scores = torch.bmm(query, key[:, :end].transpose(1, 2))
+            scores = scores.view(batch, heads, end - start, end)
+            wide = torch.add(bias[:, :, start:end, :end], scores, alpha=s)
+            torch.ops.aten._softmax.out(wide, -1, False, out=wide)
+            probability = scores.copy_(wide).view(groups, -1, end)
+            mixed = torch.bmm(probability, value[:, :end])
+            mixed_BHTC[:, :, start:end] = mixed.view(batch, heads, end - start, dim)
+            probabilities.append(probability)
+        ctx.save_for_backward(query_BHTC, key, value, *probabilities)
+        ctx.scale, ctx.key_shape = s, key_BKTC.shape
+        return mixed_BHTC
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, probability = ctx.saved_tensors
-        query_shape, key_shape = ctx.shapes
-        grad = grads[0].reshape(query.shape)
-        grad_value = torch.bmm(probability.transpose(1, 2), grad)
-        grad_probability = torch.bmm(grad, value.transpose(1, 2))
-        # softmax's own backward: p (dp - Σ p dp), in one pass
-        grad_scores = torch.ops.aten._softmax_backward_data(
-            grad_probability, probability, -1, probability.dtype
-        )
-        grad_query = torch.bmm(grad_scores, key).mul_(ctx.scale)
-        grad_key = torch.bmm(grad_scores.transpose(1, 2), query).mul_(ctx.scale)
+        query_BHTC, key, value, *probabilities = ctx.saved_tensors
+        batch, heads, length, dim = query_BHTC.shape
+        grad_query_BHTC = torch.empty_like(query_BHTC, memory_format=torch.contiguous_format)
+        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        for (start, end), probability in zip(_blocks(length), probabilities, strict=True):
+            query = query_BHTC[:, :, start:end].reshape(len(key), -1, dim)
+            grad = grads[0][:, :, start:end].reshape(query.shape)
+            grad_value[:, :end] += torch.bmm(probability.transpose(1, 2), grad)
+            grad_probability = torch.bmm(grad, value[:, :end].transpose(1, 2))
+            # softmax's own backward: p (dp - Σ p dp), in one pass
+            grad_scores = torch.ops.aten._softmax_backward_data(
+                grad_probability, probability, -1, probability.dtype
+            )
+            grad_query = torch.bmm(grad_scores, key[:, :end])
+            grad_query_BHTC[:, :, start:end] = grad_query.view(batch, heads, end - start, dim)
+            grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), query)
         return (
-            grad_query.view(query_shape),
-            grad_key.view(key_shape),
-            grad_value.view(key_shape),
+            grad_query_BHTC.mul_(ctx.scale),
+            grad_key.mul_(ctx.scale).view(ctx.key_shape),
+            grad_value.view(ctx.key_shape),
             None,
             None,
         )
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """Start and end of each block of queries."""
+    return [(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK)]
 
 
 def short_window_attention(

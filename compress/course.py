@@ -18,6 +18,7 @@ from compress.checkpointing import TrainingState, fill, random_tensors, restore_
 from compress.data import StepData, vocabulary_of
 from compress.fused import FusedLoss, Term
 from compress.hidden import HiddenMatch, open_matches
+from compress.lean import make_lean
 from compress.memory import reuse_freed_memory
 from compress.optimizers import (
     build_optimizers,
@@ -125,6 +126,7 @@ def open_course(
     wide = known.get("wide_muon")
     wide = bool(leader_says(wide_products(student, settings) if wide is None else wide))
     student.set_attn_implementation(choose_attention(device, precision.dtype, text.window))
+    make_lean(student)
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable()
     if settings.compile:

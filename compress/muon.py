@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.precision import product_rate
+from compress.precision import undisturbed_rate
 
 MOMENTUM = 0.95
 MATCHED = 0.2
@@ -46,7 +46,8 @@ def imitates_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are so slow here that float32 must stand in for them."""
     if device.type != "cpu":
         return False
-    return IMITATED * product_rate(torch.bfloat16, device) < product_rate(torch.float32, device)
+    narrow, wide = (undisturbed_rate(dtype, device) for dtype in (torch.bfloat16, torch.float32))
+    return IMITATED * narrow < wide
 
 
 class Muon(torch.optim.Optimizer):

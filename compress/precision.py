@@ -73,15 +73,28 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def undisturbed_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
+    """FLOP/s of matrix products on all of a device.
+
+    A CPU may be busy with other things just now: there one thread is measured by the processor
+    time it takes, and the others are taken to do as much.
+    """
+    if device.type != "cpu":
+        return product_rate(dtype, device, seconds, size=_LARGE_MKN)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return threads * product_rate(dtype, device, seconds, clock=time.thread_time)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def fast_dtype(device: torch.device | str, precision: Precision) -> PrecisionChoice:
     """Choose the dtype of matrix products; ``auto`` measures both and takes the faster."""
     if precision != "auto":
         return PrecisionChoice(name=precision, reason="set in the recipe")
     device = torch.device(device)
-    size = _SHAPE_MKN if device.type == "cpu" else _LARGE_MKN
-    narrow, wide = (
-        product_rate(_DTYPES[name], device, size=size) for name in ("bfloat16", "float32")
-    )
+    narrow, wide = (undisturbed_rate(_DTYPES[name], device) for name in ("bfloat16", "float32"))
     # The casts around bfloat16 products cost time too, and its rounding costs accuracy.
     name = "bfloat16" if narrow > 1.3 * wide else "float32"
     return PrecisionChoice(

@@ -168,6 +168,8 @@ def _measured_rates(path: Path, device: str, facts: Mapping[str, Any]) -> dict[s
     """FLOP/s by dtype and bytes/s of memory, from the cache if this machine was measured before."""
     import torch
 
+    from compress.precision import undisturbed_rate
+
     names = [facts["processor"], *facts["accelerators"]]
     key = f"{device}|{facts['threads']} threads|torch {torch.__version__}|{'|'.join(names)}"
     known = _known_rates(path)
@@ -175,32 +177,15 @@ def _measured_rates(path: Path, device: str, facts: Mapping[str, Any]) -> dict[s
         dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
         if device == "mps":  # has no float64
             del dtypes["float64"]
-        rates = {name: _rate(dtype, torch.device(device)) for name, dtype in dtypes.items()}
+        rates = {
+            name: undisturbed_rate(dtype, torch.device(device), 0.3)
+            for name, dtype in dtypes.items()
+        }
         rates.setdefault("float64", rates["float32"] / 2)
         rates[_MEMORY] = _memory_rate(torch.device(device))
         known[key] = {name: float(f"{rate:.3g}") for name, rate in rates.items()}
         write_json(path, {"schema": 1, "rates": known})
     return known[key]
-
-
-def _rate(dtype: Any, device: Any) -> float:
-    """FLOP/s of matrix products on all of a device.
-
-    A CPU may be busy with other things just now, and a plan is for when it isn't: there one
-    thread is measured by the processor time it takes, and the others are taken to do as much.
-    """
-    import torch
-
-    from compress.precision import product_rate
-
-    if device.type != "cpu":  # large matrices keep a large device busy
-        return product_rate(dtype, device, size=(4096, 4096, 4096))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return threads * product_rate(dtype, device, 0.3, clock=time.thread_time)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _memory_rate(device: Any) -> float:

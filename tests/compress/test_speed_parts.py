@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from compress.attention import LONGEST, NAME, choose_attention
+from compress.attention import BLOCK, LONGEST, NAME, choose_attention
+from compress.lean import make_lean
 from compress.memory import give_back_freed_memory, reuse_freed_memory
 from compress.optimizers import build_optimizers, set_learning_rate
 from compress.precision import fast_dtype, product_rate
@@ -25,13 +26,16 @@ def packed(length: int = 40) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "position_ids": positions}
 
 
+@pytest.mark.parametrize("length", [40, BLOCK, 2 * BLOCK + 40])
 @pytest.mark.parametrize("documents", [True, False])
-def test_short_window_attention_is_attention(tiny_llama: Path, documents: bool) -> None:
+def test_short_window_attention_is_attention(
+    tiny_llama: Path, documents: bool, length: int
+) -> None:
     """Against transformers' eager attention, values and all gradients, with grouped heads."""
     results = []
     for name in ("eager", NAME):
         model = LlamaForCausalLM.from_pretrained(tiny_llama, attn_implementation=name)
-        batch = packed()
+        batch = packed(length)
         if not documents:
             del batch["position_ids"]
         logits = model(**batch, use_cache=False).logits
@@ -59,6 +63,58 @@ def test_attention_is_chosen_by_device_dtype_and_length() -> None:
     assert choose_attention(CPU, torch.bfloat16, LONGEST + 1) == "sdpa"
     assert choose_attention(CPU, torch.float32, 256) == "sdpa"
     assert choose_attention(torch.device("cuda"), torch.bfloat16, 256) == "sdpa"
+
+
+def passed(model: LlamaForCausalLM, narrow: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Hidden states, all gradients, and the bytes that backward waited for."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            hidden = model.model(**packed(), use_cache=False).last_hidden_state
+        hidden.float().square().mean().backward()
+    inside = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    for p in model.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    return hidden.detach(), torch.cat(inside), sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_lean_layers_are_layers(tiny_llama: Path, dtype: torch.dtype) -> None:
+    stock = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
+    lean = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
+    make_lean(lean)
+    (hidden, gradients, kept), (ours, our_gradients, our_kept) = (
+        passed(model, narrow=False) for model in (stock, lean)
+    )
+    assert torch.equal(ours, hidden)
+    # Inside the norms transformers has float32 at most, so a float64 model is no more exact.
+    error = (our_gradients - gradients).norm() / gradients.norm()
+    assert error < (0.02 if dtype == torch.bfloat16 else 1e-5)
+    assert our_kept < 0.9 * kept
+
+
+def test_lean_layers_under_autocast_are_as_exact_and_keep_less(tiny_llama: Path) -> None:
+    models = [LlamaForCausalLM.from_pretrained(tiny_llama) for _ in range(3)]
+    make_lean(models[2])
+    wanted, stock, lean = (passed(model, model is not models[0]) for model in models)
+    for place in (0, 1):
+        errors = [(found[place] - wanted[place]).norm() for found in (stock, lean)]
+        assert errors[1] < 1.3 * errors[0] < 0.1 * wanted[place].norm()
+    assert lean[2] < 0.75 * stock[2]
+
+
+def test_a_lean_model_is_saved_as_any_other(tiny_llama: Path, tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    names = list(model.state_dict())
+    make_lean(model)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    assert list(LlamaForCausalLM.from_pretrained(tmp_path).state_dict()) == names
 
 
 def test_auto_takes_what_was_measured_faster_and_says_the_numbers() -> None:
