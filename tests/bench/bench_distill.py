@@ -65,6 +65,8 @@ from teachers.transfer_set import TransferSet
 
 VARIANTS = ("plain", "plain-bf16", "live", "cached", "trl", "trl-bf16")
 STEP_TOKENS = 2048
+WARM_UP = 3
+"""Steps until no variant asks the system for memory any more."""
 WINDOW = 512
 RATE = 5e-4
 CPU = torch.device("cpu")
@@ -98,7 +100,7 @@ def resident_peak() -> Iterator[list[int]]:
 
 @dataclass
 class Timed:
-    """Times of the steps behind the first, which warms up, and what the first one's loss was."""
+    """Times of the steps behind those that warm up, and what the first one's loss was."""
 
     steps: int
     first_loss: float | None = None
@@ -109,7 +111,7 @@ class Timed:
 
     def step_done(self) -> None:
         now = time.process_time(), time.perf_counter()
-        if self._done == 0:
+        if self._done < WARM_UP:
             self._starts = now
         self.cpu, self.wall = now[0] - self._starts[0], now[1] - self._starts[1]
         self._done += 1
@@ -306,9 +308,9 @@ def open_variant(variant: str, pair: Pair, steps: int) -> Opened:
 
 
 def measure(variant: str, pair: Pair, steps: int) -> dict[str, Any]:
-    """Run one variant in this process: a step to warm up, then ``steps``."""
+    """Run one variant in this process: some steps to warm up, then ``steps``."""
     before = resident_bytes()
-    opened = open_variant(variant, pair, steps + 1)
+    opened = open_variant(variant, pair, WARM_UP + steps)
     timed = Timed(steps)
     with resident_peak() as peak:
         opened.run(timed)
@@ -351,7 +353,7 @@ def serve(asked: Sequence[str]) -> None:
     torch.set_num_threads(int(threads))
     pair = Pair(*map(Path, folders))
     if variant == "fill":
-        our_course(pair, int(steps) + 1, True)
+        our_course(pair, WARM_UP + int(steps), True)
         print("{}")
     else:
         print(json.dumps(measure(variant, pair, int(steps))))
