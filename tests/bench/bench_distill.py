@@ -144,9 +144,14 @@ class Pair:
 
 
 def settings_for(steps: int, cached: bool) -> DistillSettings:
-    """The trainer's defaults, with this benchmark's steps."""
-    targets: Any = "sample" if cached else "live"
-    return DistillSettings(tokens=STEP_TOKENS * steps, batch_tokens=STEP_TOKENS, targets=targets)
+    """The trainer's defaults, with this benchmark's steps and the objective of all variants."""
+    return DistillSettings(
+        tokens=STEP_TOKENS * steps,
+        batch_tokens=STEP_TOKENS,
+        targets="sample" if cached else "live",
+        forward_kl=1.0,
+        cross_entropy=0.0,
+    )
 
 
 def open_plain(pair: Pair, steps: int, narrow: bool) -> Opened:
