@@ -43,6 +43,7 @@ from compress.saving import load_model
 from compress.settings import DistillSettings
 from shearling import Progress, ShearlingError
 from teachers.checkpoint import Checkpoint
+from teachers.layout import HEAD
 from teachers.targets import HiddenCache, TargetCache, TargetFormat, capture
 
 _SAMPLE_SEED = 0
@@ -321,7 +322,7 @@ def cached_answers(
     facts |= cache.measured() | (layers.measured() if layers else {})
     positions = [batch.positions for batch in data.heldout()]
     parts_NE = torch.split(heldout_NE.to(device), positions)
-    head_VE = checkpoint.tensor("lm_head.weight", precision.dtype).to(device)
+    head_VE = checkpoint.tensor(HEAD, precision.dtype).to(device)
     return CachedAnswers(cache, list(parts_NE), head_VE, layers), facts
 
 

@@ -12,6 +12,7 @@ from compress.layer import LayerMath, normed, read_layer
 from compress.losses import forward_kl
 from shearling import Progress, silent
 from teachers.checkpoint import Checkpoint
+from teachers.layout import EMBEDDING, FINAL_NORM, HEAD
 
 DEPTH_TOKENS = 2048
 """Positions on which each absence is measured."""
@@ -55,9 +56,9 @@ class DepthSearch:
     ) -> None:
         self.source, self.device = source, device
         self.maths = LayerMath(source.config, tokens_BT.shape[1], device, dtype)
-        self.start_BTE = source.tensor("model.embed_tokens.weight")[tokens_BT].float()
-        self.head_VE = source.tensor("lm_head.weight").to(device, dtype)
-        self.norm_E = source.tensor("model.norm.weight", torch.float32).to(device)
+        self.start_BTE = source.tensor(EMBEDDING)[tokens_BT].float()
+        self.head_VE = source.tensor(HEAD).to(device, dtype)
+        self.norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
         self.reference_NE = torch.empty(0)
 
     def absences(self, kept: list[int]) -> tuple[list[Tensor], Tensor]:

@@ -23,8 +23,7 @@ from compress.coupling import narrowed
 from compress.merging import MERGES, BothEnds
 from compress.slicing import Slicer
 from teachers.checkpoint import Checkpoint
-
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+from teachers.layout import EMBEDDING, FINAL_NORM, HEAD
 
 MAP_RIDGE = 0.001
 """Keeps small what a dropped dim adds where the metric hardly sees it."""

@@ -26,6 +26,7 @@ from compress.settings import PruneSettings
 from shearling import Progress, ShearlingError, read_json, silent, write_json
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint, open_checkpoint
+from teachers.layout import EMBEDDING, FINAL_NORM, HEAD
 from teachers.transfer_set import TransferSet
 
 
@@ -137,13 +138,13 @@ class Reference:
         """
         tokens_BT = self.batch.input_BT.cpu()
         maths = LayerMath(model.config, tokens_BT.shape[1], self.device, self.fused.dtype)
-        stream_BTD = model.tensor("model.embed_tokens.weight")[tokens_BT].float()
+        stream_BTD = model.tensor(EMBEDDING)[tokens_BT].float()
         for layer in range(model.shape.num_hidden_layers):
             maths.advance(stream_BTD, read_layer(model, layer, self.device))
         stream_ND = stream_BTD.to(self.device)[self.batch.mask_BT]
-        norm_D = model.tensor("model.norm.weight", torch.float32).to(self.device)
+        norm_D = model.tensor(FINAL_NORM, torch.float32).to(self.device)
         return normed(stream_ND, maths.eps) * norm_D
 
     def _head(self, model: Checkpoint) -> Tensor:
         """The output head, [V, D]; read when it is needed, for it is large beside a layer."""
-        return model.tensor("lm_head.weight").to(self.device, self.fused.dtype)
+        return model.tensor(HEAD).to(self.device, self.fused.dtype)

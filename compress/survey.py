@@ -42,6 +42,7 @@ from compress.taylor import taylor_scores
 from shearling import Progress, silent
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint
+from teachers.layout import EMBEDDING, FINAL_NORM
 
 SURVEY_TOKENS = 16384
 """Importances are means over positions and settle early; refits want all calibration windows."""
@@ -147,7 +148,7 @@ def take_survey(
     windows_BT = windows_BT[: max(1, SURVEY_TOKENS // windows_BT.shape[1])]
     shape = source.shape
     maths = LayerMath(source.config, windows_BT.shape[1], device, dtype)
-    stream_BTE = source.tensor("model.embed_tokens.weight")[windows_BT].float()
+    stream_BTE = source.tensor(EMBEDDING)[windows_BT].float()
     survey = Survey(torch.zeros(shape.hidden_size, dtype=torch.float64, device=device))
     projects = settings.basis_for(shape, target) == "principal"
     if projects:
@@ -186,7 +187,7 @@ def take_survey(
     survey.hidden_E = survey.hidden_E.sqrt().cpu()
     final_NE = stream_BTE.flatten(0, 1)
     final_NE = final_NE[:: max(1, len(final_NE) // FINAL_POSITIONS)]
-    norm_E = source.tensor("model.norm.weight", torch.float32)
+    norm_E = source.tensor(FINAL_NORM, torch.float32)
     survey.final_NE = normed(final_NE, maths.eps) * norm_E
     if settings.depth == "divergence" and target.num_hidden_layers < shape.num_hidden_layers:
         survey.layers = layers_by_divergence(

@@ -25,6 +25,7 @@ from compress.layer import ATTENTION, MLP, LayerMath, LayerWeights, batches, nor
 from compress.streams import Streams
 from shearling import Progress, silent
 from teachers.checkpoint import Checkpoint
+from teachers.layout import EMBEDDING, FINAL_NORM, HEAD
 
 TAYLOR_TOKENS = 8192
 
@@ -44,7 +45,7 @@ def taylor_scores(
     tokens_BT = windows_BT[: max(1, TAYLOR_TOKENS // windows_BT.shape[1])]
     maths = LayerMath(source.config, tokens_BT.shape[1], device, dtype)
     layers = source.shape.num_hidden_layers
-    stream_BTE = streams.embedded("taylor-0", source.tensor("model.embed_tokens.weight"), tokens_BT)
+    stream_BTE = streams.embedded("taylor-0", source.tensor(EMBEDDING), tokens_BT)
     before = []
     for number in range(layers):
         progress("gradients", number, 2 * layers)
@@ -72,8 +73,8 @@ def _through_head(
     gradient_BTE: Tensor,
 ) -> None:
     """The gradient of every window's summed loss with respect to the last stream."""
-    head_VE = source.tensor("lm_head.weight").to(maths.device, maths.dtype)
-    norm_E = source.tensor("model.norm.weight", torch.float32).to(maths.device)
+    head_VE = source.tensor(HEAD).to(maths.device, maths.dtype)
+    norm_E = source.tensor(FINAL_NORM, torch.float32).to(maths.device)
     for window, labels_T in enumerate(tokens_BT):
         leaf_TE = stream_BTE[window].to(maths.device, torch.float32, copy=True).requires_grad_()
         with torch.enable_grad():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpointing import TrainingState
-from compress.ends import EMBEDDING, FINAL_NORM, HEAD, Ends
+from compress.ends import Ends
 from compress.layer import (
     ATTENTION,
     BLOCKS,
@@ -43,6 +43,7 @@ from compress.streams import Streams
 from shearling import Progress, silent
 from students.build import StudentWriter, student_config
 from teachers.checkpoint import Checkpoint
+from teachers.layout import EMBEDDING, FINAL_NORM, HEAD
 
 FINAL_NORM_RIDGE = 0.01
 """The final norm has a number a hidden dim and every token to fit it, so it needs little."""

@@ -29,7 +29,15 @@ from students.shape import Shape
 from teachers import gguf_file, meta_format, mllama, relatives
 from teachers.fetch import default_cache, fetch, is_packaged
 from teachers.file_memory import FileMemory
-from teachers.layout import AGAIN, expected_tensors, listed, misfit, tensor_problems
+from teachers.layout import (
+    AGAIN,
+    EMBEDDING,
+    HEAD,
+    expected_tensors,
+    listed,
+    misfit,
+    tensor_problems,
+)
 from teachers.settings import TeacherSettings
 from teachers.tokenizer import (
     TOKENIZER_FILES,
@@ -100,8 +108,8 @@ class Checkpoint:
 
         ``lm_head.weight`` of a tied model is its embedding.
         """
-        if name == "lm_head.weight" and self.shape.tie_word_embeddings:
-            name = "model.embed_tokens.weight"
+        if name == HEAD and self.shape.tie_word_embeddings:
+            name = EMBEDDING
         tensor = self.weights.tensor(name)
         return tensor if dtype is None else tensor.to(dtype)
 
@@ -243,7 +251,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     if strange:
         kinds = ", ".join(sorted({infos[name].dtype for name in strange}))
         problems.append(f"stored as {kinds}, not as plain numbers: {listed(strange)}")
-    allowed = {"lm_head.weight"}  # a tied model may carry its copy
+    allowed = {HEAD}  # a tied model may carry its copy
     extra = [n for n in infos if n not in expected and n not in allowed and not _BUFFERS.search(n)]
     problems += _unexpected(extra)
     if problems:

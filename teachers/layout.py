@@ -12,6 +12,9 @@ from transformers import LlamaConfig
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+"""The tensors outside the layers; a tied model's head is its embedding."""
+
 AGAIN = "Download or copy the model again."
 
 _SHOWN = 8  # names in one error message
@@ -68,11 +71,11 @@ def expected_tensors(shape: Shape) -> dict[str, tuple[int, ...]]:
         "mlp.down_proj": (hidden, ffn, shape.mlp_bias),
     }
     tensors: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (shape.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
+        EMBEDDING: (shape.vocab_size, hidden),
+        FINAL_NORM: (hidden,),
     }
     if not shape.tie_word_embeddings:
-        tensors["lm_head.weight"] = (shape.vocab_size, hidden)
+        tensors[HEAD] = (shape.vocab_size, hidden)
     for layer in range(shape.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         tensors[f"{prefix}.input_layernorm.weight"] = (hidden,)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, MllamaConfig
 
 from shearling import Progress, ShearlingError, silent
 from students.shape import Shape
-from teachers.layout import AGAIN, as_llama, misfit, model_type, tensor_problems
+from teachers.layout import AGAIN, EMBEDDING, HEAD, as_llama, misfit, model_type, tensor_problems
 from teachers.tokenizer import copy_tokenizer
 from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
@@ -53,7 +53,7 @@ def _name(name: str, numbers: dict[int, int]) -> str | None:
     if match := _OUTER.fullmatch(name):
         return f"model.{match.group(1)}"
     if _HEAD.fullmatch(name):
-        return "lm_head.weight"
+        return HEAD
     match = _LAYER.fullmatch(name)
     if match is None or int(match.group(1)) not in numbers:
         return None
@@ -70,7 +70,7 @@ class TextTower:
         numbers = {old: new for new, old in enumerate(layers)}
         found = {target: name for name in self.weights.names() if (target := _name(name, numbers))}
         if self.config.tie_word_embeddings:
-            found.pop("lm_head.weight", None)
+            found.pop(HEAD, None)
         self._stored = found
         self.shapes = {target: self._shape(target) for target in found}
         self._check()
@@ -78,7 +78,7 @@ class TextTower:
     def _shape(self, name: str) -> tuple[int, ...]:
         """Without the rows of the embedding that stand for the image."""
         rows, *rest = self.weights.infos[self._stored[name]].shape
-        most = self.config.vocab_size if name == "model.embed_tokens.weight" else rows
+        most = self.config.vocab_size if name == EMBEDDING else rows
         return (min(rows, most), *rest)
 
     def _check(self) -> None:

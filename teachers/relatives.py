@@ -21,7 +21,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from shearling import Progress, ShearlingError, silent
 from students.shape import Shape
-from teachers.layout import AGAIN, as_llama, misfit, model_type, tensor_problems
+from teachers.layout import AGAIN, HEAD, as_llama, misfit, model_type, tensor_problems
 from teachers.tokenizer import check_same_tokenizer, copy_companions
 from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
@@ -97,7 +97,7 @@ class Relative:
                 name = f"model.layers.{layer}.self_attn.o_proj.bias"
                 self.shapes.setdefault(name, (self.config.hidden_size,))
         if self.config.tie_word_embeddings:
-            self.shapes.pop("lm_head.weight", None)
+            self.shapes.pop(HEAD, None)
         shape = Shape.from_config(self.config)
         if problems := tensor_problems(shape, self.shapes, "config.json says"):
             raise misfit(folder, problems)
