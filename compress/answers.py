@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -298,21 +299,28 @@ def cached_answers(
     facts: dict[str, Any] = {"folder": str(cache.folder), "bytes_per_token": shape.bytes_per_token}
     if layers:
         facts["hidden_bytes_per_token"] = layers.record.itemsize
-    missing = cache.missing(data.all_windows())
-    unseen = layers.missing(data.all_windows()) if layers else []
+
+    def lacking() -> tuple[list[int], list[int]] | None:
+        """The windows to ask for, and those whose hidden states are; None when nothing is."""
+        missing = cache.missing(data.all_windows())
+        unseen = layers.missing(data.all_windows()) if layers else []
+        lacks = bool(missing or unseen) or _kept_heldout(cache) is None
+        # Any process's need counts: a file may be whole for one machine and damaged for another.
+        return leader_says((missing, unseen)) if agreed(lacks)[0] else None
+
+    if lacking():
+        # Another run may fill it just now: then there is less to ask for afterwards, or nothing.
+        with _alone(cache, progress):
+            if lacks := lacking():
+                facts["captured_windows"] = len(lacks[0])
+                inside = open_teacher(teacher, precision, device, window)
+                _capture(cache, inside, data, lacks[0], precision, progress)
+                if layers:
+                    _capture_hidden(layers, inside, data, lacks[1], matches, precision, progress)
+                _keep_heldout(cache, inside, data, precision)
+                del inside
+                meet()
     heldout_NE = _kept_heldout(cache)
-    # Any process's need counts: a file may be whole for one machine and damaged for another.
-    if agreed(bool(missing or unseen) or heldout_NE is None)[0]:
-        inside = open_teacher(teacher, precision, device, window)
-        missing, unseen = leader_says(missing), leader_says(unseen)
-        facts["captured_windows"] = len(missing)
-        _capture(cache, inside, data, missing, precision, progress)
-        if layers:
-            _capture_hidden(layers, inside, data, unseen, matches, precision, progress)
-        _keep_heldout(cache, inside, data, precision)
-        del inside
-        meet()
-        heldout_NE = _kept_heldout(cache)
     if heldout_NE is None:
         raise ShearlingError(
             f"{cache.folder / _HELDOUT} can't be read again just after it was written.",
@@ -324,6 +332,14 @@ def cached_answers(
     parts_NE = torch.split(heldout_NE.to(device), positions)
     head_VE = checkpoint.tensor(HEAD, precision.dtype).to(device)
     return CachedAnswers(cache, list(parts_NE), head_VE, layers), facts
+
+
+@contextmanager
+def _alone(cache: TargetCache, progress: Progress) -> Iterator[None]:
+    """`TargetCache.alone` for all processes of a run."""
+    with cache.alone(progress) if leads() else nullcontext():
+        leader_says(None, patiently=True)
+        yield
 
 
 def _hidden_cache(

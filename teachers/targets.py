@@ -22,9 +22,11 @@ Legend: B windows, T positions, N positions, V vocabulary, K kept tokens.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +52,7 @@ _LEAST_LOG = 30.0
 """Probabilities below exp(-30) are kept as exp(-30)."""
 _SHARD_BYTES = 64 * 2**20
 _CHECKSUMS = "checksums.bin"
+_LOCK = "lock"
 _MEASURED = "measured.json"
 _MEASURED_POSITIONS = 2048
 """Positions of which the error is measured: enough for a mean, few beside the whole text."""
@@ -169,6 +172,23 @@ class WindowCache:
                 f"{', '.join(differing)} differ.",
                 hint=f"Delete {self.folder}; the teacher is asked again.",
             )
+
+    @contextmanager
+    def alone(self, progress: Progress = silent) -> Iterator[None]:
+        """Keep other runs from filling this cache meanwhile; one that does is waited for.
+
+        The lock is the operating system's and ends with its process. Where a disk knows no locks
+        nobody waits: the teacher is asked twice then.
+        """
+        with disk_errors(self.folder), (self.folder / _LOCK).open("ab") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress("targets: waiting for another run that asks", 0, 1)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            except OSError:
+                pass
+            yield
 
     def missing(self, windows: Iterable[int]) -> list[int]:
         """Those of ``windows`` that were not captured yet, sorted, each once."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +370,54 @@ def test_two_may_write_one_file_at_once(tmp_path: Path) -> None:
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     with pytest.raises(SafetensorError, match="something else"):
         load_hashed(path)
+
+
+def test_one_run_fills_a_cache_and_others_wait(tmp_path: Path) -> None:
+    told: list[str] = []
+    order: list[str] = []
+
+    def wait() -> None:
+        with cache(tmp_path).alone(lambda what, *_, **__: told.append(what)):
+            order.append("second")
+
+    second = threading.Thread(target=wait)
+    with cache(tmp_path).alone():
+        second.start()
+        while not told:
+            time.sleep(0.01)
+        order.append("first")
+    second.join(timeout=60)
+    assert order == ["first", "second"]
+    assert "waiting" in told[0]
+    with cache(tmp_path).alone(lambda *_, **__: pytest.fail("nobody else is there")):
+        pass
+
+
+def test_what_another_run_asked_meanwhile_is_not_asked_again(
+    tiny_llama: Path,
+    tiny_student: Path,
+    tiny_transfer_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(name: str) -> dict[str, Any]:
+        settings = DistillSettings(**{**BASE, "tokens": 32 * 8 * 2, "targets": "sample"})
+        folders = (tiny_llama, tiny_student, tmp_path / name, tiny_transfer_set)
+        targets: dict[str, Any] = distill(*folders, settings, cache=tmp_path / "cache")["targets"]
+        return targets
+
+    alone = TargetCache.alone
+
+    @contextmanager
+    def after_another(kept: TargetCache, progress: Any) -> Iterator[None]:
+        monkeypatch.setattr(TargetCache, "alone", alone)
+        assert run("first")["captured_windows"] > 0
+        with alone(kept, progress):
+            yield
+
+    monkeypatch.setattr(TargetCache, "alone", after_another)
+    assert "captured_windows" not in run("second")
+    assert metrics(tmp_path / "first", "loss") == metrics(tmp_path / "second", "loss")
 
 
 def test_what_the_cache_does_not_keep_is_refused_with_names() -> None:
