@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,7 +45,7 @@ from compress.settings import DistillSettings
 from shearling import Progress, ShearlingError
 from teachers.checkpoint import Checkpoint
 from teachers.layout import HEAD
-from teachers.targets import HiddenCache, TargetCache, TargetFormat, capture
+from teachers.targets import HiddenCache, TargetCache, TargetFormat, WindowCache, capture
 
 _SAMPLE_SEED = 0
 """Of the kept samples; not the run's seed, so runs of any seed share one cache."""
@@ -310,7 +310,7 @@ def cached_answers(
 
     if lacking():
         # Another run may fill it just now: then there is less to ask for afterwards, or nothing.
-        with _alone(cache, progress):
+        with _alone([cache, layers] if layers else [cache], progress):
             if lacks := lacking():
                 facts["captured_windows"] = len(lacks[0])
                 inside = open_teacher(teacher, precision, device, window)
@@ -335,11 +335,17 @@ def cached_answers(
 
 
 @contextmanager
-def _alone(cache: TargetCache, progress: Progress) -> Iterator[None]:
-    """`TargetCache.alone` for all processes of a run."""
-    with cache.alone(progress) if leads() else nullcontext():
-        leader_says(None, patiently=True)
+def _alone(caches: Sequence[WindowCache], progress: Progress) -> Iterator[None]:
+    """`WindowCache.alone` for all processes of a run; always in one order, so none deadlock."""
+    with ExitStack() as locks:
+        for cache in caches if leads() else ():
+            locks.enter_context(cache.alone(progress))
+        if leader_says(_GO, patiently=True) != _GO:
+            raise KeyboardInterrupt  # rank 0 was asked to stop while it waited
         yield
+
+
+_GO = "go"
 
 
 def _hidden_cache(

@@ -59,7 +59,10 @@ class _Attention(torch.autograd.Function):
         query_BHTC, key, value, *probabilities = ctx.saved_tensors
         batch, heads, length, dim = query_BHTC.shape
         grad_query_BHTC = torch.empty_like(query_BHTC, memory_format=torch.contiguous_format)
-        grad_key, grad_value = torch.zeros_like(key), torch.zeros_like(value)
+        # Summed over the blocks in float32.
+        grad_key, grad_value = (
+            torch.zeros_like(each, dtype=torch.float32) for each in (key, value)
+        )
         for (start, end), probability in zip(_blocks(length), probabilities, strict=True):
             query = query_BHTC[:, :, start:end].reshape(len(key), -1, dim)
             grad = grads[0][:, :, start:end].reshape(query.shape)
@@ -74,8 +77,8 @@ class _Attention(torch.autograd.Function):
             grad_key[:, :end] += torch.bmm(grad_scores.transpose(1, 2), query)
         return (
             grad_query_BHTC.mul_(ctx.scale),
-            grad_key.mul_(ctx.scale).view(ctx.key_shape),
-            grad_value.view(ctx.key_shape),
+            grad_key.mul_(ctx.scale).to(key.dtype).view(ctx.key_shape),
+            grad_value.to(value.dtype).view(ctx.key_shape),
             None,
             None,
         )

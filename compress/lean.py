@@ -9,7 +9,6 @@ Legend: N positions (any leading sizes), D hidden, F neurons.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,33 +58,38 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grads[0] * up_NF, gate_NF), grad_up_NF
 
 
-def lean_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
-    """What stands in for the norm's forward."""
-    kind = x.device.type
-    out = torch.promote_types(norm.weight.dtype, x.dtype)
-    if torch.is_autocast_enabled(kind) and out == torch.float32:
-        out = torch.get_autocast_dtype(kind)  # as the products would narrow it, each for itself
-    with torch.autocast(kind, enabled=False):
-        normed: Tensor = _Norm.apply(  # type: ignore[no-untyped-call]
-            x, norm.weight, norm.variance_epsilon, out
-        )
-    return normed
+class LeanNorm(LlamaRMSNorm):  # type: ignore[misc]
+    """transformers' norm but for what it keeps."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        kind = hidden_states.device.type
+        out = torch.promote_types(self.weight.dtype, hidden_states.dtype)
+        if torch.is_autocast_enabled(kind) and out == torch.float32:
+            out = torch.get_autocast_dtype(kind)  # as the products would narrow it, each for itself
+        with torch.autocast(kind, enabled=False):
+            normed: Tensor = _Norm.apply(  # type: ignore[no-untyped-call]
+                hidden_states, self.weight, self.variance_epsilon, out
+            )
+        return normed
 
 
-def lean_mlp(mlp: LlamaMLP, x: Tensor) -> Tensor:
-    """What stands in for the MLP's forward."""
-    gated = _Gated.apply(mlp.gate_proj(x), mlp.up_proj(x))  # type: ignore[no-untyped-call]
-    down: Tensor = mlp.down_proj(gated)
-    return down
+class LeanMLP(LlamaMLP):  # type: ignore[misc]
+    """transformers' MLP but for what it keeps, where its activation is SiLU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gated = _Gated.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
+        down: Tensor = self.down_proj(gated)
+        return down
 
 
 def make_lean(model: LlamaForCausalLM) -> None:
     """Have the layers of a model compute as above; what it is saved as stays the same.
 
-    The final norm stays transformers' own: what reads it wants its full width.
+    The final norm stays transformers' own: what reads it wants its full width. Classes are
+    changed, not the modules' `forward`: torch.compile would compile each layer anew for that.
     """
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.forward = partial(lean_norm, norm)
+            norm.__class__ = LeanNorm
         if model.config.hidden_act == "silu":
-            layer.mlp.forward = partial(lean_mlp, layer.mlp)
+            layer.mlp.__class__ = LeanMLP

@@ -124,7 +124,7 @@ def leader_says(data: Any, *, patiently: bool = False) -> Any:
     """
     if processes() == 1:
         return data
-    group = _waiting[0] if patiently else None
+    group = _waiting[0] if patiently and _waiting else None
     text = json.dumps(data).encode() if leads() else b""
     size = torch.tensor(len(text))
     dist.broadcast(size, 0, group)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@cache
 def undisturbed_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
     """FLOP/s of matrix products on all of a device.
 

@@ -31,6 +31,7 @@ RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
 judge them; rows of a Gram matrix in one product (compress.reconstruct)."""
 MICRO_TOKENS = 1024  # as in compress.data
 SHORT_WINDOW = 1024  # as in compress.attention
+ATTENTION_BLOCK = 128
 MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
 NARROW = "weights in the products' dtype"
 SHARDED = frozenset({"weights", "gradients", "optimizer", "average", "teacher", NARROW})
@@ -463,17 +464,18 @@ def _prune_flops(
 def activation_bytes(shape: Shape, window: int, product: str, *, on_cpu: bool) -> float:
     """What autograd keeps of one position in one layer, without checkpointing.
 
-    Norms and residuals keep float32, linear maps their inputs in the products' dtype; the CPU's
-    attention for short windows keeps the probabilities, T numbers a head. PyTorch's keeps the mask
-    that holds documents apart, T numbers: little in short windows, most of it in long ones.
+    Two norms keep their inputs in float32 and what they give in the products' dtype, the MLP gate,
+    up and their product. The CPU's attention for short windows keeps queries, keys, values, what it
+    gives, and the probabilities, T numbers a head but for what lies ahead of a block. PyTorch's
+    keeps the mask that holds documents apart, T numbers, which is most of it in long windows.
     """
-    width, hidden = WIDTH[product], shape.hidden_size
-    neurons = 4.2 * width * shape.intermediate_size
+    width = WIDTH[product]
+    others = (8.0 + 2.0 * width) * shape.hidden_size + 3.0 * width * shape.intermediate_size
     if on_cpu and product == "bfloat16" and window <= SHORT_WINDOW:
-        heads = 2 * width * (shape.query_size + shape.key_value_size) / 2
-        probabilities = width * shape.num_attention_heads * window
-        return 26.0 * hidden + 1.0 * heads + neurons + probabilities
-    return 27.0 * hidden + 4.15 * width * shape.query_size + neurons + 1.0 * width * window
+        heads = 2.0 * (shape.query_size + shape.key_value_size)
+        seen = min(window, (window + ATTENTION_BLOCK) / 2)
+        return others + width * (heads + shape.num_attention_heads * seen)
+    return others + width * (4.0 * shape.query_size + window)
 
 
 def answer_bytes(shape: Shape, window: int, product: str) -> float:

@@ -155,8 +155,13 @@ class WindowCache:
         self.folder = root / sha256_of_json(identity)[:24]
         self._shard_windows = max(1, _SHARD_BYTES // (window * record.itemsize))
         self._shards: dict[int, np.memmap[Any, np.dtype[Any]]] = {}
+        self._windows = windows
         self._known()
-        self._checksums = _array(self.folder / _CHECKSUMS, np.dtype("<u8"), (windows,))
+        self._look()
+
+    def _look(self) -> None:
+        """See what is there now."""
+        self._checksums = _array(self.folder / _CHECKSUMS, np.dtype("<u8"), (self._windows,))
         kept = self.folder / _MEASURED
         self._measured: dict[str, float] = read_json(kept) if kept.exists() else {"positions": 0}
 
@@ -188,6 +193,7 @@ class WindowCache:
                 fcntl.flock(handle, fcntl.LOCK_EX)
             except OSError:
                 pass
+            self._look()
             yield
 
     def missing(self, windows: Iterable[int]) -> list[int]:

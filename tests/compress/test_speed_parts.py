@@ -108,6 +108,14 @@ def test_lean_layers_under_autocast_are_as_exact_and_keep_less(tiny_llama: Path)
     assert lean[2] < 0.75 * stock[2]
 
 
+def test_lean_layers_share_their_code_for_the_compiler(tiny_llama: Path) -> None:
+    """A forward of a module's own would be compiled for each layer anew, and hold the module."""
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    make_lean(model)
+    for module in model.model.layers.modules():
+        assert "forward" not in vars(module)
+
+
 def test_a_lean_model_is_saved_as_any_other(tiny_llama: Path, tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(tiny_llama)
     names = list(model.state_dict())

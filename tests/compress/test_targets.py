@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
+from compress import answers
 from compress.distill import distill
 from compress.hashed import load_hashed, save_hashed
 from compress.settings import DistillSettings
-from shearling import ShearlingError, file_aside
+from shearling import ShearlingError, file_aside, silent
 from teachers.targets import (
     TargetCache,
     TargetFormat,
@@ -393,6 +394,14 @@ def test_one_run_fills_a_cache_and_others_wait(tmp_path: Path) -> None:
         pass
 
 
+def test_others_go_home_when_rank_0_stops_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What sends them home between stages reaches them here too."""
+    monkeypatch.setattr(answers, "leads", lambda: False)
+    monkeypatch.setattr(answers, "leader_says", lambda *_, **__: None)
+    with pytest.raises(KeyboardInterrupt), answers._alone([], silent):
+        pytest.fail("nobody said go")
+
+
 def test_what_another_run_asked_meanwhile_is_not_asked_again(
     tiny_llama: Path,
     tiny_student: Path,
@@ -416,7 +425,9 @@ def test_what_another_run_asked_meanwhile_is_not_asked_again(
             yield
 
     monkeypatch.setattr(TargetCache, "alone", after_another)
-    assert "captured_windows" not in run("second")
+    told = run("second")
+    assert "captured_windows" not in told
+    assert told["kl_to_live"] > 0, "as the other run measured it"
     assert metrics(tmp_path / "first", "loss") == metrics(tmp_path / "second", "loss")
 
 

@@ -54,6 +54,7 @@ def test_a_teacher_that_is_known_by_name_need_not_be_here(big: dict[str, Any]) -
 
 
 def test_a_stage_that_does_not_fit_says_how_many_processes_it_needs(big: dict[str, Any]) -> None:
+    big["stages"][1]["micro_batch_windows"] = 2
     plan = planned(big, "a100-40gb")
     distill = row(plan, "distill")
     assert distill["least_processes"] > 1
@@ -78,7 +79,7 @@ def test_long_windows_cost_memory_and_the_context_is_watched(big: dict[str, Any]
     assert long["mask"] == 131_072**2
     big["stages"][1]["gradient_checkpointing"] = True
     frugal = row(planned(big), "distill")["memory"]
-    assert frugal["activations"] < long["activations"] / 15
+    assert frugal["activations"] < long["activations"] / 14
     assert frugal["logits"] == long["logits"]  # a chunk of tokens, whatever the window
     big["transfer_set"]["window"] = 262_144
     assert "more than the teacher's context of 131,072" in planned(big)["warnings"][0]
