@@ -148,14 +148,12 @@ class CachedAnswers:
 
     def targets(self, batch: Batch) -> tuple[SparseTargets, Collected]:
         device, mask_BT = batch.input_BT.device, batch.mask_BT.cpu()
-        ids, weights, tail, entropy = (
-            part[mask_BT].to(device) for part in self.cache.read(batch.windows)
-        )
+        ids, weights, tail, entropy = (part[mask_BT] for part in self.cache.read(batch.windows))
         kept: Collected = {}
         if self.layers is not None:
             kept["hidden"] = [states.to(device) for states in self.layers.read(batch.windows)]
-        sampled = self.cache.format.kind == "sample"
-        return SparseTargets(ids, weights, entropy, None if sampled else tail), kept
+        tail_N = tail.to(device) if self.cache.format.kind == "top_k" else None
+        return SparseTargets(ids.to(device), weights.to(device), entropy.to(device), tail_N), kept
 
     def heldout(self, number: int, batch: Batch) -> LiveTargets:
         absent = number >= len(self.heldout_NE)  # a batch in which nothing counts
@@ -300,18 +298,20 @@ def cached_answers(
     if layers:
         facts["hidden_bytes_per_token"] = layers.record.itemsize
 
-    def lacking() -> tuple[list[int], list[int]] | None:
+    def lacking(heldout_NE: Tensor | None) -> tuple[list[int], list[int]] | None:
         """The windows to ask for, and those whose hidden states are; None when nothing is."""
         missing = cache.missing(data.all_windows())
         unseen = layers.missing(data.all_windows()) if layers else []
-        lacks = bool(missing or unseen) or _kept_heldout(cache) is None
+        lacks = bool(missing or unseen) or heldout_NE is None
         # Any process's need counts: a file may be whole for one machine and damaged for another.
         return leader_says((missing, unseen)) if agreed(lacks)[0] else None
 
-    if lacking():
+    heldout_NE = _kept_heldout(cache)
+    if lacking(heldout_NE):
         # Another run may fill it just now: then there is less to ask for afterwards, or nothing.
         with _alone([cache, layers] if layers else [cache], progress):
-            if lacks := lacking():
+            heldout_NE = _kept_heldout(cache)
+            if lacks := lacking(heldout_NE):
                 facts["captured_windows"] = len(lacks[0])
                 inside = open_teacher(teacher, precision, device, window)
                 _capture(cache, inside, data, lacks[0], precision, progress)
@@ -320,7 +320,7 @@ def cached_answers(
                 _keep_heldout(cache, inside, data, precision)
                 del inside
                 meet()
-    heldout_NE = _kept_heldout(cache)
+                heldout_NE = _kept_heldout(cache)
     if heldout_NE is None:
         raise ShearlingError(
             f"{cache.folder / _HELDOUT} can't be read again just after it was written.",

@@ -1,8 +1,8 @@
 """Muon: momentum that is made nearly orthogonal before it moves a matrix.
 
-The products of three steps of a composite polynomial (Amsel et al. 2025, Polar Express,
-https://arxiv.org/abs/2505.16932) stand in for torch.optim.Muon's five of Newton-Schulz, for two
-thirds of its time: in small batches that was nearly half of a training step (docs/LOG.md).
+Three steps of a composite polynomial (Amsel et al. 2025, Polar Express,
+https://arxiv.org/abs/2505.16932) stand in for torch.optim.Muon's five of Newton-Schulz, which in
+small batches were nearly half of a training step (docs/LOG.md).
 
 Legend: M rows, N columns of a matrix, K the smaller of both.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ IMITATED = 8
 faster, and at worst half as fast."""
 
 
-@cache
 def imitates_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 products are so slow here that float32 must stand in for them."""
     if device.type != "cpu":

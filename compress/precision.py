@@ -74,7 +74,6 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@cache
 def undisturbed_rate(dtype: torch.dtype, device: torch.device, seconds: float = 0.1) -> float:
     """FLOP/s of matrix products on all of a device.
 
@@ -83,10 +82,15 @@ def undisturbed_rate(dtype: torch.dtype, device: torch.device, seconds: float = 
     """
     if device.type != "cpu":
         return product_rate(dtype, device, seconds, size=_LARGE_MKN)
+    return torch.get_num_threads() * _thread_rate(dtype, seconds)
+
+
+@cache  # where bfloat16 is imitated, measuring takes seconds
+def _thread_rate(dtype: torch.dtype, seconds: float) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return threads * product_rate(dtype, device, seconds, clock=time.thread_time)
+        return product_rate(dtype, torch.device("cpu"), seconds, clock=time.thread_time)
     finally:
         torch.set_num_threads(threads)
 

@@ -185,7 +185,9 @@ class WindowCache:
         The lock is the operating system's and ends with its process. Where a disk knows no locks
         nobody waits: the teacher is asked twice then.
         """
-        with disk_errors(self.folder), (self.folder / _LOCK).open("ab") as handle:
+        with disk_errors(self.folder):
+            handle = (self.folder / _LOCK).open("ab")
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
