@@ -39,7 +39,7 @@ from compress.parallel import (
     rank,
     whole,
 )
-from compress.precision import PrecisionChoice
+from compress.precision import PrecisionChoice, in_precision
 from compress.saving import load_model
 from compress.settings import DistillSettings
 from shearling import Progress, ShearlingError
@@ -75,15 +75,13 @@ def trunk(model: LlamaForCausalLM, batch: Batch, precision: PrecisionChoice) -> 
     """Hidden states before the output head, [N, hidden], of the positions that count.
 
     The positions restart with each document, and transformers makes of that the mask that keeps
-    documents from seeing each other. Where the weights are wider than ``precision`` (the student)
-    autocast narrows them for the matrix products only.
+    documents from seeing each other.
     """
-    narrow = precision.dtype != torch.float32 and model.dtype != precision.dtype
-    with torch.autocast(batch.input_BT.device.type, precision.dtype, enabled=narrow):
+    with in_precision(model, precision):
         hidden_BTD: Tensor = model.model(
             input_ids=batch.input_BT, position_ids=batch.positions_BT, use_cache=False
         ).last_hidden_state
-    return hidden_BTD[batch.mask_BT]
+    return batch.pick(hidden_BTD)
 
 
 def head(model: LlamaForCausalLM) -> Tensor:
@@ -147,8 +145,8 @@ class CachedAnswers:
         self.layers = layers
 
     def targets(self, batch: Batch) -> tuple[SparseTargets, Collected]:
-        device, mask_BT = batch.input_BT.device, batch.mask_BT.cpu()
-        ids, weights, tail, entropy = (part[mask_BT] for part in self.cache.read(batch.windows))
+        device, read = batch.input_BT.device, self.cache.read(batch.windows)
+        ids, weights, tail, entropy = (part[batch.mask_BT] for part in read)
         kept: Collected = {}
         if self.layers is not None:
             kept["hidden"] = [states.to(device) for states in self.layers.read(batch.windows)]
@@ -399,9 +397,9 @@ def _capture_hidden(
     """The same for the layers' outputs."""
     mine = missing[rank() :: processes()]
     passes = largest(-(-len(mine) // data.micro_windows))
-    batches = list(data.in_batches(mine)) if mine else []
+    batches = data.in_batches(mine)
     for number in range(passes):
-        batch = batches[number] if number < len(batches) else None
+        batch = next(batches, None)
         asked = batch or next(data.in_batches(missing[:1]))
         with hidden_outputs(inside.model, matches, "teacher") as found:
             inside(partial(trunk, batch=asked, precision=precision))

@@ -61,7 +61,8 @@ class Course:
     saved_step: int = 0
     """Of the last checkpoint, 0 where there is none."""
     seconds: float = 0.0
-    running_loss: float = 0.0
+    running_loss: float | None = None
+    """Of the steps that were taken; None before the first."""
     skipped: int = 0
     """Steps that were left out for a spike, one after the other, up to now."""
     best: dict[str, float] | None = None
@@ -89,6 +90,11 @@ class Course:
             cross_entropy=self.value(settings.cross_entropy),
             temperature=self.value(settings.temperature),
         )
+
+    def weight_now(self) -> float:
+        """The sum of this step's weights."""
+        loss, compared = self.loss_now(), [self.value(match.weight) for match in self.matches]
+        return loss.cross_entropy + sum(term.weight for term in loss.terms) + sum(compared)
 
 
 def open_course(

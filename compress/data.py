@@ -38,6 +38,9 @@ class Batch:
     input_BT: Tensor
     positions_BT: Tensor
     mask_BT: Tensor
+    """What counts. It stays on the CPU: to pick by it, a device would have to count it first."""
+    rows_N: Tensor
+    """The same as numbers of places, row after row."""
     labels_N: Tensor
     positions: int
     labelled: int
@@ -45,9 +48,31 @@ class Batch:
     sources_BT: Tensor | None = None
     """Of which source each token is; known of held-out windows where the mix adapts."""
 
+    def pick(self, states_BTD: Tensor) -> Tensor:
+        """The positions that count, [N, D]."""
+        return states_BTD.flatten(0, 1).index_select(0, self.rows_N)
+
+    def labels(self) -> Tensor:
+        """The labels by place, [B, T] on the CPU, `IGNORED` wherever there is none."""
+        labels_BT = torch.full(self.mask_BT.shape, IGNORED)
+        labels_BT[self.mask_BT] = self.labels_N.cpu()
+        return labels_BT
+
+    def counting(self, mask_BT: Tensor, labels_BT: Tensor) -> Batch:
+        """The same text with other positions that count, and other labels; both on the CPU."""
+        labels_N, device = labels_BT[mask_BT], self.input_BT.device
+        return replace(
+            self,
+            mask_BT=mask_BT,
+            rows_N=mask_BT.flatten().nonzero().flatten().to(device),
+            labels_N=labels_N.to(device),
+            positions=len(labels_N),
+            labelled=int((labels_N != IGNORED).sum()),
+        )
+
     def counting_everywhere(self) -> Batch:
         """The same text with every position counted, for a cache that serves any mask."""
-        return replace(self, mask_BT=torch.ones_like(self.mask_BT))
+        return self.counting(torch.ones_like(self.mask_BT), self.labels())
 
     def blank(self, rows: int) -> Batch:
         """The same text with nothing counted in the last ``rows`` windows.
@@ -56,17 +81,9 @@ class Batch:
         """
         if not rows:
             return self
-        mask_BT, labels_BT = self.mask_BT.clone(), torch.full_like(self.input_BT, IGNORED)
-        labels_BT[mask_BT] = self.labels_N
+        mask_BT = self.mask_BT.clone()
         mask_BT[-rows:] = False
-        labels_N = labels_BT[mask_BT]
-        return replace(
-            self,
-            mask_BT=mask_BT,
-            labels_N=labels_N,
-            positions=int(mask_BT.sum()),
-            labelled=int((labels_N != IGNORED).sum()),
-        )
+        return self.counting(mask_BT, self.labels())
 
 
 def make_batch(
@@ -86,16 +103,18 @@ def make_batch(
     if loss_mask_BT is not None:
         mask_BT &= loss_mask_BT
     next_BT = torch.cat([input_BT[:, 1:], torch.full_like(input_BT[:, :1], IGNORED)], dim=1)
-    labels_N = next_BT[mask_BT]
-    return Batch(
+    none = torch.empty(0, dtype=torch.long)
+    text = Batch(
         input_BT=input_BT.to(device),
         positions_BT=positions_BT.to(device),
-        mask_BT=mask_BT.to(device),
-        labels_N=labels_N.to(device),
-        positions=int(mask_BT.sum()),
-        labelled=int((labels_N != IGNORED).sum()),
+        mask_BT=mask_BT,
+        rows_N=none,
+        labels_N=none,
+        positions=0,
+        labelled=0,
         windows=tuple(windows),
     )
+    return text.counting(mask_BT, next_BT)
 
 
 def vocabulary_of(folders: Sequence[Path], text: TransferSet) -> int:

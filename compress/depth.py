@@ -24,6 +24,7 @@ def layers_by_divergence(
     count: int,
     device: torch.device,
     dtype: torch.dtype,
+    vocabulary: int,
     progress: Progress = silent,
 ) -> list[int]:
     """Numbers of the ``count`` layers that stay, ascending.
@@ -36,7 +37,7 @@ def layers_by_divergence(
     Source of the greedy order: Zhong et al., "BlockPruner", 2024 (arXiv:2406.10594).
     """
     tokens_BT = windows_BT[: max(1, DEPTH_TOKENS // windows_BT.shape[1])]
-    search = DepthSearch(source, tokens_BT, device, dtype)
+    search = DepthSearch(source, tokens_BT, device, dtype, vocabulary)
     kept = list(range(source.shape.num_hidden_layers))
     rounds = len(kept) - count
     for number in range(rounds):
@@ -52,12 +53,17 @@ class DepthSearch:
     """The teacher, some text, and what becomes of the teacher without one layer or another."""
 
     def __init__(
-        self, source: Checkpoint, tokens_BT: Tensor, device: torch.device, dtype: torch.dtype
+        self,
+        source: Checkpoint,
+        tokens_BT: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        vocabulary: int,
     ) -> None:
         self.source, self.device = source, device
         self.maths = LayerMath(source.config, tokens_BT.shape[1], device, dtype)
         self.start_BTE = source.tensor(EMBEDDING)[tokens_BT].float()
-        self.head_VE = source.tensor(HEAD).to(device, dtype)
+        self.head_VE = source.tensor(HEAD)[:vocabulary].to(device, dtype)
         self.norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
         self.reference_NE = torch.empty(0)
 

@@ -49,11 +49,13 @@ from compress.interrupts import StopRequest
 from compress.losses import LiveAnswer, LiveTargets, Targets
 from compress.on_policy import continued
 from compress.optimizers import set_learning_rate
-from compress.parallel import agreed, leads, meet, own_device, processes, total, whole
+from compress.parallel import agreed, leader_says, leads, own_device, processes, total, whole
 from compress.saving import load_model, save_student
 from compress.schedule import warmup_then_cosine
+from compress.selection import mapping_fingerprint
 from compress.settings import DistillSettings, deciding
 from shearling import Progress, ShearlingError, disk_errors, sha256_of_json, silent
+from teachers.checkpoint import Checkpoint
 from teachers.fetch import default_cache
 from teachers.transfer_set import TransferSet
 
@@ -98,18 +100,20 @@ def distill(
         ShearlingError: the inputs don't fit together, or the loss became NaN or exploded.
         KeyboardInterrupt: after SIGINT or SIGTERM, when the step was finished and saved.
     """
-    identity = sha256_of_json([deciding(settings, DistillSettings), seed])
-    meet()
+    text = TransferSet(transfer_set)
+    taught_by = teachers or ([Taught(teacher)] if teacher else [])
+    found = _identity(taught_by, student, text, settings, selection, seed) if leads() else None
+    identity = leader_says(found, patiently=True)  # it hashes large files
     checkpoint = load_checkpoint(out / "resume")
     if checkpoint and checkpoint.state["identity"] != identity:
         raise ShearlingError(
-            f"{out / 'resume'} holds a checkpoint of other settings.",
+            f"{out / 'resume'} holds a checkpoint of other settings, models or text.",
             hint=f"Delete {out / 'resume'} to start this stage from its beginning.",
         )
     course = open_course(
-        teachers or ([Taught(teacher)] if teacher else []),
+        taught_by,
         student,
-        TransferSet(transfer_set),
+        text,
         settings,
         selection=selection,
         seed=seed,
@@ -123,6 +127,28 @@ def distill(
             _train(course, out, metrics, stop, identity, progress, on_metrics)
         # Not inside: no step follows that would look at `stop`, so Ctrl-C acts at once here.
         return _finish(course, student, out)
+
+
+def _identity(
+    teachers: Sequence[Taught],
+    student: Path,
+    text: TransferSet,
+    settings: DistillSettings,
+    selection: Path | None,
+    seed: int,
+) -> str:
+    """A hash of all that results depend on, models and text by their contents."""
+    compares = settings.hidden.weight != 0 or settings.attention.weight != 0
+    return sha256_of_json(
+        [
+            deciding(settings, DistillSettings),
+            seed,
+            [[Checkpoint(each.folder).fingerprint(), each.weight] for each in teachers],
+            Checkpoint(student).fingerprint(),
+            text.facts["sha256"],
+            mapping_fingerprint(selection) if selection and compares else None,
+        ]
+    )
 
 
 # --- the steps -------------------------------------------------------------------------------
@@ -227,6 +253,7 @@ def _batches(course: Course) -> list[Batch]:
             share=settings.on_policy,
             temperature=settings.on_policy_temperature,
             seed=[course.data.seed, course.step, number],
+            precision=course.precision,
             vocabulary=course.loss.vocabulary,
         )
         for number, batch in enumerate(batches)
@@ -253,7 +280,7 @@ def _losses(
         student_ND = trunk(student, batch, course.precision)
     loss, parts = course.loss_now()(student_ND, head(student), targets, batch.labels_N, **counted)
     for match in course.matches:
-        part = match.loss(learnt[match.place], taught[match.place], batch.mask_BT)
+        part = match.loss(learnt[match.place], taught[match.place], batch)
         parts[match.place] = part
         loss = loss + course.value(match.weight) * part / max(counted["positions"], 1)
     return loss, {**parts, "loss": loss}
@@ -301,8 +328,8 @@ def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
     """
     what = _what_is_wrong(course, line)
     if what is None:
-        share = _RUNNING if course.step else 0.0
-        course.running_loss = share * course.running_loss + (1 - share) * line["loss"]
+        told, before = _mean_loss(course, line), course.running_loss
+        course.running_loss = told if before is None else before + (1 - _RUNNING) * (told - before)
         course.skipped = 0
         return False
     course.skipped += 1
@@ -326,9 +353,18 @@ def _what_is_wrong(course: Course, line: Mapping[str, Any]) -> str | None:
     loss, norm, step = line["loss"], line["gradient_norm"], line["step"]
     if not math.isfinite(loss) or not math.isfinite(norm):
         return f"The loss became {loss} with a gradient of norm {norm} in step {step}."
-    if course.step >= _SETTLED and loss > max(_EXPLODED * course.running_loss, _NOTICEABLE):
-        return f"The loss jumped from about {course.running_loss:.3g} to {loss:.3g} in step {step}."
+    mean, usual = _mean_loss(course, line), course.running_loss
+    if course.step < _SETTLED or usual is None:
+        return None
+    if mean > max(_EXPLODED * usual, _NOTICEABLE):
+        return f"The loss jumped from about {usual:.3g} to {mean:.3g} in step {step}."
     return None
+
+
+def _mean_loss(course: Course, line: Mapping[str, Any]) -> float:
+    """The step's loss as a mean of its parts: weights that change are no divergence."""
+    weight = course.weight_now()
+    return float(line["loss"]) / weight if weight else 0.0
 
 
 # --- evaluation ------------------------------------------------------------------------------
@@ -358,7 +394,7 @@ def _compare(
     if course.data.mix is None:
         return [compare(student_ND, head_VD, targets, batch.labels_N, course.loss)]
     assert batch.sources_BT is not None, "held-out windows know their sources"
-    source_N = batch.sources_BT.to(batch.mask_BT.device)[batch.mask_BT]
+    source_N = batch.sources_BT[batch.mask_BT].to(student_ND.device)
     mine = (source_N == source for source in range(len(course.data.mix.names)))
     return [
         compare(student_ND[m], head_VD, targets.rows(m), batch.labels_N[m], course.loss)

@@ -70,16 +70,18 @@ def student_ends(
     final_NE: Tensor,
     way: Literal["split", "least_squares"],
     dtype: torch.dtype,
+    vocabulary: int,
 ) -> Ends:
     """The ends of the student that ``slicer`` cuts; ``final_NE`` are final hidden states of the
-    teacher as its head reads them. ``way`` is how two matrices become one, where they have to."""
+    teacher as its head reads them. ``way`` is how two matrices become one, where they have to.
+    Rows from ``vocabulary`` on are padding: cut as the others are, with no say in how."""
     device, plan = final_NE.device, slicer.plan
     norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
     head_VE = source.tensor(HEAD).to(device)
     ramp = 1
     merged = slicer.student.merges_ends_of(slicer.teacher)
     if merged:
-        both = BothEnds(source.tensor(EMBEDDING), head_VE, norm_E)
+        both = BothEnds(source.tensor(EMBEDDING), head_VE, norm_E, vocabulary)
         embedding_VD, norm_D = MERGES[way](both, plan.stream)
         head_VD = embedding_VD
         ramp = max(1, slicer.student.num_hidden_layers // MERGED_LAYERS)
@@ -90,7 +92,8 @@ def student_ends(
     tied, stored = head_VD is embedding_VD, source.torch_dtype
     embedding_VD = embedding_VD.to(stored)
     head_VD = embedding_VD if tied else head_VD.to(stored)
-    metric_DD, metric_DE = fisher_metric(final_NE, head_VE, head_VD.to(device), dtype)
+    heads = head_VE[:vocabulary], head_VD[:vocabulary].to(device)
+    metric_DD, metric_DE = fisher_metric(final_NE, *heads, dtype)
     stream_DE = narrowed(torch.eye(len(norm_E)), plan.stream, 0).to(device)
     near_DE = None if merged or plan.basis_DE is None else stream_DE
     map_DE = final_map(metric_DD, metric_DE, norm_D, norm_E, near_DE)

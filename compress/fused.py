@@ -285,15 +285,17 @@ def _forward_kl_block(
     labelled_B = labels_B != IGNORED
     safe_B1 = labels_B.clamp(min=0).unsqueeze(-1)
     at_label_B = student_BV.gather(-1, safe_B1).squeeze(-1)
-    if temperature != 1:
+    log_sum_B = None
+    if temperature != 1:  # labels are learnt at 1, and here only told: see is_forward_kl
+        log_sum_B = student_BV.logsumexp(-1)
         student_BV.div_(temperature)
         teacher_BV.div_(temperature)
     log_sum_p_B = _softmax_(teacher_BV, spare_BV)
     teacher_BV.sub_(student_BV).mul_(spare_BV)
     log_sum_q_B = _softmax_(student_BV, student_BV)
     kl_sum = (teacher_BV.sum(-1) - log_sum_p_B + log_sum_q_B).sum() * temperature**2
-    # At a temperature other than 1 this is only a number for the log: see is_forward_kl.
-    label_sum = torch.where(labelled_B, log_sum_q_B - at_label_B / temperature, 0).sum()
+    log_sum_B = log_sum_q_B if log_sum_B is None else log_sum_B
+    label_sum = torch.where(labelled_B, log_sum_B - at_label_B, 0).sum()
 
     kl_scale, label_scale = scales[0] * term.weight * temperature, scales[1]
     if label_scale:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compress.data import Batch
 from compress.losses import HIDDEN_LOSSES
 from compress.selection import read_map
 from compress.settings import DistillSettings, HiddenLoss, Ramp
@@ -48,12 +49,12 @@ class HiddenMatch:
         return teacher_NE if self.dims_D is None else teacher_NE.index_select(-1, self.dims_D)
 
     def loss(
-        self, student_BTD: Sequence[Tensor], teacher_BTE: Sequence[Tensor], mask_BT: Tensor
+        self, student_BTD: Sequence[Tensor], teacher_BTE: Sequence[Tensor], batch: Batch
     ) -> Tensor:
         """Sum over the positions that count of the mean over the layers."""
         measure = HIDDEN_LOSSES[self.kind]
         values = [
-            measure(student[mask_BT], self.to_student(teacher[mask_BT])).sum()
+            measure(batch.pick(student), self.to_student(batch.pick(teacher))).sum()
             for student, teacher in zip(student_BTD, teacher_BTE, strict=True)
         ]
         return torch.stack(values).mean()

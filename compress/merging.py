@@ -30,18 +30,19 @@ class BothEnds:
     embedding_VE: Tensor
     head_VE: Tensor
     norm_E: Tensor
+    vocabulary: int
+    """How many tokens there are; rows from there on are padding."""
 
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens there are."""
-        return len(self.embedding_VE)
+    def parts(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Some rows at a time: which, the embedding's, and the head's behind the norm; float32.
 
-    def parts(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Some rows at a time: which, the embedding's, and the head's behind the norm; float32."""
-        for first in range(0, self.vocabulary, _ROWS):
-            rows = slice(first, min(first + _ROWS, self.vocabulary))
-            head_RE = self.head_VE[rows].to(self.norm_E) * self.norm_E
-            yield rows, self.embedding_VE[rows].to(self.norm_E), head_RE
+        All rows, or the first ``rows``.
+        """
+        count = len(self.embedding_VE) if rows is None else rows
+        for first in range(0, count, _ROWS):
+            rows_R = slice(first, min(first + _ROWS, count))
+            head_RE = self.head_VE[rows_R].to(self.norm_E) * self.norm_E
+            yield rows_R, self.embedding_VE[rows_R].to(self.norm_E), head_RE
 
 
 def split_ends(both: BothEnds, stream: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,14 +52,14 @@ def split_ends(both: BothEnds, stream: Tensor) -> tuple[Tensor, Tensor]:
     shrunk to the embedding's size, and the norm stretches them again; it silences input dims.
     """
     size_in_D, size_out_D = torch.zeros(2, len(stream), dtype=torch.float64).to(both.norm_E.device)
-    for _, embedding_RE, head_RE in both.parts():
+    for _, embedding_RE, head_RE in both.parts(both.vocabulary):
         size_in_D += narrowed(embedding_RE, stream).square().sum(0)
         size_out_D += narrowed(head_RE, stream).square().sum(0)
     favour_D = size_out_D / size_in_D.clamp_min(1e-24)
     output_D = torch.zeros(len(stream), dtype=torch.bool).to(favour_D.device)
     output_D[favour_D.argsort(descending=True)[: len(stream) // 2]] = True
     shrink = float((size_in_D.sum() / size_out_D.sum()).sqrt())
-    merged_VD = torch.empty(both.vocabulary, len(stream)).to(both.norm_E)
+    merged_VD = torch.empty(len(both.head_VE), len(stream)).to(both.norm_E)
     for rows, embedding_RE, head_RE in both.parts():
         kept_in, kept_out = narrowed(embedding_RE, stream), narrowed(head_RE, stream)
         merged_VD[rows] = torch.where(output_D, kept_out * shrink, kept_in)
@@ -75,7 +76,7 @@ def joint_ends(both: BothEnds, stream: Tensor) -> tuple[Tensor, Tensor]:
     """
     teacher, count = len(both.norm_E), len(stream)
     gram_XX = torch.zeros(2 * teacher, 2 * teacher).to(both.norm_E)
-    for _, embedding_RE, head_RE in both.parts():
+    for _, embedding_RE, head_RE in both.parts(both.vocabulary):
         both_RX = torch.cat([embedding_RE, head_RE], 1)
         add_gram(gram_XX, both_RX, both_RX)
     energy_X = gram_XX.diagonal()
@@ -91,10 +92,11 @@ def joint_ends(both: BothEnds, stream: Tensor) -> tuple[Tensor, Tensor]:
     left, sizes_D, right = torch.linalg.svd(meeting_DD)
     raised_D = sizes_D.clamp_min(float(MERGED_FLOOR * sizes_D.mean()))
     map_XD = scale_X[:, None] * leading_XD @ ((left * raised_D) @ right)
-    merged_VD = torch.empty(both.vocabulary, count).to(both.norm_E)
+    merged_VD = torch.empty(len(both.head_VE), count).to(both.norm_E)
     for rows, embedding_RE, head_RE in both.parts():
         merged_VD[rows] = torch.cat([embedding_RE, head_RE], 1) @ map_XD
-    return merged_VD, torch.full((count,), float(size_out / merged_VD.norm())).to(both.norm_E)
+    size = merged_VD[: both.vocabulary].norm()
+    return merged_VD, torch.full((count,), float(size_out / size)).to(both.norm_E)
 
 
 Merge = Callable[[BothEnds, Tensor], tuple[Tensor, Tensor]]

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from compress.data import Batch
 from compress.losses import IGNORED
+from compress.precision import PrecisionChoice, in_precision
 
 
 def continued(
@@ -30,13 +31,15 @@ def continued(
     share: float,
     temperature: float,
     seed: list[int],
+    precision: PrecisionChoice,
     vocabulary: int | None = None,
 ) -> Batch:
     """The batch with the second half of a share of its windows written by ``writer``.
 
     A window whose document ends just there is left as it is. ``seed`` decides which windows are
-    taken and what is written, so a run that goes on writes the same. Rows of the writer's head
-    from ``vocabulary`` on are padding, which it never writes.
+    taken and what is written, so a run that goes on writes the same; it is written in the
+    ``precision`` in which it is read. Rows of the writer's head from ``vocabulary`` on are
+    padding, which it never writes.
     """
     half = batch.input_BT.shape[1] // 2
     drawn = torch.Generator().manual_seed(_one_number(seed))
@@ -47,7 +50,9 @@ def continued(
         return batch
     padding = list(range(vocabulary or writer.config.vocab_size, writer.config.vocab_size))
     drawn_from = _one_number([*seed, 1])
-    written_RG = _write(writer, batch, rows_R, half, temperature, drawn_from, padding)
+    # Compiled layers would be compiled anew for every length, until the compiler gives up on them.
+    with in_precision(writer, precision), torch.compiler.set_stance("force_eager"):
+        written_RG = _write(writer, batch, rows_R, half, temperature, drawn_from, padding)
     return _with_text(batch, rows_R, half, written_RG, writer.config.eos_token_id)
 
 
@@ -120,9 +125,7 @@ def _with_text(
 ) -> Batch:
     """Put the written halves in; what follows an end of text does not count, no label does."""
     input_BT, positions_BT = batch.input_BT.clone(), batch.positions_BT.clone()
-    mask_BT = batch.mask_BT.clone()
-    labels_BT = torch.full_like(input_BT, IGNORED)
-    labels_BT[mask_BT] = batch.labels_N
+    mask_BT, labels_BT = batch.mask_BT.clone(), batch.labels()
     width = written_RG.shape[1]
     ends = torch.tensor([] if end is None else [end] if isinstance(end, int) else end)
     for row, written_G in zip(rows, written_RG, strict=True):
@@ -135,13 +138,5 @@ def _with_text(
         mask_BT[row, half - 1 :] = False
         mask_BT[row, half - 1 : half - 1 + asked] = True
         labels_BT[row, half - 1 :] = IGNORED
-    labels_N = labels_BT[mask_BT]
-    return replace(
-        batch,
-        input_BT=input_BT,
-        positions_BT=positions_BT,
-        mask_BT=mask_BT,
-        labels_N=labels_N,
-        positions=int(mask_BT.sum()),
-        labelled=int((labels_N != IGNORED).sum()),
-    )
+    written = replace(batch, input_BT=input_BT, positions_BT=positions_BT)
+    return written.counting(mask_BT, labels_BT)

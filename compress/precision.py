@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from compress.settings import Precision
 
@@ -39,6 +40,15 @@ class PrecisionChoice:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def in_precision(model: PreTrainedModel, precision: PrecisionChoice) -> torch.autocast:
+    """A model's passes inside multiply in ``precision``.
+
+    Where the weights are wider (the student's) autocast narrows them for the products only.
+    """
+    narrow = precision.dtype != torch.float32 and model.dtype != precision.dtype
+    return torch.autocast(model.device.type, precision.dtype, enabled=narrow)
 
 
 def product_rate(

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from compress.checkpointing import TrainingState, load_checkpoint, save_checkpoint_alone
 from compress.coupling import derive_coupling
+from compress.data import vocabulary_of
 from compress.ends import student_ends
 from compress.memory import give_back_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
@@ -73,6 +74,7 @@ def prune(
     check_rotary(source.config, student_config(source.config, shape))
     text = TransferSet(transfer_set)
     windows = text.calibration(settings.calibration_tokens, seed)
+    vocabulary = vocabulary_of([teacher], text)
     place, resume = torch.device(device), out / "resume"
     identity = identity_of_cut(source, text, settings, shape.to_dict(), seed)
     saved = load_checkpoint(resume)
@@ -102,7 +104,15 @@ def prune(
             survey = Survey.from_tensors(saved.whole("survey"))
         else:
             survey = take_survey(
-                source, shape, windows, settings, streams(), place, precision.dtype, progress
+                source,
+                shape,
+                windows,
+                settings,
+                streams(),
+                place,
+                precision.dtype,
+                vocabulary,
+                progress,
             )
             saving(survey)
         slicer = Slicer(
@@ -112,7 +122,12 @@ def prune(
             coupling=derive_coupling(source.config),
         )
         ends = student_ends(
-            source, slicer, survey.final_NE.to(place), settings.merge, precision.dtype
+            source,
+            slicer,
+            survey.final_NE.to(place),
+            settings.merge,
+            precision.dtype,
+            vocabulary,
         )
         walk = Walk(
             source,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.data import make_batch
+from compress.data import make_batch, vocabulary_of
 from compress.fused import FusedLoss, compare
 from compress.layer import LayerMath, normed, read_layer
 from compress.losses import LiveTargets
@@ -116,7 +116,8 @@ class Reference:
                 hint="Add text to transfer_set.sources, or raise transfer_set.heldout_windows.",
             )
         self.teacher, self.device = teacher, device
-        self.fused = FusedLoss(terms=(), dtype=dtype)
+        vocabulary = vocabulary_of([teacher.folder], text)
+        self.fused = FusedLoss(terms=(), dtype=dtype, vocabulary=vocabulary)
         self.hidden_NE = self._hidden(teacher)
 
     def divergence(self, student: Checkpoint) -> float:
@@ -141,7 +142,7 @@ class Reference:
         stream_BTD = model.tensor(EMBEDDING)[tokens_BT].float()
         for layer in range(model.shape.num_hidden_layers):
             maths.advance(stream_BTD, read_layer(model, layer, self.device))
-        stream_ND = stream_BTD.to(self.device)[self.batch.mask_BT]
+        stream_ND = self.batch.pick(stream_BTD.to(self.device))
         norm_D = model.tensor(FINAL_NORM, torch.float32).to(self.device)
         return normed(stream_ND, maths.eps) * norm_D
 

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from compress.basis import principal_basis
-from shearling import ShearlingError, write_json
+from shearling import ShearlingError, read_json, sha256_of_file, sha256_of_json, write_json
 from students.shape import Shape
 
 if TYPE_CHECKING:
@@ -203,3 +203,10 @@ def read_map(selection: Path) -> Tensor | None:
     """What ``write_map`` wrote: teacher's stream times it is the student's stream, [E, D]."""
     path = selection.with_suffix(".safetensors")
     return load_file(path)["hidden"] if path.is_file() else None
+
+
+def mapping_fingerprint(selection: Path) -> str:
+    """A hash of what a written selection says of layers and stream, its map included."""
+    chosen, path = read_json(selection), selection.with_suffix(".safetensors")
+    mapped = sha256_of_file(path) if path.is_file() else None
+    return sha256_of_json([chosen["layers"], chosen["hidden"], mapped])

@@ -139,12 +139,16 @@ def take_survey(
     streams: Streams,
     device: torch.device,
     dtype: torch.dtype,
+    vocabulary: int,
     progress: Progress = silent,
 ) -> Survey:
-    """Pass the teacher over the first windows; score its parts and choose inside its layers."""
+    """Pass the teacher over the first windows; score its parts and choose inside its layers.
+
+    What it would say counts among the first ``vocabulary`` tokens; the others are padding.
+    """
     taylor = None
     if settings.importance == "taylor":
-        taylor = taylor_scores(source, windows_BT, streams, device, dtype, progress)
+        taylor = taylor_scores(source, windows_BT, streams, device, dtype, vocabulary, progress)
     windows_BT = windows_BT[: max(1, SURVEY_TOKENS // windows_BT.shape[1])]
     shape = source.shape
     maths = LayerMath(source.config, windows_BT.shape[1], device, dtype)
@@ -191,7 +195,7 @@ def take_survey(
     survey.final_NE = normed(final_NE, maths.eps) * norm_E
     if settings.depth == "divergence" and target.num_hidden_layers < shape.num_hidden_layers:
         survey.layers = layers_by_divergence(
-            source, windows_BT, target.num_hidden_layers, device, dtype, progress
+            source, windows_BT, target.num_hidden_layers, device, dtype, vocabulary, progress
         )
     else:
         survey.layers = choose_layers(survey.distances, target.num_hidden_layers, settings.depth)

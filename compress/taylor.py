@@ -36,6 +36,7 @@ def taylor_scores(
     streams: Streams,
     device: torch.device,
     dtype: torch.dtype,
+    vocabulary: int,
     progress: Progress = silent,
 ) -> list[PartScores]:
     """Each layer's importances, from one forward and one backward pass over some windows.
@@ -54,7 +55,8 @@ def taylor_scores(
         stream_BTE.copy_(before[-1])
         maths.advance(stream_BTE, read_layer(source, number, device))
     gradient_BTE = streams.empty("taylor-gradient", tuple(stream_BTE.shape))
-    _through_head(source, maths, tokens_BT, stream_BTE, gradient_BTE)
+    head_VE = source.tensor(HEAD)[:vocabulary].to(device, dtype)
+    _through_head(source, head_VE, maths, tokens_BT, stream_BTE, gradient_BTE)
     scores: list[PartScores] = []
     for number in reversed(range(layers)):
         progress("gradients", 2 * layers - 1 - number, 2 * layers)
@@ -67,13 +69,13 @@ def taylor_scores(
 
 def _through_head(
     source: Checkpoint,
+    head_VE: Tensor,
     maths: LayerMath,
     tokens_BT: Tensor,
     stream_BTE: Tensor,
     gradient_BTE: Tensor,
 ) -> None:
     """The gradient of every window's summed loss with respect to the last stream."""
-    head_VE = source.tensor(HEAD).to(maths.device, maths.dtype)
     norm_E = source.tensor(FINAL_NORM, torch.float32).to(maths.device)
     for window, labels_T in enumerate(tokens_BT):
         leaf_TE = stream_BTE[window].to(maths.device, torch.float32, copy=True).requires_grad_()

@@ -11,7 +11,7 @@ from pipelines.stages.prune import TEACHER_SELECTION
 if TYPE_CHECKING:
     from pipelines.recipe import DistillStage
 
-CODE_VERSION = 4
+CODE_VERSION = 5
 RESUMABLE = True
 TOGETHER = True
 

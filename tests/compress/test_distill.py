@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from compress.answers import Taught
 from compress.data import StepData, make_batch
 from compress.distill import distill
 from compress.losses import IGNORED, cross_entropy, forward_kl, hidden_cosine
+from compress.precision import PrecisionChoice, in_precision
 from compress.settings import CorrectSettings, DistillSettings
 from pipelines.tiny import make_tiny_llama
 from shearling import ShearlingError
+from teachers.tokenizer import copy_tokenizer
 from teachers.transfer_set import TransferSet
 
 BASE: dict[str, Any] = {
@@ -340,7 +343,10 @@ def test_a_selection_that_does_not_fit_is_refused_with_a_word(bench: Bench) -> N
 # --- text that the student writes ------------------------------------------------------------
 
 
-def test_the_student_s_own_text_counts_up_to_its_end_and_has_no_labels(bench: Bench) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_student_s_own_text_counts_up_to_its_end_and_has_no_labels(
+    bench: Bench, dtype: str
+) -> None:
     from compress.on_policy import continued
 
     student = LlamaForCausalLM.from_pretrained(bench.student)
@@ -348,7 +354,9 @@ def test_the_student_s_own_text_counts_up_to_its_end_and_has_no_labels(bench: Be
         TransferSet(bench.text), DistillSettings(**BASE), seed=0, device=torch.device("cpu")
     )
     (batch,) = data.step(0)
+    precision = PrecisionChoice(name=dtype, reason="the test's")
     options: dict[str, Any] = {"share": 1.0, "temperature": 1.0, "seed": [0, 3]}
+    options["precision"] = precision
     found = continued(student, batch, **options)
     half = 16
     assert torch.equal(found.input_BT[:, :half], batch.input_BT[:, :half])
@@ -370,8 +378,9 @@ def test_the_student_s_own_text_counts_up_to_its_end_and_has_no_labels(bench: Be
     other = continued(student, batch, **{**options, "seed": [0, 4]})
     assert not torch.equal(other.input_BT, found.input_BT)
     # Each token was drawn from what the student says of the document alone, as it is packed.
-    with torch.no_grad():
+    with torch.no_grad(), in_precision(student, precision):
         said = student(found.input_BT, position_ids=found.positions_BT, use_cache=False).logits
+    said = said.float()
     taken = said[:, half - 1 : -1].log_softmax(-1).gather(-1, found.input_BT[:, half:, None])
     counted = found.mask_BT[rows, half - 1 : -1]
     surprise = -taken[rows, :, 0][counted].mean()
@@ -489,6 +498,38 @@ def test_a_spike_is_left_out_where_the_recipe_says_so(bench: Bench) -> None:
     skipped = [line for line in steps(out) if line.get("skipped")]
     assert len(skipped) >= 5
     assert skipped == steps(out)[-len(skipped) :] or len(skipped) > 5
+
+
+def test_a_weight_that_grows_is_no_divergence(bench: Bench) -> None:
+    grows = {"start": 0.0, "end": 1.0, "shape": "cosine"}
+    options = {"tokens": 32 * 8 * 40, "evaluate_every": 0, "learning_rate": 1e-4}
+    out, summary = bench.run(forward_kl=grows, **options)
+    assert summary["steps"] == 40
+    losses = [line["loss"] for line in steps(out)]
+    usual = reduce(lambda mean, loss: 0.9 * mean + 0.1 * loss, losses[:10])
+    assert losses[10] > 4 * usual, "the weighted sum alone does jump"
+
+
+def test_a_checkpoint_of_other_models_or_text_is_refused(
+    bench: Bench, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """It would go on with the wrong teacher without a word."""
+    options = {"tokens": 32 * 8 * 60, "learning_rate": 50.0, "warmup": 0.5, "clip": 1e9}
+    options |= {"evaluate_every": 0, "save_every_seconds": 0}
+    with pytest.raises(ShearlingError, match="jumped"):
+        bench.run(**options)
+    before, other = bench.teacher, tmp_path / "other"
+    model = LlamaForCausalLM.from_pretrained(tiny_llama)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.01)
+    model.save_pretrained(other)
+    copy_tokenizer(tiny_llama, other)
+    bench.teacher = other
+    with pytest.raises(ShearlingError, match="other settings, models or text"):
+        bench.run(**options)
+    bench.teacher = before
+    with pytest.raises(ShearlingError, match="jumped"):
+        bench.run(**options)
 
 
 def test_a_nan_in_the_weights_is_named_at_once(bench: Bench) -> None:

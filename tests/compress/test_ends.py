@@ -44,6 +44,7 @@ def two_ends(vocabulary: int = 60, hidden: int = 6) -> BothEnds:
         torch.randn(vocabulary, hidden).bfloat16(),
         torch.randn(vocabulary, hidden).bfloat16(),
         torch.rand(hidden) + 0.5,
+        vocabulary,
     )
 
 

@@ -106,6 +106,15 @@ def test_fused_equals_dense(name: str, chunk: int, dtype: torch.dtype, bound: fl
         assert (found - want).abs().max() <= bound * max(1.0, want.abs().max().item())
 
 
+def test_what_the_labels_cost_is_told_without_the_temperature() -> None:
+    """Whichever way the loss is computed, the log shows the same number."""
+    given, told = problem(torch.float32), []
+    for temperature, more in ((1.0, ()), (2.0, ()), (2.0, (Term("reverse_kl", 1e-9),))):
+        fused = FusedLoss(terms=(Term("forward_kl", 1.0), *more), temperature=temperature)
+        told.append(fused(**given)[1]["cross_entropy"].item())
+    assert told == pytest.approx([told[0]] * 3, rel=1e-5)
+
+
 def second_teacher(dtype: torch.dtype) -> LiveTargets:
     """One with another hidden size."""
     return LiveTargets(logits(7, N, E + 8).to(dtype), (logits(8, V, E + 8) / 4).to(dtype))

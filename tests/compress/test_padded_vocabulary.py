@@ -18,9 +18,13 @@ from compress.data import vocabulary_of
 from compress.distill import _batches as step_batches
 from compress.distill import distill
 from compress.on_policy import continued
-from compress.settings import DistillSettings
+from compress.prune import prune
+from compress.search import search
+from compress.settings import DistillSettings, PruneSettings
 from pipelines.tiny import make_tiny_llama
 from shearling import ShearlingError, read_json, silent
+from students.shape import resolve_shape
+from teachers.checkpoint import Checkpoint
 from teachers.tokenizer import (
     TOKENIZER_FILES,
     check_same_tokenizer,
@@ -137,6 +141,52 @@ def test_labels_alone_know_no_padding_either(
         assert line == pytest.approx(wanted, rel=1e-4)
 
 
+WAYS_TO_PRUNE: dict[str, dict[str, Any]] = {
+    "activation": {},
+    "taylor": {"importance": "taylor"},
+    "divergence": {"depth": "divergence"},
+    "dims": {"basis": "dims"},
+    "merged": {"merge": "least_squares"},
+    "split": {"merge": "split"},
+}
+
+
+@pytest.mark.parametrize("way", WAYS_TO_PRUNE)
+def test_padding_has_no_say_in_what_is_pruned(
+    way: str,
+    tiny_llama: Path,
+    tiny_llama_untied: Path,
+    tiny_transfer_set: Path,
+    tmp_path: Path,
+) -> None:
+    axes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "intermediate_size": 40}
+    source = tiny_llama
+    if "merge" in WAYS_TO_PRUNE[way]:
+        axes["tie_word_embeddings"] = True
+        source = tiny_llama_untied
+    settings = PruneSettings(calibration_tokens=1024, precision="float32", **WAYS_TO_PRUNE[way])
+    found: list[dict[str, torch.Tensor]] = []
+    wide = padded(source, tmp_path / "wide", 40)
+    for number, teacher in enumerate((source, wide)):
+        out, shape = tmp_path / str(number), resolve_shape(axes, Checkpoint(teacher).shape)
+        prune(teacher, out, shape, tiny_transfer_set, settings, seed=0)
+        student = LlamaForCausalLM.from_pretrained(out / "model")
+        found.append(dict(student.named_parameters()))
+    for name, weight in found[0].items():
+        torch.testing.assert_close(found[1][name][: len(weight)], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_has_no_say_in_a_search(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    settings, scores = PruneSettings(calibration_tokens=512, precision="float32"), []
+    for teacher in (tiny_llama, padded(tiny_llama, tmp_path / "wide", 40)):
+        shape = resolve_shape({"intermediate_size": 40}, Checkpoint(teacher).shape)
+        out = tmp_path / f"search-{len(scores)}"
+        scores += search(teacher, out, [shape], tiny_transfer_set, settings, tokens=512, seed=0)
+    assert scores[1]["kl"] == pytest.approx(scores[0]["kl"], rel=1e-3)
+
+
 @pytest.mark.parametrize("by", ["student", "teacher"])
 def test_nobody_writes_padding(
     by: str, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
@@ -158,6 +208,7 @@ def test_nobody_writes_padding(
     assert written.input_BT.max() < tokens
     assert not torch.equal(written.input_BT, read.input_BT)
     how: dict[str, Any] = {"share": 1.0, "temperature": 1.0, "seed": [0]}
+    how["precision"] = course.precision
     writer = course.student if by == "student" else first_teacher(course.answers)
     assert continued(writer, read, **how).input_BT.max() >= tokens, "they are inclined to"
 

@@ -850,7 +850,7 @@ def test_depth_by_divergence_goes_on_after_the_first_layer(
 ) -> None:
     source = Checkpoint(tiny_llama)
     windows = TransferSet(tiny_transfer_set).calibration(512, 0)
-    arguments = (torch.device("cpu"), torch.float32)
+    arguments = (torch.device("cpu"), torch.float32, source.shape.vocab_size)
     three = layers_by_divergence(source, windows, 3, *arguments)
     two = layers_by_divergence(source, windows, 2, *arguments)
     assert len(three) == 3

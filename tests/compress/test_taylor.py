@@ -40,7 +40,7 @@ def test_scores_are_what_autograd_says(
     streams = Streams(tmp_path, torch.float32, limit_bytes=0)
     device = torch.device("cpu")
     source = Checkpoint(tiny_llama)
-    found = taylor_scores(source, windows, streams, device, torch.float32)
+    found = taylor_scores(source, windows, streams, device, torch.float32, source.shape.vocab_size)
     model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     part = f"model.layers.{layer}"
     down = torch.stack([slopes(model, w, f"{part}.mlp.down_proj") for w in windows])
