@@ -123,6 +123,8 @@ def test_settings_follow_the_scorecard(measured_run: Path) -> None:
     assert like["agreement_windows"] == 2
     card["tasks"]["wikitext2"]["chat_template"] = False  # copa alone went through it
     assert "chat_template" not in settings_like(card, {})
+    with pytest.raises(ShearlingError, match="not measured on piqa"):
+        settings_like(card, {"tasks": ["piqa"]})
 
 
 def test_a_file_that_is_no_scorecard_is_a_clear_error(
