@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from reports import words
 from shearling import Progress, ShearlingError, disk_errors, folder_aside, silent
 from students.settings import ExportSettings
 from teachers.settings import TeacherSettings
@@ -20,7 +21,8 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write the model in a Hugging Face folder as ``settings`` say; ``out`` is a folder to fill.
 
-    Returns facts of what was written.
+    Returns facts of what was written: to, kind, converted (whether the numbers are of another kind
+    than before), shares (of the weights, by kind of number), files, bytes, parameters.
 
     Raises:
         ShearlingError: the model can't be held by the form that was asked for.
@@ -33,6 +35,7 @@ def export_checkpoint(
     source = open_checkpoint(folder)
     shapes = expected_tensors(source.shape)
     out.mkdir(parents=True, exist_ok=True)
+    shares: dict[str, float]
     if settings.to == "hf":
         config = source.config
         export_folder(
@@ -43,10 +46,11 @@ def export_checkpoint(
         if generation.is_file():
             shutil.copyfile(generation, out / generation.name)
         files = sorted(path.name for path in out.glob("*.safetensors"))
+        shares = {settings.dtype: 1.0}
     else:
         kind = settings.gguf_kind()
         file = out / f"{name}-{kind}.gguf"
-        export_gguf(
+        shares = export_gguf(
             source.config,
             shapes,
             source.tensor,
@@ -62,10 +66,20 @@ def export_checkpoint(
     return {
         "to": settings.to,
         "kind": settings.dtype if settings.to == "hf" else settings.gguf_kind(),
+        # A stage's numbers are of what was converted, not of what came out.
+        "converted": source.dtype.lower() != settings.gguf_kind(),
+        "shares": shares,
         "files": files,
         "bytes": size,
         "parameters": source.shape.parameters,
     }
+
+
+def export_line(facts: Mapping[str, Any]) -> str:
+    """What was written, in one line."""
+    line = f"{', '.join(facts['files'])}, {words.size(facts['bytes'])} as {facts['kind']}"
+    rest = words.unquantised(facts)
+    return f"{line}; {rest}" if rest else line
 
 
 def _end_of_turn(folder: Path) -> int | None:

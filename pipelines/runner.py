@@ -25,6 +25,7 @@ from pipelines import machine, preflight
 from pipelines.accelerators import this_machine
 from pipelines.crew import call_the_others
 from pipelines.display import Display, format_bytes, format_seconds, headline
+from pipelines.export import export_line
 from pipelines.journal import Journal, now
 from pipelines.locks import run_lock
 from pipelines.plan import PLAN_FILE, make_plan, teacher_facts
@@ -310,6 +311,8 @@ class _Run:
             write_json(folder / "benchmark.json", record)
             self.display.line(f"  {step.stage}: {headline(scorecard)}")
             return
+        if step.kind == "export":
+            self.display.line(f"  {step.name}: {export_line(record['summary'])}")
         refresh_stage(folder, artefact, record)
         self._collect_metrics()
         self.journal.set_row(

@@ -10,7 +10,7 @@ from shearling import read_json
 if TYPE_CHECKING:
     from pipelines.recipe import ExportStage
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 RESUMABLE = False
 
 

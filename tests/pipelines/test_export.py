@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
 from shapes import llama3_rope
 from shearling_process import Shearling
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -117,6 +119,29 @@ def test_fewer_bits_make_a_smaller_file(model: Path, tmp_path: Path) -> None:
     assert len(set(sizes)) == 3
 
 
+@pytest.mark.parametrize(
+    ("hidden", "kind", "most"), [(64, "q4_0", "q4_0"), (48, "q4_0", "f16"), (48, "q8_0", "f16")]
+)
+def test_it_says_what_could_not_be_quantised(
+    shearling: Shearling, tmp_path: Path, hidden: int, kind: str, most: str
+) -> None:
+    """Held against the file's own list of tensors."""
+    widths = {"hidden_size": hidden, "intermediate_size": 96, "head_dim": 16}
+    folder = make_tiny_llama(tmp_path / "model", **widths)
+    done = shearling("export", folder, "--to", "gguf", "--quantise", kind, "--out", "a", "--json")
+    facts = json.loads(done.stdout)
+    counts: Counter[str] = Counter()
+    for tensor in GGUFReader(tmp_path / "a" / facts["files"][0]).tensors:
+        counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    assert facts["shares"] == {kind: n / counts.total() for kind, n in counts.most_common()}
+    assert next(iter(facts["shares"])) == most
+    line = shearling("export", folder, "--to", "gguf", "--quantise", kind, "--out", "b").stdout
+    share = f"; {100 * facts['shares'].get('f16', 0):.0f}% of the weights have rows that are no"
+    assert (share in line) == (most == "f16"), line
+    plain = shearling("export", folder, "--to", "gguf", "--dtype", "float16", "--out", "c").stdout
+    assert "no multiple" not in plain  # 16 bits were asked for
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_folder_in_another_dtype(model: Path, tmp_path: Path, dtype: str) -> None:
     exported(model, tmp_path / "out", to="hf", dtype=dtype)
@@ -217,6 +242,8 @@ def test_an_export_stage_in_a_recipe(
     (file,) = (folder / "stages" / "small" / "export").glob("*.gguf")
     assert file.name == "tiny-small-q8_0.gguf"
     assert (folder / "stages" / "small" / "export" / "README.md").is_file()
+    assert f"small: {file.name}, " in done.stdout
+    assert "no multiple of 32 and stay in f16" in done.stdout  # 24 wide
     assert "small: not run again: nothing changed" in shearling("run", "tiny.yaml").stdout
     status = json.loads(shearling("status", folder, "--json").stdout)
     assert [row["state"] for row in status["stages"]] == ["done", "done", "done"]
