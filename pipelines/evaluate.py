@@ -41,19 +41,21 @@ def evaluate_model(
         def progress(what: str, done: int, total: int, /, **numbers: float) -> None:
             display.progress("eval", what, done, total, **numbers)
 
-        def opened(named: str, role: str) -> Path:
+        def opened(named: str, role: str) -> tuple[Path, int]:
             # The same way in as for a teacher, so every form of a model can be measured.
             folder = Path(named).expanduser() / "model"
             settings = TeacherSettings(model=str(folder) if folder.is_dir() else named)
-            import_teacher(settings, Path(aside) / role, cache=cache, progress=progress)
-            return Path(aside) / role / "model"
+            facts = import_teacher(settings, Path(aside) / role, cache=cache, progress=progress)
+            return Path(aside) / role / "model", facts["source_bytes"]
 
+        measured, size = opened(model, "student")
         return benchmark(
-            opened(model, "student"),
+            measured,
             chosen,
             name=model,
             cache=cache,
-            teacher=opened(teacher, "teacher") if teacher else None,
+            teacher=opened(teacher, "teacher")[0] if teacher else None,
+            size=size,
             device=pick_device("auto"),
             progress=progress,
         )

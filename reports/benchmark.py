@@ -47,6 +47,7 @@ def benchmark(
     name: str,
     cache: Path,
     teacher: Path | None = None,
+    size: int | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Progress = silent,
@@ -54,6 +55,7 @@ def benchmark(
     """Measure the checkpoint folder ``model`` and return its scorecard.
 
     With a ``teacher`` (another folder) also how far the model's answers are from the teacher's.
+    ``size``: bytes of what the folder was converted from, where that is what people have on disk.
 
     {"schema", "model", "parameters", "bytes", "results": {task: {metric: {"value", "stderr"}}},
     "tasks": {task: facts that must agree before two scorecards may be compared, and chance},
@@ -71,11 +73,12 @@ def benchmark(
             f"{name} has no chat template into which prompts could be put.",
             hint="Remove benchmark.chat_template (--chat-template).",
         )
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     card: dict[str, Any] = {
         "schema": SCHEMA,
         "model": name,
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
-        "bytes": sum(file.stat().st_size for file in Path(model).glob("*.safetensors")),
+        "bytes": weights if size is None else size,
         "results": {},
         "tasks": {},
         "skipped": {},
