@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reports import words
 from shearling import Progress, ShearlingError, disk_errors, folder_aside, silent
 from students.settings import ExportSettings
 from teachers.settings import TeacherSettings
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 CARD = "README.md"
 
@@ -21,8 +24,9 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write the model in a Hugging Face folder as ``settings`` say; ``out`` is a folder to fill.
 
-    Returns facts of what was written: to, kind, converted (whether the numbers are of another kind
-    than before), shares (of the weights, by kind of number), files, bytes, parameters.
+    Returns facts of what was written: to, kind, converted (whether the numbers were of another kind
+    before), stock_gguf (whether transformers reads all of it out of a GGUF), shares (of the
+    weights, by kind of number), files, bytes, parameters.
 
     Raises:
         ShearlingError: the model can't be held by the form that was asked for.
@@ -68,11 +72,19 @@ def export_checkpoint(
         "kind": settings.dtype if settings.to == "hf" else settings.gguf_kind(),
         # A stage's numbers are of what was converted, not of what came out.
         "converted": source.dtype.lower() != settings.gguf_kind(),
+        "stock_gguf": _stock_in_gguf(source.config),
         "shares": shares,
         "files": files,
         "bytes": size,
         "parameters": source.shape.parameters,
     }
+
+
+def _stock_in_gguf(config: LlamaConfig) -> bool:
+    """Whether transformers' own reader of GGUFs leaves nothing out: it knows neither RoPE's
+    scaling nor biases."""
+    rope = config.rope_parameters.get("rope_type", "default")
+    return rope == "default" and not (config.attention_bias or config.mlp_bias)
 
 
 def export_line(facts: Mapping[str, Any]) -> str:
@@ -97,10 +109,15 @@ def write_card(
     teacher: Mapping[str, Any] | None,
     *,
     name: str,
-    recipe: str = "",
+    history: Sequence[str],
+    export: Mapping[str, Any],
     text: Mapping[str, Any] | None = None,
 ) -> None:
-    """The model card beside an exported model; ``text`` is the transfer set's facts."""
+    """The model card beside an exported model.
+
+    ``history`` are the kinds of stages that made it out of the teacher, ``export`` is what
+    ``export_checkpoint`` returned, ``text`` the transfer set's facts.
+    """
     from reports.model_card import model_card
     from shearling import write_text
 
@@ -108,7 +125,8 @@ def write_card(
         dict(scorecard),
         dict(teacher) if teacher is not None else None,
         name=name,
-        recipe=recipe,
+        history=history,
+        export=dict(export),
         text=dict(text or {}),
     )
     write_text(out / CARD, card)
@@ -140,7 +158,7 @@ def export_model(
                 Path(aside) / "model", filled, settings, name=_name(model), progress=progress
             )
             if stage is not None:
-                _card_of_stage(filled, *stage)
+                _card_of_stage(filled, *stage, facts)
     return facts
 
 
@@ -159,7 +177,7 @@ def _stage_of(model: Path) -> tuple[Path, str] | None:
     return (folder.parent.parent, folder.name) if is_stage else None
 
 
-def _card_of_stage(out: Path, run: Path, stage: str) -> None:
+def _card_of_stage(out: Path, run: Path, stage: str, facts: dict[str, Any]) -> None:
     from reports.model_card import write_model_card
 
-    write_model_card(out, run, stage)
+    write_model_card(out, run, stage, export=facts)

@@ -32,7 +32,7 @@ from pipelines.plan import PLAN_FILE, make_plan, teacher_facts
 from pipelines.provenance import Provenance, check_locked, lock_data
 from pipelines.recipe import Recipe
 from pipelines.stages.context import Context
-from pipelines.steps import STAGES, Decision, Step, build_steps, decide_all
+from pipelines.steps import STAGES, Decision, Step, build_steps, decide_all, history
 from pipelines.store import STAGE_FILE, FileHashes, Store
 from shearling import (
     ShearlingError,
@@ -264,6 +264,7 @@ class _Run:
         return Context(
             name=step.stage,
             inputs={role: self._artefact(name) for role, name in step.needs.items()},
+            history=history(step, self.steps),
             out=out,
             run=self.run,
             seed=self.recipe.seed,

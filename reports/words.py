@@ -69,6 +69,11 @@ def percent(share: float | None, digits: int = 0) -> str:
     return MISSING if share is None else f"{100 * share:.{digits}f}%"
 
 
+def some_percent(share: float) -> str:
+    """A share that is not nothing, also where it would round to that."""
+    return percent(share) if share >= 0.01 else "less than 1%"
+
+
 def unquantised(export: Mapping[str, Any]) -> str:
     """What a quantised GGUF holds in 16 bits all the same; nothing where there is nothing.
 
@@ -77,8 +82,8 @@ def unquantised(export: Mapping[str, Any]) -> str:
     share = export.get("shares", {}).get("f16", 0)
     if not share or not str(export.get("kind")).startswith("q"):
         return ""
-    told = percent(share) if share >= 0.01 else "less than 1%"
-    return f"{told} of the weights have rows that are no multiple of 32 and stay in f16"
+    why = "have rows that are no multiple of 32 and stay in f16"
+    return f"{some_percent(share)} of the weights {why}"
 
 
 def is_share(metric: str) -> bool:

@@ -29,6 +29,8 @@ def run(settings: ExportStage, context: Context) -> dict[str, Any]:
         read_json(context.inputs["scorecard"] / "scorecard.json"),
         read_json(context.inputs["teacher_scorecard"] / "scorecard.json"),
         name=name,
+        history=context.history,
+        export=facts,
         text=read_json(written / "transfer_set.json") if written else None,
     )
     return facts
