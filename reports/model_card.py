@@ -190,9 +190,9 @@ def _quantised(export: Data) -> list[str]:
     if not str(export.get("kind")).startswith("q"):
         return []
     kinds = export["shares"].items()
-    stored = ", ".join(f"{words.some_percent(s)} in {kind}" for kind, s in kinds if kind != "f32")
-    why = "; those in f16 have rows that are no multiple of 32" if "f16" in export["shares"] else ""
-    return [f"Of its weights {stored}{why}."]
+    stored = ", ".join(f"{words.some_percent(s)} {kind}" for kind, s in kinds if kind != "f32")
+    why = "; those of f16 have rows that are no multiple of 32" if "f16" in export["shares"] else ""
+    return [f"Its weights: {stored}{why}."]
 
 
 def _written_text(text: Data) -> list[str]:

@@ -72,7 +72,9 @@ def gguf_card(run: Path, out: Path, **changes: Any) -> ModelCard:
 def test_the_card_of_a_gguf_is_about_the_gguf(run: Path, tmp_path: Path) -> None:
     card = gguf_card(run, tmp_path)
     assert "12.3 MB as q4_0" in card.text
-    assert "83% in f16, 16% in q4_0; those in f16 have rows that are no multiple" in card.text
+    assert (
+        "Its weights: 83% f16, 16% q4_0; those of f16 have rows that are no multiple" in card.text
+    )
     assert "measured before the model was converted to q4_0" in card.text
     names = [result.metric_name for result in card.data.eval_results]
     assert names
@@ -87,7 +89,7 @@ def test_what_was_not_converted_was_measured(run: Path, tmp_path: Path) -> None:
     same = {"kind": "f32", "converted": False, "shares": {"f32": 1.0}}
     card = gguf_card(run, tmp_path, **same)
     assert "measured before" not in card.text
-    assert "Of its weights" not in card.text
+    assert "Its weights" not in card.text
     assert not [r for r in card.data.eval_results if "before" in r.metric_name]
 
 
