@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.display import Display, format_bytes
+from pipelines.display import Display, format_bytes, skipped_lines
 from pipelines.machine import pick_device
-from pipelines.preflight import check_tasks
+from pipelines.preflight import check_mirror, check_tasks, missing_mirror
 from reports.settings import BenchmarkSettings
+from reports.tasks import OWN
 from shearling import ShearlingError
 from teachers.settings import TeacherSettings
 
@@ -26,13 +27,17 @@ def evaluate_model(
     cache: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """The scorecard of a model folder, a stage's folder, a GGUF file, a packaged file or a hub id.
+    """The scorecard of a model folder, a run's or a stage's, a GGUF, a packaged file or a hub id.
 
     ``settings`` are keys of ``BenchmarkSettings``; progress goes to ``console``. With a
     ``teacher`` (in any of the same forms) the model's answers on text are held against its.
+
+    Raises:
+        ShearlingError: a model can't be read, or not one task could be measured.
     """
     chosen = _settings(settings)
     check_tasks(chosen)
+    check_mirror(chosen)
     from reports.benchmark import benchmark
     from teachers.checkpoint import import_teacher
 
@@ -48,8 +53,10 @@ def evaluate_model(
             import_teacher(settings, Path(aside) / role, cache=cache, progress=progress)
             return Path(aside) / role / "model"
 
-        return benchmark(
-            opened(model, "student"),
+        if missing := missing_mirror(chosen):
+            display.line(missing, style="yellow")
+        scorecard = benchmark(
+            opened(model, "model"),
             chosen,
             name=model,
             cache=cache,
@@ -57,6 +64,14 @@ def evaluate_model(
             device=pick_device("auto"),
             progress=progress,
         )
+    if not scorecard["results"]:
+        raise ShearlingError(
+            "Not one task could be measured:\n"
+            + "\n".join(f"  - {line}" for line in skipped_lines(scorecard, set())),
+            hint="Name the folder of the tasks' JSONL files with --mirror, or with --tasks some "
+            f"that come with Shearling: {', '.join(OWN)}.",
+        )
+    return scorecard
 
 
 def _settings(settings: dict[str, Any]) -> BenchmarkSettings:

@@ -7,6 +7,7 @@ from pathlib import Path
 from pipelines.recipe import PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
 from reports.settings import BenchmarkSettings
+from reports.tasks import OWN
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.families import known_family
@@ -54,6 +55,40 @@ def check_tasks(settings: BenchmarkSettings) -> None:
     check(settings)
 
 
+def check_mirror(settings: BenchmarkSettings) -> None:
+    """The mirror is no file; one that isn't there is only worth a word (``missing_mirror``).
+
+    Raises:
+        ShearlingError: if it is a file.
+    """
+    for problem in _mirror_problems(settings):
+        raise ShearlingError(
+            f"{problem}.", hint="Name the folder in which it lies, with --mirror or in the recipe."
+        )
+
+
+def _mirror_problems(settings: BenchmarkSettings) -> list[str]:
+    if settings.mirror and Path(settings.mirror).expanduser().is_file():
+        return [f"benchmark.mirror: {settings.mirror} is a file, not a folder of JSONL files"]
+    return []
+
+
+def missing_mirror(settings: BenchmarkSettings) -> str | None:
+    """What to say of a mirror that isn't there; None where no task misses it.
+
+    No error: a shipped recipe names one that not everybody has.
+    """
+    if not settings.mirror or Path(settings.mirror).expanduser().exists():
+        return None
+    asked = [task for task in settings.tasks if task not in OWN]
+    if not asked:
+        return None
+    return (
+        f"benchmark.mirror: {settings.mirror} does not exist, so the hub is asked for the data of "
+        f"{', '.join(asked)}."
+    )
+
+
 def check_paths(recipe: Recipe) -> None:
     """All of the recipe's local paths exist and are not empty.
 
@@ -76,6 +111,7 @@ def check_paths(recipe: Recipe) -> None:
             problems.append(f"{where} is an empty folder")
         elif source.format != "dataset" and _looks_local(source.path) and not path.exists():
             problems.append(f"{where} does not exist")
+    problems += _mirror_problems(recipe.benchmark)
     if problems:
         raise ShearlingError(
             "The recipe names files that can't be used:\n"
