@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pipelines.display import Display, format_bytes, skipped_lines
 from pipelines.machine import pick_device
+from pipelines.named import find_model
 from pipelines.preflight import check_mirror, check_tasks, missing_mirror
 from reports.settings import BenchmarkSettings
 from reports.tasks import OWN
@@ -48,9 +49,15 @@ def evaluate_model(
 
         def opened(named: str, role: str) -> Path:
             # The same way in as for a teacher, so every form of a model can be measured.
-            folder = Path(named).expanduser() / "model"
-            settings = TeacherSettings(model=str(folder) if folder.is_dir() else named)
-            import_teacher(settings, Path(aside) / role, cache=cache, progress=progress)
+            found = find_model(named, role=role, tell=display.line)
+            import_teacher(
+                TeacherSettings(model=found),
+                Path(aside) / role,
+                cache=cache,
+                progress=progress,
+                role=role,
+                where="--teacher" if role == "teacher" else "its path",
+            )
             return Path(aside) / role / "model"
 
         if missing := missing_mirror(chosen):
