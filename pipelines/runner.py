@@ -162,8 +162,8 @@ class _Run:
         try:
             with self.display:
                 self._tell_leftovers()
-                if missing := preflight.missing_mirror(self.recipe.benchmark):
-                    self.display.line(missing, style="yellow")
+                for warning in preflight.warnings(self.recipe):
+                    self.display.line(warning, style="yellow")
                 for step, decision in self.planned:
                     self._do(step, decision)
             _remove_old_stages(self.run / "stages", {step.stage for step in steps})
@@ -316,6 +316,9 @@ class _Run:
                 self.display.line(f"  {skipped}", style="yellow")
             return
         refresh_stage(folder, artefact, record)
+        if step.kind == "transfer_set":  # too little text, or text of the teacher's own
+            for note in (record.get("summary") or {}).get("notes") or ():
+                self.display.line(f"  {note}", style="yellow")
         self._collect_metrics()
         self.journal.set_row(
             step.stage,

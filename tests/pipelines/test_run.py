@@ -224,6 +224,17 @@ def test_a_mistyped_mirror_is_told_where_the_user_looks(
     assert done.stdout.count("skipped copa: no file of it in benchmark.mirror (./taks)") == 1
 
 
+def test_too_little_text_is_told_where_the_user_looks(
+    run: Path, recipe_file: Path, shearling: Shearling
+) -> None:
+    asked = "transfer_set.sources.grammar.tokens=100_000_000"
+    done = shearling("run", recipe_file, "--out", run, "--set", asked)
+    assert done.returncode == 0, done.stderr
+    note = "grammar: 100,000,000 tokens were asked for, all of the text makes"
+    assert f"  {note}" in done.stdout
+    assert note in (run / "report.md").read_text()
+
+
 def test_stages_that_left_the_recipe_are_not_shown(
     run: Path, recipe_data: dict[str, Any], tmp_path: Path, shearling: Shearling
 ) -> None:
@@ -382,6 +393,7 @@ def unchanged_after(
         ("benchmark.limits.lambada_openai=0", "greater than 0"),
         ("transfer_set.sources.0.path=./nothing.txt", "./nothing.txt does not exist"),
         ("benchmark.tasks=[copaa]", "copaa"),
+        ("teacher.revision=main", "teacher.revision: main is of a hub id"),
         ("benchmark.mirror=tiny.yaml", "tiny.yaml is a file, not a folder"),
     ],
 )
