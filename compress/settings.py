@@ -320,6 +320,21 @@ class DistillSettings(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_loss(self) -> DistillSettings:
+        divergences = (
+            self.forward_kl,
+            self.reverse_kl,
+            self.jensen_shannon,
+            self.skewed_kl,
+            self.skewed_reverse_kl,
+        )
+        weights = [*divergences, self.cross_entropy, self.hidden.weight, self.attention.weight]
+        ends = [(w.start, w.end) if isinstance(w, Ramp) else (w,) for w in weights]
+        if not any(map(any, ends)):
+            raise ValueError("every weight is 0: nothing would be learnt; set forward_kl above 0")
+        return self
+
+    @model_validator(mode="after")
     def _check_targets(self) -> DistillSettings:
         divergences = ("reverse_kl", "jensen_shannon", "skewed_kl", "skewed_reverse_kl")
         unkept = [name for name in divergences if getattr(self, name)]

@@ -156,6 +156,7 @@ def follow() -> None:
         context = Context(
             name=told["name"],
             inputs={role: Path(path) for role, path in told["inputs"].items()},
+            history=(),  # only an export looks at it, which rank 0 makes alone
             seed=told["seed"],
             benchmark=BenchmarkSettings(),  # only the transfer set looks at it, on rank 0 alone
             device=told["device"],

@@ -158,8 +158,15 @@ def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:
     }
     if len(shots) == 1:
         like["num_fewshot"] = shots.pop()
+    known = [facts for task, facts in tasks.items() if task in chosen]
+    if not known:
+        raise ShearlingError(
+            f"{card['model']} was not measured on {', '.join(chosen)}, so there is nothing to hold "
+            "another model against.",
+            hint=f"Leave --tasks out, or name some of {', '.join(tasks) or 'its tasks'}.",
+        )
     # Not any: some tasks go through the template by themselves.
-    if all(facts.get("chat_template") for task, facts in tasks.items() if task in chosen):
+    if all(facts.get("chat_template") for facts in known):
         like["chat_template"] = True
     for windows in ("perplexity_windows", "agreement_windows"):
         if found := tasks.get("wikitext2", {}).get(windows):

@@ -47,10 +47,10 @@ def evaluate_model(
         def progress(what: str, done: int, total: int, /, **numbers: float) -> None:
             display.progress("eval", what, done, total, **numbers)
 
-        def opened(named: str, role: str) -> Path:
+        def opened(named: str, role: str) -> tuple[Path, int]:
             # The same way in as for a teacher, so every form of a model can be measured.
             found = find_model(named, role=role, tell=display.line)
-            import_teacher(
+            facts = import_teacher(
                 TeacherSettings(model=found),
                 Path(aside) / role,
                 cache=cache,
@@ -58,16 +58,18 @@ def evaluate_model(
                 role=role,
                 where="--teacher" if role == "teacher" else "its path",
             )
-            return Path(aside) / role / "model"
+            return Path(aside) / role / "model", facts["source_bytes"]
 
         if missing := missing_mirror(chosen):
             display.line(missing, style="yellow")
+        measured, size = opened(model, "model")
         scorecard = benchmark(
-            opened(model, "model"),
+            measured,
             chosen,
             name=model,
             cache=cache,
-            teacher=opened(teacher, "teacher") if teacher else None,
+            teacher=opened(teacher, "teacher")[0] if teacher else None,
+            size=size,
             device=pick_device("auto"),
             progress=progress,
         )

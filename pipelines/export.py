@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.named import find_model, refuse_earlier
+from reports import words
 from reports.run_folder import earlier_settings
 from shearling import Progress, ShearlingError, disk_errors, folder_aside, silent
 from students.settings import ExportSettings
 from teachers.settings import TeacherSettings
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 CARD = "README.md"
 
@@ -22,7 +26,9 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Write the model in a Hugging Face folder as ``settings`` say; ``out`` is a folder to fill.
 
-    Returns facts of what was written.
+    Returns facts of what was written: to, kind, converted (whether the numbers were of another kind
+    before), stock_gguf (whether transformers reads all of it out of a GGUF), shares (of the
+    weights, by kind of number), files, bytes, parameters.
 
     Raises:
         ShearlingError: the model can't be held by the form that was asked for.
@@ -35,6 +41,7 @@ def export_checkpoint(
     source = open_checkpoint(folder)
     shapes = expected_tensors(source.shape)
     out.mkdir(parents=True, exist_ok=True)
+    shares: dict[str, float]
     if settings.to == "hf":
         config = source.config
         export_folder(
@@ -45,10 +52,11 @@ def export_checkpoint(
         if generation.is_file():
             shutil.copyfile(generation, out / generation.name)
         files = sorted(path.name for path in out.glob("*.safetensors"))
+        shares = {settings.dtype: 1.0}
     else:
         kind = settings.gguf_kind()
         file = out / f"{name}-{kind}.gguf"
-        export_gguf(
+        shares = export_gguf(
             source.config,
             shapes,
             source.tensor,
@@ -64,10 +72,28 @@ def export_checkpoint(
     return {
         "to": settings.to,
         "kind": settings.dtype if settings.to == "hf" else settings.gguf_kind(),
+        # A stage's numbers are of what was converted, not of what came out.
+        "converted": source.dtype.lower() != settings.gguf_kind(),
+        "stock_gguf": _stock_in_gguf(source.config),
+        "shares": shares,
         "files": files,
         "bytes": size,
         "parameters": source.shape.parameters,
     }
+
+
+def _stock_in_gguf(config: LlamaConfig) -> bool:
+    """Whether transformers' own reader of GGUFs leaves nothing out: it knows neither RoPE's
+    scaling nor biases."""
+    rope = config.rope_parameters.get("rope_type", "default")
+    return rope == "default" and not (config.attention_bias or config.mlp_bias)
+
+
+def export_line(facts: Mapping[str, Any]) -> str:
+    """What was written, in one line."""
+    line = f"{', '.join(facts['files'])}, {words.size(facts['bytes'])} as {facts['kind']}"
+    rest = words.unquantised(facts)
+    return f"{line}; {rest}" if rest else line
 
 
 def _end_of_turn(folder: Path) -> int | None:
@@ -85,10 +111,15 @@ def write_card(
     teacher: Mapping[str, Any] | None,
     *,
     name: str,
-    recipe: str = "",
+    history: Sequence[str],
+    export: Mapping[str, Any],
     text: Mapping[str, Any] | None = None,
 ) -> None:
-    """The model card beside an exported model; ``text`` is the transfer set's facts."""
+    """The model card beside an exported model.
+
+    ``history`` are the kinds of stages that made it out of the teacher, ``export`` is what
+    ``export_checkpoint`` returned, ``text`` the transfer set's facts.
+    """
     from reports.model_card import model_card
     from shearling import write_text
 
@@ -96,7 +127,8 @@ def write_card(
         dict(scorecard),
         dict(teacher) if teacher is not None else None,
         name=name,
-        recipe=recipe,
+        history=history,
+        export=dict(export),
         text=dict(text or {}),
     )
     write_text(out / CARD, card)
@@ -146,7 +178,7 @@ def export_model(
                 Path(aside) / "model", filled, settings, name=_name(named), progress=progress
             )
             if stage is not None:
-                _card_of_stage(filled, *stage)
+                _card_of_stage(filled, *stage, facts)
     return facts
 
 
@@ -165,7 +197,7 @@ def _stage_of(model: Path) -> tuple[Path, str] | None:
     return (folder.parent.parent, folder.name) if is_stage else None
 
 
-def _card_of_stage(out: Path, run: Path, stage: str) -> None:
+def _card_of_stage(out: Path, run: Path, stage: str, facts: dict[str, Any]) -> None:
     from reports.model_card import write_model_card
 
-    write_model_card(out, run, stage)
+    write_model_card(out, run, stage, export=facts)

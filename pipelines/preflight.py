@@ -49,6 +49,19 @@ def check_parents(path: Path) -> None:
         )
 
 
+def check_file(path: Path) -> None:
+    """A path is one where a file can be written, or written over.
+
+    Raises:
+        ShearlingError: it is a folder, or what stands above it is none.
+    """
+    check_parents(path)
+    if path.is_dir():
+        raise ShearlingError(
+            f"{path} can't be written: it is a folder.", hint="Name a file with --out."
+        )
+
+
 def check_tasks(settings: BenchmarkSettings) -> None:
     """Every task of the benchmark exists."""
     from reports.tasks import check_tasks as check

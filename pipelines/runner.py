@@ -25,13 +25,14 @@ from pipelines import machine, preflight
 from pipelines.accelerators import this_machine
 from pipelines.crew import call_the_others
 from pipelines.display import Display, format_bytes, format_seconds, headline, skipped_lines
+from pipelines.export import export_line
 from pipelines.journal import Journal, now
 from pipelines.locks import run_lock
 from pipelines.plan import PLAN_FILE, make_plan, teacher_facts
 from pipelines.provenance import Provenance, check_locked, lock_data
 from pipelines.recipe import Recipe
 from pipelines.stages.context import Context
-from pipelines.steps import STAGES, Decision, Step, build_steps, decide_all
+from pipelines.steps import STAGES, Decision, Step, build_steps, decide_all, history
 from pipelines.store import STAGE_FILE, FileHashes, Store
 from shearling import (
     ShearlingError,
@@ -266,6 +267,7 @@ class _Run:
         return Context(
             name=step.stage,
             inputs={role: self._artefact(name) for role, name in step.needs.items()},
+            history=history(step, self.steps),
             out=out,
             run=self.run,
             seed=self.recipe.seed,
@@ -315,6 +317,8 @@ class _Run:
             for skipped in skipped_lines(scorecard, self.told_skipped):
                 self.display.line(f"  {skipped}", style="yellow")
             return
+        if step.kind == "export":
+            self.display.line(f"  {step.name}: {export_line(record['summary'])}")
         refresh_stage(folder, artefact, record)
         if step.kind == "transfer_set":  # too little text, or text of the teacher's own
             for note in (record.get("summary") or {}).get("notes") or ():

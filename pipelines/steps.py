@@ -217,6 +217,15 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
     return list(builder.steps.values())
 
 
+def history(step: Step, steps: Mapping[str, Step]) -> tuple[str, ...]:
+    """Kinds of the steps that made the model which ``step`` reads out of the teacher, in order."""
+    kinds: list[str] = []
+    while "model" in step.needs:
+        step = steps[step.needs["model"]]
+        kinds.insert(0, step.kind)
+    return tuple(kind for kind in kinds if kind != "teacher")
+
+
 def _forget_places(slice_: dict[str, Any]) -> None:
     """Put its ending in the place of each path that is here: its hash is among the inputs.
 

@@ -28,10 +28,10 @@ from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
 from reports.perplexity import ratio_error
 from reports.settings import BenchmarkSettings
-from reports.speed import measure_speed, peak_memory
+from reports.speed import measure_speed
 from reports.tasks import Task, check_tasks, wikitext
 from reports.text_measures import add_agreement, add_perplexities, read_text
-from shearling import Progress, __version__, silent
+from shearling import Progress, ShearlingError, __version__, silent
 
 SCHEMA = 1
 BOOTSTRAPS = 1000
@@ -47,6 +47,7 @@ def benchmark(
     name: str,
     cache: Path,
     teacher: Path | None = None,
+    size: int | None = None,
     device: str = "cpu",
     seed: int = 0,
     progress: Progress = silent,
@@ -54,6 +55,7 @@ def benchmark(
     """Measure the checkpoint folder ``model`` and return its scorecard.
 
     With a ``teacher`` (another folder) also how far the model's answers are from the teacher's.
+    ``size``: bytes of what the folder was converted from, where that is what people have on disk.
 
     {"schema", "model", "parameters", "bytes", "results": {task: {metric: {"value", "stderr"}}},
     "tasks": {task: facts that must agree before two scorecards may be compared, and chance},
@@ -66,11 +68,17 @@ def benchmark(
     """
     check_tasks(settings)
     loaded, tokenizer = load_model(model, device)
+    if settings.chat_template and not tokenizer.chat_template:
+        raise ShearlingError(
+            f"{name} has no chat template into which prompts could be put.",
+            hint="Remove benchmark.chat_template (--chat-template).",
+        )
+    weights = sum(file.stat().st_size for file in Path(model).glob("*.safetensors"))
     card: dict[str, Any] = {
         "schema": SCHEMA,
         "model": name,
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
-        "bytes": sum(file.stat().st_size for file in Path(model).glob("*.safetensors")),
+        "bytes": weights if size is None else size,
         "results": {},
         "tasks": {},
         "skipped": {},
@@ -98,9 +106,6 @@ def benchmark(
     if settings.speed:
         progress("speed and memory", 0, 1)
         card.update(measure_speed(model, device=device))
-    else:
-        card["peak_memory_bytes"] = peak_memory(device)
-        card["memory"] = {"measured": "peak resident set of the whole process so far"}
     return card
 
 
@@ -150,6 +155,7 @@ def _run_task(
         loaded = load_task(task, settings, card["skipped"])
         if loaded is None:
             return
+        check_examples(loaded, settings.num_fewshot)
         in_chat = settings.chat_template or asks_in_chat(loaded, lm.tokenizer)
         try:
             results = evaluate(
@@ -195,6 +201,29 @@ def asks_in_chat(loaded: dict[str, Any], tokenizer: Any) -> bool:
     """
     wanted = [(t.get_config("metadata") or {}).get("chat") for t in loaded["tasks"].values()]
     return any(wanted) and bool(tokenizer.chat_template)
+
+
+def check_examples(loaded: dict[str, Any], count: int | None) -> None:
+    """Every task that shows examples has as many as are asked for.
+
+    Raises:
+        ShearlingError: with the task that has the fewest.
+    """
+    if not count:
+        return
+    there = {
+        name: len(list(task.fewshot_docs()))
+        for name, task in loaded["tasks"].items()
+        if task.get_config("num_fewshot") != 0
+    }
+    least = min(there, key=there.__getitem__, default=None)
+    # Where they come from the documents that are asked about, the one asked about is left out.
+    if least is not None and there[least] <= count:
+        raise ShearlingError(
+            f"{least} has {there[least]} documents to show as examples, too few for {count} "
+            "beside one that is asked.",
+            hint=f"Set benchmark.num_fewshot (--fewshot) to {there[least] - 1} or less.",
+        )
 
 
 def load_task(

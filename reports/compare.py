@@ -258,14 +258,13 @@ def with_holm(comparisons: Sequence[Comparison], card: Mapping[str, Any]) -> lis
             continue
         p = next(adjusted)
         upward = higher_is_better(card, comparison.task, comparison.metric)
-        judged.append(
-            _replace(comparison, p_adjusted=p, verdict=_verdict(comparison.difference, p, upward))
-        )
+        judged.append(_replace(comparison, p_adjusted=p, verdict=_verdict(comparison, p, upward)))
     return judged
 
 
-def _verdict(difference: float | None, p: float, upward: bool) -> str:
-    if difference == 0:
+def _verdict(comparison: Comparison, p: float, upward: bool) -> str:
+    difference = comparison.difference
+    if difference == 0 and not comparison.stderr:  # no document differs: more than a mean of 0
         return "the same"
     if p >= SIGNIFICANT:
         return "within noise"

@@ -6,6 +6,9 @@ reads (https://huggingface.co/docs/hub/model-cards). Every number comes from the
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,24 @@ from reports.run_folder import Data, as_dict, as_list, as_number, read_run
 from reports.tables import transfer
 from shearling import ShearlingError, __version__, write_text
 
+DONE = {"correct": "trained on the transfer set", "prune": "pruned", "distill": "distilled"}
+TAGS = {"prune": "pruning", "distill": "distillation"}
+
 
 def write_model_card(
-    model: Path, run: Path, stage: str, *, license: str | None = None, base_model: str | None = None
+    model: Path,
+    run: Path,
+    stage: str,
+    *,
+    export: Data | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
 ) -> Path:
     """Write ``model/README.md`` for the model that ``stage`` of the run made; returns its path.
 
-    ``license`` is a hub identifier (apache-2.0, llama3.1, ...) and ``base_model`` a hub id; both
-    are left out where they aren't known. A stage without a scorecard is a ShearlingError.
+    ``export`` are facts of how it was written (`pipelines.export`), where it isn't the stage's own
+    folder. ``license`` is a hub identifier (apache-2.0, llama3.1, ...) and ``base_model`` a hub id;
+    both are left out where they aren't known. A stage without a scorecard is a ShearlingError.
     """
     found = read_run(run)
     made = next((entry for entry in found.measured if entry.name == stage), None)
@@ -40,6 +53,9 @@ def write_model_card(
         made.scorecard,
         found.teacher,
         name=f"{found.name}-{stage}",
+        history=found.history(stage),
+        export=export,
+        stage=stage,
         recipe=found.recipe_text,
         text=transfer(found),
         license=license,
@@ -54,52 +70,73 @@ def model_card(
     teacher: Data | None,
     *,
     name: str,
+    history: Sequence[str],
+    export: Data | None = None,
+    stage: str = "",
     recipe: str = "",
     text: Data | None = None,
     license: str | None = None,
     base_model: str | None = None,
 ) -> str:
-    """The text of a model card, front matter included; ``text`` is the run's transfer_set.json."""
+    """The text of a model card, front matter included.
+
+    ``history`` are the kinds of stages that made the model out of the teacher, in order; a teacher
+    has none, so its card holds nothing of the run but its own results. ``stage`` is the last one's
+    name in ``recipe``, ``text`` the run's transfer_set.json.
+    """
+    export = export or {}
+    if not history:
+        teacher, text, recipe = None, None, ""
     return "\n".join(
         [
             "---",
-            metadata(card, name=name, license=license, base_model=base_model),
+            metadata(
+                card,
+                name=name,
+                history=history,
+                export=export,
+                license=license,
+                base_model=base_model,
+            ),
             "---",
             "",
             f"# {markdown_cell(name)}",
             "",
-            *_introduction(card, teacher, base_model),
+            *_introduction(card, teacher, history, export, base_model),
             *_written_text(text or {}),
             "",
             "## Results",
             "",
             *_results(card, teacher),
+            *_not_measured(export),
             "",
             "## Use",
             "",
-            "It is a stock `LlamaForCausalLM`; no remote code is needed.",
-            "",
-            "```python",
-            "from transformers import pipeline",
-            "",
-            'generate = pipeline("text-generation", "path/to/this/folder")',
-            'print(generate("The history of", max_new_tokens=40)[0]["generated_text"])',
-            "```",
-            *_recipe(recipe),
+            *(_use_of_gguf(export) if _is_gguf(export) else _use_of_folder()),
+            *_recipe(recipe, stage),
             "",
         ]
     )
 
 
-def metadata(card: Data, *, name: str, license: str | None, base_model: str | None) -> str:
+def metadata(
+    card: Data,
+    *,
+    name: str,
+    history: Sequence[str],
+    export: Data,
+    license: str | None,
+    base_model: str | None,
+) -> str:
     """The YAML that the hub reads, with each task's headline numbers as evaluation results."""
+    before = f", before conversion to {export['kind']}" if export.get("converted") else ""
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=task,
             dataset_name=task,
             metric_type=metric,
-            metric_name=words.metric_label(task, metric),
+            metric_name=words.metric_label(task, metric) + before,
             metric_value=entry["value"],
         )
         for task, metrics in card["results"].items()
@@ -108,9 +145,9 @@ def metadata(card: Data, *, name: str, license: str | None, base_model: str | No
     ]
     data = ModelCardData(
         model_name=name,
-        library_name="transformers",
+        library_name="gguf" if _is_gguf(export) else "transformers",
         pipeline_tag="text-generation",
-        tags=["llama", "pruning", "distillation", "shearling"],
+        tags=["llama", *(tag for kind, tag in TAGS.items() if kind in history), "shearling"],
         license=license,
         base_model=base_model,
         eval_results=results or None,
@@ -119,16 +156,43 @@ def metadata(card: Data, *, name: str, license: str | None, base_model: str | No
     return yaml
 
 
-def _introduction(card: Data, teacher: Data | None, base_model: str | None) -> list[str]:
-    size = f"{words.count(card.get('parameters'))} parameters, {words.size(card.get('bytes'))}"
+def _is_gguf(export: Data) -> bool:
+    return export.get("to") == "gguf"
+
+
+def _introduction(
+    card: Data, teacher: Data | None, history: Sequence[str], export: Data, base_model: str | None
+) -> list[str]:
+    size = f"{words.count(card.get('parameters'))} parameters, "
+    size += words.size(export.get("bytes", card.get("bytes")))
+    if export:
+        size += f" as {export['kind']}"
+    rest = _quantised(export)
+    if not history:
+        return [" ".join([f"A Llama of {size}, written with Shearling {__version__}.", *rest])]
+    made = f"It was {_done(history)} with Shearling {__version__}."
     if teacher is None:
-        return [f"A Llama of {size}, made with Shearling {__version__}."]
+        return [" ".join([f"A Llama of {size}.", made, *rest])]
     share = words.percent(words.ratio(card.get("parameters"), teacher.get("parameters")))
     of = f" ({markdown_cell(base_model)})" if base_model else ""
-    return [
-        f"A Llama of {size}: {share} of its teacher's parameters{of}. It was cut out of the "
-        f"teacher by structured pruning and then taught by it, with Shearling {__version__}."
-    ]
+    return [" ".join([f"A Llama of {size}: {share} of its teacher's parameters{of}.", made, *rest])]
+
+
+def _done(history: Sequence[str]) -> str:
+    """``[prune, distill]`` -> "pruned and distilled"."""
+    done = [DONE.get(kind, "made") for kind in history]
+    told = " and ".join(filter(None, (", ".join(done[:-1]), done[-1])))
+    return told if "distill" in history or "prune" not in history else f"{told}, not distilled,"
+
+
+def _quantised(export: Data) -> list[str]:
+    """What the weights of a quantised GGUF really are; its vectors, always f32, aside."""
+    if not str(export.get("kind")).startswith("q"):
+        return []
+    kinds = export["shares"].items()
+    stored = ", ".join(f"{words.some_percent(s)} {kind}" for kind, s in kinds if kind != "f32")
+    why = "; those of f16 have rows that are no multiple of 32" if "f16" in export["shares"] else ""
+    return [f"Its weights: {stored}{why}."]
 
 
 def _written_text(text: Data) -> list[str]:
@@ -152,7 +216,10 @@ def _results(card: Data, teacher: Data | None) -> list[str]:
     judged: dict[tuple[str, str], Any] = {}
     if teacher is not None:
         judged = {(entry.task, entry.metric): entry for entry in compare_models(teacher, card)}
+    alone = teacher is None
     lines = ["| task | this model | teacher | difference |", "| --- | ---: | ---: | ---: |"]
+    if alone:
+        lines = ["| task | this model |", "| --- | ---: |"]
     for task, metrics in card["results"].items():
         for metric in headline_metrics(task, metrics):
             found = metrics[metric]
@@ -165,20 +232,71 @@ def _results(card: Data, teacher: Data | None) -> list[str]:
                     gap = f"{told}, {entry.verdict}"
             label = markdown_cell(f"{task}, {words.metric_label(task, metric)}")
             value = words.score(metric, found.get("value"), found.get("stderr"))
-            lines.append(f"| {label} | {value} | {reference} | {gap} |")
+            lines.append(f"| {label} | {value} |" + ("" if alone else f" {reference} | {gap} |"))
+    note = "± is a standard error."
+    if not alone:
+        note += (
+            " Differences are paired over the same documents; “within noise” means p ≥ 0.05 after "
+            "Holm's correction."
+        )
+    return [*lines, "", note]
+
+
+def _not_measured(export: Data) -> list[str]:
+    """Rounding costs quality, and nobody has looked how much."""
+    if not export.get("converted"):
+        return []
     return [
-        *lines,
         "",
-        "± is a standard error. Differences are paired over the same documents; “within noise” "
-        "means p ≥ 0.05 after Holm's correction.",
+        f"All this was measured before the model was converted to {export['kind']}; what is in "
+        "this folder was not measured.",
     ]
 
 
-def _recipe(recipe: str) -> list[str]:
+def _use_of_folder() -> list[str]:
+    return [
+        "It is a stock `LlamaForCausalLM`; no remote code is needed.",
+        "",
+        "```python",
+        "from transformers import pipeline",
+        "",
+        'generate = pipeline("text-generation", "path/to/this/folder")',
+        'print(generate("The history of", max_new_tokens=40)[0]["generated_text"])',
+        "```",
+    ]
+
+
+def _use_of_gguf(export: Data) -> list[str]:
+    (file,) = export["files"]
+    lines = [
+        "With llama.cpp:",
+        "",
+        *_fenced("sh", f'llama-cli -m {shlex.quote(file)} -p "The history of" -n 40'),
+        "",
+    ]
+    if not export["stock_gguf"]:
+        why = "leaves out RoPE's scaling and biases, of which this model has some"
+        return [*lines, f"Not with transformers: its reader of GGUFs {why}."]
+    code = f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, file = "path/to/this/folder", {json.dumps(file)}
+model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file)
+tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)"""
+    how = "With transformers and the package gguf, which make 32-bit floats of it:"
+    return [*lines, how, "", *_fenced("python", code)]
+
+
+def _recipe(recipe: str, stage: str) -> list[str]:
     if not recipe:
         return []
-    fence = "`" * max(3, max((len(run) for run in _backticks(recipe)), default=0) + 1)
-    return ["", "## Recipe", "", f"{fence}yaml", recipe.rstrip(), fence]
+    which = [f"This model is what its stage {markdown_cell(stage)} made.", ""] if stage else []
+    return ["", "## Recipe", "", *which, *_fenced("yaml", recipe.rstrip())]
+
+
+def _fenced(language: str, text: str) -> list[str]:
+    fence = "`" * max(3, max((len(run) for run in _backticks(text)), default=0) + 1)
+    return [f"{fence}{language}", text, fence]
 
 
 def _backticks(text: str) -> list[str]:

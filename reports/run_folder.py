@@ -73,6 +73,12 @@ class Run:
         """The models whose scorecard is there."""
         return [stage for stage in self.models if stage.scorecard]
 
+    def history(self, name: str) -> list[str]:
+        """Kinds of the stages that made a model out of the teacher, in order; of a teacher none."""
+        made = [stage for stage in self.models if stage.kind != "teacher"]
+        place = next((place for place, stage in enumerate(made, 1) if stage.name == name), 0)
+        return [stage.kind for stage in made[:place]]
+
     @property
     def teacher(self) -> Data | None:
         """The teacher's scorecard."""

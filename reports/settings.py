@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, PositiveInt
 
 from students.settings import Settings
@@ -55,14 +57,15 @@ class BenchmarkSettings(Settings):
         description="Put the tasks' prompts into the model's chat template, as instructions "
         "and summaries always do where there is one.",
     )
-    prompts: tuple[str, ...] = Field(
+    prompts: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
         default=("The history of", "Water is", "Once upon a time"),
         description="Beginnings that each model completes greedily, shown side by side.",
     )
     completion_tokens: int = Field(default=40, ge=1, description="Length of each completion.")
     speed: bool = Field(
         default=True,
-        description="Measure speed and memory, in a process of its own (adds some seconds).",
+        description="Measure speed and memory, in a process of its own (adds some seconds); "
+        "without it neither is told.",
     )
 
     def windows_of(self, length: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -66,6 +67,23 @@ def duration(seconds: float | None) -> str:
 def percent(share: float | None, digits: int = 0) -> str:
     """0.7134 -> "71%"."""
     return MISSING if share is None else f"{100 * share:.{digits}f}%"
+
+
+def some_percent(share: float) -> str:
+    """A share that is not nothing, also where it would round to that."""
+    return percent(share) if share >= 0.01 else "less than 1%"
+
+
+def unquantised(export: Mapping[str, Any]) -> str:
+    """What a quantised GGUF holds in 16 bits all the same; nothing where there is nothing.
+
+    ``export`` are the facts of an export. Every quantisation that is offered has blocks of 32.
+    """
+    share = export.get("shares", {}).get("f16", 0)
+    if not share or not str(export.get("kind")).startswith("q"):
+        return ""
+    why = "have rows that are no multiple of 32 and stay in f16"
+    return f"{some_percent(share)} of the weights {why}"
 
 
 def is_share(metric: str) -> bool:

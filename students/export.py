@@ -5,6 +5,8 @@ Tensors are read, converted and written one by one: no more than a shard is in m
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,12 +85,13 @@ def export_gguf(
     name: str,
     end_of_turn: int | None = None,
     progress: Progress = silent,
-) -> None:
+) -> dict[str, float]:
     """Write one GGUF file. ``kind`` is f32, f16, bf16 or one of ``QUANTISATIONS``; ``shapes``
     are those of all tensors by their Hugging Face names.
 
     Vectors stay in 32 bits; with four or five bits a weight, embedding and output matrix have
     eight; a matrix whose rows are no multiple of the quantisation's block is kept in 16 bits.
+    Returns the share of the weights in each kind of number, the largest first.
 
     Raises:
         ShearlingError: RoPE scaling or a tokenizer that a GGUF of a Llama can't hold.
@@ -123,6 +126,16 @@ def export_gguf(
         progress("export", len(plan), len(plan))
     finally:
         writer.close()
+    return _shares(shapes, plan)
+
+
+def _shares(
+    shapes: Mapping[str, tuple[int, ...]], plan: Mapping[str, GGMLQuantizationType]
+) -> dict[str, float]:
+    counts: Counter[str] = Counter()
+    for tensor, stored in plan.items():
+        counts[stored.name.lower()] += math.prod(shapes[tensor])
+    return {kind: count / counts.total() for kind, count in counts.most_common()}
 
 
 def _add_shape(writer: GGUFWriter, config: LlamaConfig, shape: Shape) -> None:

@@ -25,7 +25,8 @@ class ExportSettings(Settings):
     quantise: Literal["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"] | None = Field(
         default=None,
         description="GGUF only: eight, five or four bits a weight. These are the kinds that the "
-        "gguf package writes; llama.cpp's own tool makes the others out of an exported file.",
+        "gguf package writes; llama.cpp's own tool makes the others out of an exported file. "
+        "A matrix whose rows are no multiple of 32 stays in 16 bits.",
     )
 
     @model_validator(mode="after")

@@ -47,15 +47,19 @@ def export(
     out: Annotated[Path, typer.Option(help="The folder to write.", metavar="DIR")],
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     quantise: Annotated[
-        str | None, typer.Option(help="GGUF only: q8_0, q5_1, q5_0, q4_1 or q4_0.")
+        str | None,
+        typer.Option(
+            help="GGUF only: q8_0, q5_1, q5_0, q4_1 or q4_0. Matrices whose rows are no "
+            "multiple of 32 stay in 16 bits; what share that is, is said."
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a model for others: its weights, its tokenizer, and what was measured on it."""
     from pydantic import ValidationError
 
-    from pipelines.display import Display, format_bytes
-    from pipelines.export import export_model
+    from pipelines.display import Display
+    from pipelines.export import export_line, export_model
     from students.settings import ExportSettings
 
     try:
@@ -80,5 +84,4 @@ def export(
     if as_json:
         print_json(facts)
     else:
-        size = format_bytes(facts["bytes"])
-        print(f"{out}: {', '.join(facts['files'])}, {size} as {facts['kind']}")
+        print(f"{out}: {export_line(facts)}")

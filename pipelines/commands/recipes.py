@@ -39,8 +39,10 @@ def init(
     from pipelines.accelerators import this_machine
     from pipelines.machine import pick_device
     from pipelines.named import find_model
+    from pipelines.preflight import check_file
     from pipelines.starter import starter_recipe
 
+    check_file(out)
     if out.exists() and not force:
         raise ShearlingError(
             f"{out} is already there.", hint="Overwrite it with --force, or name another --out."

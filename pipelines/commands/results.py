@@ -75,10 +75,10 @@ def evaluate(
 ) -> None:
     """Measure one model and show its scorecard. A run stands for its last measured model."""
     from pipelines.evaluate import evaluate_model, scorecard_table
-    from pipelines.preflight import check_parents
+    from pipelines.preflight import check_file
 
     if out:
-        check_parents(out)
+        check_file(out)
     settings: dict[str, Any] = {
         "limit": limit,
         "mirror": str(mirror) if mirror else None,

@@ -19,6 +19,8 @@ class Context:
     """The stage's name in the recipe."""
     inputs: Mapping[str, Path]
     """Finished artefact folders by their role: teacher, model, transfer_set."""
+    history: tuple[str, ...] = ()
+    """Kinds of the stages that made the input ``model`` out of the teacher, in order."""
     out: Path
     """The folder to fill. It is empty unless the stage is resumable and was interrupted."""
     run: Path

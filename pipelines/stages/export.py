@@ -10,7 +10,7 @@ from shearling import read_json
 if TYPE_CHECKING:
     from pipelines.recipe import ExportStage
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 RESUMABLE = False
 
 
@@ -29,6 +29,8 @@ def run(settings: ExportStage, context: Context) -> dict[str, Any]:
         read_json(context.inputs["scorecard"] / "scorecard.json"),
         read_json(context.inputs["teacher_scorecard"] / "scorecard.json"),
         name=name,
+        history=context.history,
+        export=facts,
         text=read_json(written / "transfer_set.json") if written else None,
     )
     return facts

@@ -544,6 +544,13 @@ def test_a_nan_in_the_weights_is_named_at_once(bench: Bench) -> None:
     assert not (bench.tmp_path / "out" / "model").exists()
 
 
+@pytest.mark.parametrize("nothing", [0.0, {"start": 0.0, "end": 0.0}])
+def test_a_loss_of_nothing_is_refused(nothing: Any) -> None:
+    with pytest.raises(ValidationError, match="every weight is 0"):
+        DistillSettings(tokens=1, forward_kl=nothing, cross_entropy=0.0)
+    DistillSettings(tokens=1, forward_kl=nothing, cross_entropy=0.0, hidden={"weight": 1.0})
+
+
 def test_a_missing_model_is_named(bench: Bench) -> None:
     bench.student = bench.tmp_path / "nowhere"
     with pytest.raises(ShearlingError, match="nowhere"):

@@ -10,6 +10,7 @@ import pytest
 from shearling_process import Shearling
 
 from pipelines.difference import find_scorecard, settings_like
+from reports import words
 from reports.run_folder import Data
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, read_json, write_json
@@ -93,6 +94,25 @@ def test_a_model_is_measured_as_the_other_sides_scorecard_was(
     assert entry["documents"] == 4
 
 
+def test_a_gguf_is_as_large_as_its_file(
+    tiny_llama: Path, tiny_mirror: Path, tmp_path: Path, shearling: Shearling
+) -> None:
+    """And not as the copy in 32-bit floats that is measured."""
+    done = shearling("export", tiny_llama, "--to", "gguf", "--quantise", "q4_0", "--out", "small")
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "small").glob("*.gguf")
+    size = file.stat().st_size
+    weights = (tiny_llama / "model.safetensors").stat().st_size
+    assert size < weights
+    asked = ("--tasks", "copa", "--mirror", tiny_mirror, "--limit", "2")
+    done = shearling("eval", file, *asked, "--out", "gguf.json", "--json")
+    assert json.loads(done.stdout)["bytes"] == size
+    found = json.loads(shearling("diff", "gguf.json", tiny_llama, *asked, "--json").stdout)
+    assert (found["a"]["bytes"], found["b"]["bytes"]) == (size, weights)
+    told = shearling("diff", tiny_llama, file, *asked, "--markdown").stdout
+    assert f"on disk: {words.size(weights)} and {words.size(size)}" in told
+
+
 @pytest.mark.parametrize("fact", ["hash", "limit", "num_fewshot"])
 def test_what_was_measured_differently_is_refused(
     fact: str, copas: tuple[Path, Path], shearling: Shearling
@@ -123,6 +143,8 @@ def test_settings_follow_the_scorecard(measured_run: Path) -> None:
     assert like["agreement_windows"] == 2
     card["tasks"]["wikitext2"]["chat_template"] = False  # copa alone went through it
     assert "chat_template" not in settings_like(card, {})
+    with pytest.raises(ShearlingError, match="not measured on piqa"):
+        settings_like(card, {"tasks": ["piqa"]})
 
 
 def test_a_file_that_is_no_scorecard_is_a_clear_error(

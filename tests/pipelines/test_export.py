@@ -5,18 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
 from shapes import llama3_rope
 from shearling_process import Shearling
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pipelines.export import export_checkpoint
+from pipelines.export import export_checkpoint, write_card
 from pipelines.tiny import make_tiny_llama
+from reports import words
 from shearling import ShearlingError, read_json
 from students.export import QUANTISATIONS
 from students.gguf_layout import gguf_name, hf_name
@@ -86,6 +89,29 @@ def test_a_gguf_in_full_precision_is_the_same_model(model: Path, tmp_path: Path)
         assert ours(text).input_ids == theirs(text).input_ids
 
 
+def test_the_card_shows_how_to_read_the_gguf(model: Path, tmp_path: Path) -> None:
+    """Its lines are run; a model that transformers would misread is not shown with it."""
+    settings = ExportSettings(to="gguf", dtype="float32")
+    facts = export_checkpoint(model, tmp_path, settings, name="tiny")
+    write_card(tmp_path, {"results": {}}, None, name="tiny", history=("prune",), export=facts)
+    card = (tmp_path / "README.md").read_text()
+    assert f"llama-cli -m {facts['files'][0]} " in card
+    config = LlamaConfig.from_pretrained(model)
+    if config.rope_parameters["rope_type"] != "default":
+        assert "```python" not in card
+        return
+    code = (
+        card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", str(tmp_path))
+    )
+    found: dict[str, Any] = {}
+    exec(code, found)
+    ids = torch.arange(40)[None] % 300
+    with torch.no_grad():
+        torch.testing.assert_close(found["model"](ids).logits[0], logits(model), rtol=0, atol=1e-5)
+    theirs = AutoTokenizer.from_pretrained(model)
+    assert found["tokenizer"](TEXTS[0]).input_ids == theirs(TEXTS[0]).input_ids
+
+
 def test_transformers_reads_the_gguf_too(model: Path, tmp_path: Path) -> None:
     """It leaves out the tensor of RoPE factors and biases, so it is asked about the plain one."""
     config = LlamaConfig.from_pretrained(model)
@@ -115,6 +141,29 @@ def test_fewer_bits_make_a_smaller_file(model: Path, tmp_path: Path) -> None:
     ]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 3
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kind", "most"), [(64, "q4_0", "q4_0"), (48, "q4_0", "f16"), (48, "q8_0", "f16")]
+)
+def test_it_says_what_could_not_be_quantised(
+    shearling: Shearling, tmp_path: Path, hidden: int, kind: str, most: str
+) -> None:
+    """Held against the file's own list of tensors."""
+    widths = {"hidden_size": hidden, "intermediate_size": 96, "head_dim": 16}
+    folder = make_tiny_llama(tmp_path / "model", **widths)
+    done = shearling("export", folder, "--to", "gguf", "--quantise", kind, "--out", "a", "--json")
+    facts = json.loads(done.stdout)
+    counts: Counter[str] = Counter()
+    for tensor in GGUFReader(tmp_path / "a" / facts["files"][0]).tensors:
+        counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
+    assert facts["shares"] == {kind: n / counts.total() for kind, n in counts.most_common()}
+    assert next(iter(facts["shares"])) == most
+    line = shearling("export", folder, "--to", "gguf", "--quantise", kind, "--out", "b").stdout
+    share = f"; {100 * facts['shares'].get('f16', 0):.0f}% of the weights have rows that are no"
+    assert (share in line) == (most == "f16"), line
+    plain = shearling("export", folder, "--to", "gguf", "--dtype", "float16", "--out", "c").stdout
+    assert "no multiple" not in plain  # 16 bits were asked for
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -181,7 +230,16 @@ def test_export_of_a_stage_has_its_model_card(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "# tiny-distill" in card
     assert "model-index" in card
+    assert "It was pruned and distilled with" in card
+    assert "measured before" not in card  # the stage's weights are float32 as well
     assert torch.equal(logits(tmp_path / "out"), logits(run / "stages" / "distill" / "model"))
+    half = ("--to", "hf", "--dtype", "bfloat16", "--out", "half")
+    assert shearling("export", run / "stages" / "prune", *half).returncode == 0
+    card = (tmp_path / "half" / "README.md").read_text()
+    size = (tmp_path / "half" / "model.safetensors").stat().st_size
+    assert f"{words.size(size)} as bfloat16" in card
+    assert "It was pruned, not distilled, with" in card
+    assert "before the model was converted to bfloat16" in card
     again = shearling(*arguments, "--to", "gguf")
     assert again.returncode == 2
     assert "already there" in again.stderr
@@ -209,18 +267,27 @@ def test_an_export_stage_in_a_recipe(
 ) -> None:
     data = copy.deepcopy(recipe_data)
     small = {"name": "small", "kind": "export", "to": "gguf", "quantise": "q8_0"}
-    data["stages"] = [data["stages"][0], small]
+    prune, distill = data["stages"]
+    data["stages"] = [prune, small, distill, {**small, "name": "taught"}]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(data))
     done = shearling("run", "tiny.yaml")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "tiny"
     (file,) = (folder / "stages" / "small" / "export").glob("*.gguf")
     assert file.name == "tiny-small-q8_0.gguf"
-    assert (folder / "stages" / "small" / "export" / "README.md").is_file()
+    card = (file.parent / "README.md").read_text()
+    assert "It was pruned, not distilled, with" in card  # distill comes after it
+    assert f"{words.size(file.stat().st_size)} as q8_0" in card
+    assert "before the model was converted to q8_0" in card
+    assert "library_name: gguf" in card
+    taught = folder / "stages" / "taught" / "export" / "README.md"
+    assert "It was pruned and distilled with" in taught.read_text()
+    assert f"small: {file.name}, " in done.stdout
+    assert "no multiple of 32 and stay in f16" in done.stdout  # 24 wide
     assert "small: not run again: nothing changed" in shearling("run", "tiny.yaml").stdout
     status = json.loads(shearling("status", folder, "--json").stdout)
-    assert [row["state"] for row in status["stages"]] == ["done", "done", "done"]
+    assert [row["state"] for row in status["stages"]] == ["done"] * 5
     # The plan was written before the work, and the report holds it against what happened.
     plan = read_json(folder / "plan.json")
-    assert [row["name"] for row in plan["stages"]][-2:] == ["prune/benchmark", "small"]
+    assert [row["name"] for row in plan["stages"]][-2:] == ["distill/benchmark", "taught"]
     assert "Plan against reality" in (folder / "report.html").read_text()

@@ -10,6 +10,7 @@ from pipelines.accelerators import named_machine
 from pipelines.machine import pick_device
 from pipelines.plan import make_plan, teacher_facts
 from pipelines.preflight import (
+    check_file,
     check_parents,
     check_tokenizers,
     known_teacher_shape,
@@ -131,6 +132,12 @@ def test_a_path_below_a_file(tmp_path: Path) -> None:
     check_parents(tmp_path / "new" / "folder")
     with pytest.raises(ShearlingError, match="is a file"):
         check_parents(tmp_path / "file" / "new" / "folder")
+
+
+def test_a_file_s_path_that_is_a_folder(tmp_path: Path) -> None:
+    check_file(tmp_path / "new" / "card.json")
+    with pytest.raises(ShearlingError, match="it is a folder"):
+        check_file(tmp_path)
 
 
 def test_a_device_that_is_not_there() -> None:

@@ -15,6 +15,7 @@ import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from pydantic import ValidationError
 
 from reports.benchmark import benchmark, finite, floors, keep_samples, read_metrics
 from reports.compare import mismatch, written_alike
@@ -69,6 +70,25 @@ def test_the_same_model_gives_the_same_scorecard(
     changing = ("peak_memory_bytes", "memory", "speed")
     for key in set(again) - set(changing):
         assert again[key] == cards["teacher"][key], key
+
+
+def test_what_the_model_or_the_data_lack_is_told(
+    models: Any, settings: BenchmarkSettings, tmp_path: Path
+) -> None:
+    few = settings.model_copy(update={"tasks": ("piqa",), "limits": {}, "speed": False})
+    templated = few.model_copy(update={"chat_template": True})
+    with pytest.raises(ShearlingError, match="the student has no chat template"):
+        benchmark(models.teacher, templated, name="the student", cache=tmp_path)
+    shown = few.model_copy(update={"num_fewshot": 5000})
+    with pytest.raises(ShearlingError, match=r"piqa has .* too few for 5000") as caught:
+        benchmark(models.teacher, shown, name="teacher", cache=tmp_path)
+    count = int(caught.value.hint.split(" to ")[1].split()[0])
+    most = few.model_copy(update={"num_fewshot": count, "limit": 1})
+    card = benchmark(models.teacher, most, name="teacher", cache=tmp_path)
+    assert card["tasks"]["piqa"]["num_fewshot"] == count
+    assert card["peak_memory_bytes"] is None, "nothing of the model's own was measured"
+    with pytest.raises(ValidationError):
+        BenchmarkSettings(prompts=("",))
 
 
 def test_numbers_are_those_of_simple_evaluate_with_stock_hflm(

@@ -101,6 +101,12 @@ def test_clear_differences_are_called_so_and_small_ones_noise() -> None:
     assert better["text"].verdict == "better"
     same = compare_models(teacher, teacher)
     assert {entry.verdict for entry in same} == {"the same"}
+    # As many right answers to other questions is a difference of 0, and no proof of sameness.
+    other = card("other", choice="0" * 40 + "1" * 60, text=losses.tolist())
+    found = {entry.task: entry for entry in compare_models(teacher, other)}
+    assert found["choice"].difference == 0
+    assert found["choice"].verdict == "within noise"
+    assert found["text"].verdict == "the same"
 
 
 @pytest.mark.parametrize("fact", ["version", "hash", "limit", "num_fewshot", "data_sha256"])
