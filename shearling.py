@@ -155,8 +155,11 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; what can't be read is a ShearlingError that names the file."""
+def read_json(path: Path, *, hint: str = "Delete the file and run the stage again.") -> Any:
+    """Read a JSON file; what can't be read is a ShearlingError that names the file.
+
+    ``hint`` says what to do about one that is no JSON; the default is for files of a run.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -164,9 +167,7 @@ def read_json(path: Path) -> Any:
             f"{path} does not exist.", hint="Check the path; `shearling status` lists a run."
         ) from error
     except (ValueError, RecursionError) as error:
-        raise ShearlingError(
-            f"{path} is not valid JSON: {error}", hint="Delete the file and run the stage again."
-        ) from error
+        raise ShearlingError(f"{path} is not valid JSON: {error}", hint=hint) from error
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipelines.named import is_run, last_measured, refuse_earlier
 from reports import words
 from reports.compare import Comparison, compare_models, written_alike
 from reports.page import markdown_cell
-from reports.run_folder import Data, open_scorecard, read_run
+from reports.run_folder import Data, open_scorecard
 from shearling import ShearlingError
 
 SCHEMA = 1
@@ -129,21 +130,17 @@ def find_scorecard(target: str) -> Data | None:
     """The scorecard that a path stands for; None where it is a model still to be measured.
 
     A run stands for its last measured model.
+
+    Raises:
+        ShearlingError: it can't be read, or was made or measured with earlier settings of its run.
     """
     path = Path(target).expanduser()
     if path.suffix == ".json":
         return open_scorecard(path)
     if (path / "scorecard.json").is_file():
+        refuse_earlier(path, kept="scorecard.json", measured=True)
         return open_scorecard(path / "scorecard.json")
-    if (path / "run.json").is_file() or (path / "stages").is_dir():
-        measured = read_run(path).measured
-        if not measured:
-            raise ShearlingError(
-                f"No model of the run {target} has been measured yet.",
-                hint=f"Finish it with `shearling run`, or see `shearling status {target}`.",
-            )
-        return measured[-1].scorecard
-    return None
+    return last_measured(path).scorecard if is_run(path) else None
 
 
 def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -158,3 +158,17 @@ def headline(scorecard: Mapping[str, Any]) -> str:
                 spread = f" ± {stderr:.2g}" if isinstance(stderr, (int, float)) else ""
                 parts.append(f"{task} {metric} {value:.4g}{spread}")
     return ", ".join(parts)
+
+
+def skipped_lines(scorecard: Mapping[str, Any], told: set[tuple[str, str]]) -> Iterator[str]:
+    """A line for each reason for which tasks were not measured, but for what ``told`` holds.
+
+    All models of a run skip the same tasks for the same reason, which is told once.
+    """
+    tasks: dict[str, list[str]] = {}
+    for task, reason in scorecard.get("skipped", {}).items():
+        if (task, reason) not in told:
+            told.add((task, reason))
+            tasks.setdefault(reason, []).append(task)
+    for reason, names in tasks.items():
+        yield f"skipped {', '.join(names)}: {reason}"

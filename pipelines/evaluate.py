@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.display import Display, format_bytes
+from pipelines.display import Display, format_bytes, skipped_lines
 from pipelines.machine import pick_device
-from pipelines.preflight import check_tasks
+from pipelines.named import find_model
+from pipelines.preflight import check_mirror, check_tasks, missing_mirror
 from reports.settings import BenchmarkSettings
+from reports.tasks import OWN
 from shearling import ShearlingError
 from teachers.settings import TeacherSettings
 
@@ -26,13 +28,17 @@ def evaluate_model(
     cache: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """The scorecard of a model folder, a stage's folder, a GGUF file, a packaged file or a hub id.
+    """The scorecard of a model folder, a run's or a stage's, a GGUF, a packaged file or a hub id.
 
     ``settings`` are keys of ``BenchmarkSettings``; progress goes to ``console``. With a
     ``teacher`` (in any of the same forms) the model's answers on text are held against its.
+
+    Raises:
+        ShearlingError: a model can't be read, or not one task could be measured.
     """
     chosen = _settings(settings)
     check_tasks(chosen)
+    check_mirror(chosen)
     from reports.benchmark import benchmark
     from teachers.checkpoint import import_teacher
 
@@ -43,13 +49,21 @@ def evaluate_model(
 
         def opened(named: str, role: str) -> tuple[Path, int]:
             # The same way in as for a teacher, so every form of a model can be measured.
-            folder = Path(named).expanduser() / "model"
-            settings = TeacherSettings(model=str(folder) if folder.is_dir() else named)
-            facts = import_teacher(settings, Path(aside) / role, cache=cache, progress=progress)
+            found = find_model(named, role=role, tell=display.line)
+            facts = import_teacher(
+                TeacherSettings(model=found),
+                Path(aside) / role,
+                cache=cache,
+                progress=progress,
+                role=role,
+                where="--teacher" if role == "teacher" else "its path",
+            )
             return Path(aside) / role / "model", facts["source_bytes"]
 
-        measured, size = opened(model, "student")
-        return benchmark(
+        if missing := missing_mirror(chosen):
+            display.line(missing, style="yellow")
+        measured, size = opened(model, "model")
+        scorecard = benchmark(
             measured,
             chosen,
             name=model,
@@ -59,6 +73,14 @@ def evaluate_model(
             device=pick_device("auto"),
             progress=progress,
         )
+    if not scorecard["results"]:
+        raise ShearlingError(
+            "Not one task could be measured:\n"
+            + "\n".join(f"  - {line}" for line in skipped_lines(scorecard, set())),
+            hint="Name the folder of the tasks' JSONL files with --mirror, or with --tasks some "
+            f"that come with Shearling: {', '.join(OWN)}.",
+        )
+    return scorecard
 
 
 def _settings(settings: dict[str, Any]) -> BenchmarkSettings:

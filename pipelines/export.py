@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.named import find_model, refuse_earlier
 from reports import words
+from reports.run_folder import earlier_settings
 from shearling import Progress, ShearlingError, disk_errors, folder_aside, silent
 from students.settings import ExportSettings
 from teachers.settings import TeacherSettings
@@ -133,11 +135,18 @@ def write_card(
 
 
 def export_model(
-    model: str, out: Path, settings: ExportSettings, *, cache: Path, progress: Progress = silent
+    model: str,
+    out: Path,
+    settings: ExportSettings,
+    *,
+    cache: Path,
+    progress: Progress = silent,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Export any model: a stage's folder, a Hugging Face folder, a GGUF, a hub id.
+    """Export any model: a run's last, a stage's, a Hugging Face folder, a GGUF, a hub id.
 
-    ``out`` appears as a whole. A stage of a run gets its model card, with what was measured.
+    ``out`` appears as a whole. A stage of a run gets its model card, with what was measured; the
+    model of one that was made with earlier settings has none. ``tell`` hears such choices.
 
     Raises:
         ShearlingError: ``out`` is there already, or the model can't be read or written.
@@ -148,14 +157,25 @@ def export_model(
         raise ShearlingError(
             f"{out} is already there.", hint="Name another folder with --out, or delete it."
         )
-    given = Path(model).expanduser()
-    stage = _stage_of(given)
-    named = str(given / "model") if (given / "model").is_dir() else model
+    named = find_model(model, tell=tell)
+    stage = _stage_of(Path(named).expanduser())
+    if stage is not None and earlier_settings(stage[0] / "stages" / stage[1]):
+        if named != model:  # else its model is asked for by itself
+            refuse_earlier(Path(named).parent, kept="model", measured=True)
+        tell(f"{model} belongs to earlier settings of its run, so it gets no model card")
+        stage = None
     with tempfile.TemporaryDirectory(prefix="shearling-") as aside:
-        import_teacher(TeacherSettings(model=named), Path(aside), cache=cache, progress=progress)
+        import_teacher(
+            TeacherSettings(model=named),
+            Path(aside),
+            cache=cache,
+            progress=progress,
+            role="model",
+            where="its path",
+        )
         with disk_errors(out), folder_aside(out) as filled:
             facts = export_checkpoint(
-                Path(aside) / "model", filled, settings, name=_name(model), progress=progress
+                Path(aside) / "model", filled, settings, name=_name(named), progress=progress
             )
             if stage is not None:
                 _card_of_stage(filled, *stage, facts)
@@ -165,7 +185,7 @@ def export_model(
 def _name(model: str) -> str:
     """A file's name for a model: of a stage's folder, a hub id, a file."""
     path = Path(model.rstrip("/"))
-    last = path.parent.name if path.name == "model" else path.name
+    last = path.parent.name if path.name in ("model", "export") else path.name
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in last)
     return kept.removesuffix(".gguf").strip("._-")[:64] or "model"
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from pipelines.recipe import PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
 from reports.settings import BenchmarkSettings
+from reports.tasks import OWN
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.families import known_family
+from teachers.settings import SourceSettings, TeacherSettings
 
 _FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".raw", ".gz", ".zst", ".gguf", ".md")
 
@@ -67,16 +69,56 @@ def check_tasks(settings: BenchmarkSettings) -> None:
     check(settings)
 
 
+def check_mirror(settings: BenchmarkSettings) -> None:
+    """The mirror is no file; one that isn't there is only worth a word (``missing_mirror``).
+
+    Raises:
+        ShearlingError: if it is a file.
+    """
+    for problem in _mirror_problems(settings):
+        raise ShearlingError(
+            f"{problem}.", hint="Name the folder in which it lies, with --mirror or in the recipe."
+        )
+
+
+def _mirror_problems(settings: BenchmarkSettings) -> list[str]:
+    if settings.mirror and Path(settings.mirror).expanduser().is_file():
+        return [f"benchmark.mirror: {settings.mirror} is a file, not a folder of JSONL files"]
+    return []
+
+
+def missing_mirror(settings: BenchmarkSettings) -> str | None:
+    """What to say of a mirror that isn't there; None where no task misses it.
+
+    No error: a shipped recipe names one that not everybody has.
+    """
+    if not settings.mirror or Path(settings.mirror).expanduser().exists():
+        return None
+    asked = [task for task in settings.tasks if task not in OWN]
+    if not asked:
+        return None
+    return (
+        f"benchmark.mirror: {settings.mirror} does not exist, so the hub is asked for the data of "
+        f"{', '.join(asked)}."
+    )
+
+
 def check_paths(recipe: Recipe) -> None:
-    """All of the recipe's local paths exist and are not empty.
+    """All of the recipe's local paths exist and are not empty; no revision of one is asked for.
 
     Raises:
         ShearlingError: with every path that is wrong.
     """
     problems = []
-    models = {"teacher": recipe.teacher.model}
-    models |= {s.name: s.model for s in recipe.stages if isinstance(s, TeacherStage)}
-    for name, model in models.items():
+    models: dict[str, TeacherSettings] = {"teacher": recipe.teacher}
+    models |= {s.name: s for s in recipe.stages if isinstance(s, TeacherStage)}
+    for name, settings in models.items():
+        model = settings.model
+        if settings.revision is not None and _is_here(model):
+            problems.append(
+                f"{name}.revision: {settings.revision} is of a hub id, and {model} is none; "
+                "remove it, or name the hub's model"
+            )
         local = _looks_local(model) or "/" not in model  # a hub id is OWNER/NAME
         if local and not Path(model).expanduser().exists():
             problems.append(f"{name}.model: {model} does not exist")
@@ -89,13 +131,44 @@ def check_paths(recipe: Recipe) -> None:
             problems.append(f"{where} is an empty folder")
         elif source.format != "dataset" and _looks_local(source.path) and not path.exists():
             problems.append(f"{where} does not exist")
+    problems += _mirror_problems(recipe.benchmark)
     if problems:
         raise ShearlingError(
-            "The recipe names files that can't be used:\n"
+            "The recipe names files that can't be used like that:\n"
             + "\n".join(f"  - {problem}" for problem in problems),
             hint="Relative paths count from the recipe's folder, then from the folder the command "
             "runs in. Override one with --set, as in --set teacher.model=PATH.",
         )
+
+
+def warnings(recipe: Recipe) -> list[str]:
+    """What is no mistake for certain, but likely not meant; to be told when the run begins."""
+    missing = missing_mirror(recipe.benchmark)
+    told = [missing] if missing else []
+    return told + [w for source in recipe.transfer_set.sources for w in _without_effect(source)]
+
+
+def _without_effect(source: SourceSettings) -> list[str]:
+    """What only ``datasets.load_dataset`` obeys, given to a source that it doesn't open.
+
+    No error: a recipe's data set may be replaced by a file of one's own with a single --set.
+    """
+    saved = (Path(source.path).expanduser() / "state.json").is_file()  # by datasets, one split
+    if not saved and (source.format == "dataset" or not _is_here(source.path)):
+        return []
+    given = {"split": None if source.split == "train" else source.split, "config": source.config}
+    return [
+        f"transfer_set.sources.{source.name}.{key}: {value} has no effect, for {source.path} is "
+        "read as it is."
+        for key, value in given.items()
+        if value is not None
+    ]
+
+
+def _is_here(path: str) -> bool:
+    """Whether a name means files, on this disk or in a package, and not something on the hub."""
+    local = path.startswith("pypi:") or _looks_local(path)
+    return local or Path(path).expanduser().exists()
 
 
 def _looks_local(path: str) -> bool:

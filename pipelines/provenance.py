@@ -99,11 +99,14 @@ def check_locked(file: Path, now_: Mapping[str, Any], steps: Sequence[Step]) -> 
     Raises:
         ShearlingError: with every difference.
     """
-    wanted = read_json(file)
+    hint = "Name the lock.json in the folder of a run that this version made."
+    if not file.is_file():
+        raise ShearlingError(f"{file} is no file, so nothing can be held to it.", hint=hint)
+    wanted = read_json(file, hint=hint)
     if not isinstance(wanted, dict) or not isinstance(wanted.get("steps"), dict):
         raise ShearlingError(
             f"{file} is not a lock.json that can be held to: it has no steps.",
-            hint="Name the lock.json in the folder of a run that this version made.",
+            hint=hint,
         )
     found = list(dict.fromkeys([*_around(wanted, now_), *_steps(wanted["steps"], steps)]))
     if found:

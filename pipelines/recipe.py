@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -591,7 +592,22 @@ def _mistake(data: Mapping[str, Any], problem: dict[str, Any]) -> str:
     given = problem["input"]
     if isinstance(given, (str, int, float, bool)) and kind != "value_error":
         message += f", not {_short(given)}"
+        if kind.startswith("int_") and (meant := _meant(given)) is not None:
+            message += f"; write {meant}"
     return f"{shown}: {message}"
+
+
+_COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d)?) ?([kmb]?)", re.IGNORECASE)
+
+
+def _meant(given: Any) -> int | None:
+    """The whole number that ``8k``, ``1e4`` or ``60M`` stands for, which YAML reads as text."""
+    written = _COUNT.fullmatch(given.strip()) if isinstance(given, str) else None
+    if written is None:
+        return None
+    unit = 1000 ** " kmb".index(written[2].lower() or " ")
+    number = Decimal(re.sub("[_,]", "", written[1])) * unit
+    return int(number) if number % 1 == 0 else None
 
 
 def _short(value: Any) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from pipelines import machine, preflight
 from pipelines.accelerators import this_machine
 from pipelines.crew import call_the_others
-from pipelines.display import Display, format_bytes, format_seconds, headline
+from pipelines.display import Display, format_bytes, format_seconds, headline, skipped_lines
 from pipelines.export import export_line
 from pipelines.journal import Journal, now
 from pipelines.locks import run_lock
@@ -144,6 +144,7 @@ class _Run:
         self.device = machine.pick_device(recipe.device)
         self.provenance = Provenance(options.run)
         self.shown_new = False
+        self.told_skipped: set[tuple[str, str]] = set()
 
     def go(self) -> None:
         """Write down what is to be done, then do it step by step."""
@@ -162,6 +163,8 @@ class _Run:
         try:
             with self.display:
                 self._tell_leftovers()
+                for warning in preflight.warnings(self.recipe):
+                    self.display.line(warning, style="yellow")
                 for step, decision in self.planned:
                     self._do(step, decision)
             _remove_old_stages(self.run / "stages", {step.stage for step in steps})
@@ -311,10 +314,15 @@ class _Run:
             write_json(folder / "scorecard.json", scorecard)
             write_json(folder / "benchmark.json", record)
             self.display.line(f"  {step.stage}: {headline(scorecard)}")
+            for skipped in skipped_lines(scorecard, self.told_skipped):
+                self.display.line(f"  {skipped}", style="yellow")
             return
         if step.kind == "export":
             self.display.line(f"  {step.name}: {export_line(record['summary'])}")
         refresh_stage(folder, artefact, record)
+        if step.kind == "transfer_set":  # too little text, or text of the teacher's own
+            for note in (record.get("summary") or {}).get("notes") or ():
+                self.display.line(f"  {note}", style="yellow")
         self._collect_metrics()
         self.journal.set_row(
             step.stage,

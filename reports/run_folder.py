@@ -6,6 +6,7 @@ Only JSON, JSONL and YAML are opened, never a model.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,6 +199,23 @@ def _is_other(record: Path, planned: Any) -> bool:
     """Whether a result has another key than the one that lock.json announces for it."""
     shown = _read_json(record, [], required=False).get("key")
     return planned is not None and shown is not None and planned != shown
+
+
+def earlier_settings(stage: Path) -> str | None:
+    """What of ``RUN/stages/NAME`` was made with other settings than its run has by now.
+
+    ``made`` for the model, ``measured`` for its scorecard alone, None where all is the run's own.
+    A run that was changed and interrupted still has such stages until it is finished.
+    """
+    stage = Path(os.path.abspath(stage))  # not resolved: what it links to has other names
+    run, name = stage.parent.parent, stage.name
+    keys = as_dict(_read_json(run / "lock.json", [], required=False).get("keys"))
+    if stage.parent.name != "stages" or not keys:
+        return None
+    if _is_other(stage / "stage.json", keys.get(name, "left the recipe")):
+        return "made"
+    other = _is_other(stage / "benchmark.json", keys.get(f"{name}/benchmark"))
+    return "measured" if other else None
 
 
 def open_scorecard(path: Path) -> Data:

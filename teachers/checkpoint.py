@@ -292,24 +292,36 @@ CONVERTERS = {
 
 
 def import_teacher(
-    settings: TeacherSettings, out: Path, *, cache: Path, progress: Progress = silent
+    settings: TeacherSettings,
+    out: Path,
+    *,
+    cache: Path,
+    progress: Progress = silent,
+    role: str = "teacher",
+    where: str = "`teacher: model:` in the recipe",
 ) -> dict[str, Any]:
     """Make ``out/model`` the Hugging Face folder of the teacher that a recipe names.
 
     A folder or a hub snapshot is linked; a GGUF is dequantised to 32-bit floats; Meta's own
     format, the text tower of a vision model, Mistral and Qwen2 are converted in their dtype.
     Returns facts for the report: source, format, fingerprint, shape, parameters, bytes, tokenizer.
+
+    A message calls the model its ``role``, and ``where`` is what its user should check.
     """
     model = Path(out) / "model"
-    source, kind = _locate(settings, cache, progress)
+    source, kind = _locate(settings, cache, progress, role, where)
     with disk_errors(model):
         model.parent.mkdir(parents=True, exist_ok=True)
         if kind in CONVERTERS:
             CONVERTERS[kind](source, model, progress=progress)
         else:
             model.symlink_to(source.resolve(), target_is_directory=True)
-    checkpoint = open_checkpoint(model)
-    tokenizer = checkpoint.tokenizer()
+    try:
+        checkpoint = open_checkpoint(model)
+        tokenizer = checkpoint.tokenizer()
+    except ShearlingError as error:  # its user knows the path that was given, not ours
+        given = [text.replace(str(model), settings.model) for text in (error.what, error.hint)]
+        raise ShearlingError(given[0], hint=given[1]) from error
     count = token_count(tokenizer)
     if count > checkpoint.shape.vocab_size:
         raise ShearlingError(
@@ -340,8 +352,10 @@ def import_teacher(
     }
 
 
-def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple[Path, str]:
-    """Where the teacher lies on this disk, downloaded if need be, and its format."""
+def _locate(
+    settings: TeacherSettings, cache: Path, progress: Progress, role: str, where: str
+) -> tuple[Path, str]:
+    """Where the model lies on this disk, downloaded if need be, and its format."""
     name = settings.model
     local = Path(name).expanduser()
     if is_packaged(name) or local.is_file():
@@ -359,8 +373,8 @@ def _locate(settings: TeacherSettings, cache: Path, progress: Progress) -> tuple
         kind = folder_format(snapshot)
         return snapshot, "hub" if kind == "folder" else kind
     raise ShearlingError(
-        f"The teacher {name} is neither a folder, nor a .gguf file, nor a hub id.",
-        hint="Check `teacher: model:` in the recipe; a hub id has the form owner/name.",
+        f"The {role} {name} is neither a folder, nor a .gguf file, nor a hub id.",
+        hint=f"Check {where}; a hub id has the form owner/name.",
     )
 
 

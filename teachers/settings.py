@@ -53,8 +53,8 @@ class SourceSettings(Settings):
         description="Which tokens of a conversation the student learns: all, or the assistant's "
         "answers only.",
     )
-    split: str = Field(default="train", description="The split, for a dataset.")
-    config: str | None = Field(default=None, description="The configuration, for a dataset.")
+    split: str = Field(default="train", description="The split, for a dataset only.")
+    config: str | None = Field(default=None, description="The configuration, for a dataset only.")
     tokens: int | None = Field(
         default=None, gt=0, description="Take at most this many tokens; by default all."
     )

@@ -40,7 +40,8 @@ def families(
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="A stage's folder, a model folder, a GGUF file or a hub id.")
+        str,
+        typer.Argument(help="A run, a stage's folder, a model folder, a GGUF file or a hub id."),
     ],
     to: Annotated[str, typer.Option(help="hf (a folder) or gguf (one file for llama.cpp).")],
     out: Annotated[Path, typer.Option(help="The folder to write.", metavar="DIR")],
@@ -77,7 +78,9 @@ def export(
         def progress(what: str, done: int, total: int, /, **numbers: float) -> None:
             display.progress("export", what, done, total, **numbers)
 
-        facts = export_model(model, out, settings, cache=download_cache(), progress=progress)
+        facts = export_model(
+            model, out, settings, cache=download_cache(), progress=progress, tell=display.line
+        )
     if as_json:
         print_json(facts)
     else:

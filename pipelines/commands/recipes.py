@@ -23,7 +23,9 @@ from shearling import ShearlingError, write_text
 def init(
     teacher: Annotated[
         str | None,
-        typer.Option(help="The teacher: a model folder, GGUF file or hub id.", metavar="MODEL"),
+        typer.Option(
+            help="The teacher: a model or a stage's folder, GGUF file or hub id.", metavar="MODEL"
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The file to write.", metavar="FILE")] = Path(
         "recipe.yaml"
@@ -36,6 +38,7 @@ def init(
     """
     from pipelines.accelerators import this_machine
     from pipelines.machine import pick_device
+    from pipelines.named import find_model
     from pipelines.preflight import check_file
     from pipelines.starter import starter_recipe
 
@@ -43,6 +46,11 @@ def init(
     if out.exists() and not force:
         raise ShearlingError(
             f"{out} is already there.", hint="Overwrite it with --force, or name another --out."
+        )
+    if teacher is not None:
+        told = make_console(stderr=True)
+        teacher = find_model(
+            teacher, role="teacher", tell=lambda line: told.print(line, markup=False)
         )
     with patience("looking at the teacher and this machine"):
         machine = this_machine(download_cache(), pick_device("auto"), out)

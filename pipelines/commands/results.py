@@ -48,7 +48,8 @@ def report(
 
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="A model folder, a stage's folder, a GGUF file or a hub id.")
+        str,
+        typer.Argument(help="A model folder, a run, a stage's folder, a GGUF file or a hub id."),
     ],
     tasks: Annotated[
         str | None, typer.Option(help="Tasks, with commas between them.", metavar="TASK,...")
@@ -72,7 +73,7 @@ def evaluate(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure one model and show its scorecard."""
+    """Measure one model and show its scorecard. A run stands for its last measured model."""
     from pipelines.evaluate import evaluate_model, scorecard_table
     from pipelines.preflight import check_file
 

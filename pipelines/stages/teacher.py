@@ -15,4 +15,10 @@ def run(settings: TeacherSettings, context: Context) -> dict[str, Any]:
     """Make ``out/model``; returns facts of the teacher (source, sha256, parameters, shape)."""
     from teachers.checkpoint import import_teacher
 
-    return import_teacher(settings, context.out, cache=context.cache, progress=context.progress)
+    return import_teacher(
+        settings,
+        context.out,
+        cache=context.cache,
+        progress=context.progress,
+        where=f"`{context.name}.model` in the recipe",
+    )

@@ -256,6 +256,22 @@ def test_eval_of_nothing(shearling: Shearling, tiny_llama: Path, tmp_path: Path)
     assert shearling("eval", tiny_llama, "--tasks", " , ").returncode == 2
 
 
+@pytest.mark.parametrize(
+    ("mirror", "message"),
+    [("taks", "Not one task could be measured"), ("copa.jsonl", "is a file, not a folder")],
+)
+def test_eval_that_measures_nothing_is_an_error(
+    shearling: Shearling, tiny_llama: Path, tmp_path: Path, mirror: str, message: str
+) -> None:
+    (tmp_path / "copa.jsonl").write_text("{}\n")
+    asked = ("--tasks", "copa", "--mirror", mirror, "--out", "card.json")
+    done = shearling("eval", tiny_llama, *asked)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert mirror in done.stderr
+    assert not (tmp_path / "card.json").exists()
+
+
 # --- JSON for programs --------------------------------------------------------------------------
 
 

@@ -9,7 +9,13 @@ import pytest
 from pipelines.accelerators import named_machine
 from pipelines.machine import pick_device
 from pipelines.plan import make_plan, teacher_facts
-from pipelines.preflight import check_file, check_parents, check_tokenizers, known_teacher_shape
+from pipelines.preflight import (
+    check_file,
+    check_parents,
+    check_tokenizers,
+    known_teacher_shape,
+    warnings,
+)
 from pipelines.recipe import DistillStage, check_recipe
 from pipelines.stages import distill, transfer_set
 from pipelines.stages.context import Context
@@ -101,6 +107,24 @@ def test_a_second_teacher_with_another_tokenizer_is_refused_before_work(
     )
     with pytest.raises(ShearlingError, match="300 tokens in"):
         distill.run(settings, context)
+
+
+def test_keys_that_only_a_data_set_obeys_are_told(
+    recipe_data: dict[str, Any], tiny_text: Path, tmp_path: Path
+) -> None:
+    def told(**source: str) -> list[str]:
+        given = {"sources": [{"name": "mine", **source}]}
+        return warnings(check_recipe({**recipe_data, "transfer_set": given}))
+
+    assert told(path=str(tiny_text), split="train") == []
+    assert told(path="owner/texts", split="test", config="en") == []
+    split, config = told(path=str(tiny_text), split="test", config="en")
+    assert split.startswith("transfer_set.sources.mine.split: test has no effect")
+    assert config.startswith("transfer_set.sources.mine.config: en has no effect")
+    # A folder is opened by datasets where the recipe says so, unless it holds one split anyway.
+    assert told(path=str(tmp_path), format="dataset", split="test") == []
+    (tmp_path / "state.json").write_text("{}")
+    assert len(told(path=str(tmp_path), format="dataset", split="test")) == 1
 
 
 def test_a_path_below_a_file(tmp_path: Path) -> None:

@@ -266,7 +266,12 @@ def test_an_override_turns_a_preset_into_axes(recipe_file: Path) -> None:
         ("distill.tokens=[", "the value is not valid YAML"),
         ("transfer_set.sources.9.path=x", "has no item '9'"),
         ("distill.tokns=5", "distill.tokns: unknown key; did you mean 'tokens'?"),
-        ("distill.tokens=few", "distill.tokens: "),
+        ("distill.tokens=few", "not 'few'"),
+        ("distill.tokens=1e4", "not '1e4'; write 10000"),
+        ("distill.tokens=5e6", "; write 5000000"),
+        ("distill.tokens=8k", "; write 8000"),
+        ("distill.tokens=1.2B", "; write 1200000000"),
+        ("transfer_set.sources.0.tokens=1_000 k", "; write 1000000"),
     ],
 )
 def test_wrong_overrides(recipe_file: Path, override: str, message: str) -> None:

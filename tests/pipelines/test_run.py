@@ -214,6 +214,27 @@ def test_status_and_report_of_a_finished_run(run: Path, shearling: Shearling) ->
     assert (run / "report.html").is_file()
 
 
+def test_a_mistyped_mirror_is_told_where_the_user_looks(
+    run: Path, recipe_file: Path, shearling: Shearling
+) -> None:
+    done = shearling("run", recipe_file, "--out", run, "--set", "benchmark.mirror=./taks")
+    assert done.returncode == 0, done.stderr
+    assert "benchmark.mirror: ./taks does not exist" in done.stdout
+    # Three models skip it for the same reason, which is one line.
+    assert done.stdout.count("skipped copa: no file of it in benchmark.mirror (./taks)") == 1
+
+
+def test_too_little_text_is_told_where_the_user_looks(
+    run: Path, recipe_file: Path, shearling: Shearling
+) -> None:
+    asked = "transfer_set.sources.grammar.tokens=100_000_000"
+    done = shearling("run", recipe_file, "--out", run, "--set", asked)
+    assert done.returncode == 0, done.stderr
+    note = "grammar: 100,000,000 tokens were asked for, all of the text makes"
+    assert f"  {note}" in done.stdout
+    assert note in (run / "report.md").read_text()
+
+
 def test_stages_that_left_the_recipe_are_not_shown(
     run: Path, recipe_data: dict[str, Any], tmp_path: Path, shearling: Shearling
 ) -> None:
@@ -372,6 +393,8 @@ def unchanged_after(
         ("benchmark.limits.lambada_openai=0", "greater than 0"),
         ("transfer_set.sources.0.path=./nothing.txt", "./nothing.txt does not exist"),
         ("benchmark.tasks=[copaa]", "copaa"),
+        ("teacher.revision=main", "teacher.revision: main is of a hub id"),
+        ("benchmark.mirror=tiny.yaml", "tiny.yaml is a file, not a folder"),
     ],
 )
 def test_mistakes_end_a_run_before_it_touches_anything(

@@ -215,9 +215,16 @@ def test_a_locked_run_refuses_what_differs(
         assert told in done.stderr
     assert "distill: recipe.distill.tokens 1024 -> 2048" in done.stderr
     assert "prune: " not in done.stderr
-    for wrong in ("[]", "{}", '{"steps": []}'):
+    for wrong in ("[]", "{}", '{"steps": []}', "no JSON"):
         (tmp_path / "lock.json").write_text(wrong)
-        assert shearling(*arguments).returncode == 2
+        done = shearling(*arguments)
+        assert done.returncode == 2
+        # The file is the user's own: nothing tells them to delete it.
+        assert "Name the lock.json in the folder of a run" in done.stderr
+        assert "Delete" not in done.stderr
+    (tmp_path / "lock.json").unlink()
+    (tmp_path / "lock.json").mkdir()
+    assert "is no file" in shearling(*arguments).stderr
 
 
 # --- doctor -------------------------------------------------------------------------------------

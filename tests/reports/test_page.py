@@ -204,7 +204,7 @@ def test_markdown_says_the_same(run: Path) -> None:
     assert text.startswith("# tiny\n")
     assert "After distill, " in text
     tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
-    assert len(tables) == 5
+    assert len(tables) == 6
     for table in tables:
         unescaped = [re.sub(r"\\\|", "", line) for line in table.splitlines()]
         assert len({line.count("|") for line in unescaped}) == 1
