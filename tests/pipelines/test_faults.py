@@ -337,10 +337,13 @@ def test_secrets_reach_no_file_of_a_run(
         raise RuntimeError(f"https://me:secret-word@hub/x: {TOKEN}; a token of another form")
 
     monkeypatch.setattr(STAGES["distill"], "run", fail)
-    revision = ("--set", f"teacher.revision={TOKEN}", "--set", "distill.tokens=2048")
-    done = shearling("run", recipe_file, "--out", run, *revision)
-    assert done.returncode == 1
     secrets = (TOKEN, "secret-word", "a token of another form")
+    refused = shearling("run", recipe_file, "--out", run, "--set", f"teacher.revision={TOKEN}")
+    assert refused.returncode == 2, "a local teacher has no revisions"
+    assert TOKEN not in refused.stdout + refused.stderr
+    options = ("--set", f"description={TOKEN}", "--set", "distill.tokens=2048")
+    done = shearling("run", recipe_file, "--out", run, *options)
+    assert done.returncode == 1
     assert "hf_***" in done.stderr
     assert not any(secret in done.stdout + done.stderr for secret in secrets)
     texts = {
