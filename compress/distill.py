@@ -326,10 +326,10 @@ def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
     Raises:
         ShearlingError: where the recipe says stop, or too many steps in a row are like that.
     """
-    what = _what_is_wrong(course, line)
+    mean, usual = _mean_loss(course, line), course.running_loss
+    what = _what_is_wrong(course, line, mean)
     if what is None:
-        told, before = _mean_loss(course, line), course.running_loss
-        course.running_loss = told if before is None else before + (1 - _RUNNING) * (told - before)
+        course.running_loss = mean if usual is None else usual + (1 - _RUNNING) * (mean - usual)
         course.skipped = 0
         return False
     course.skipped += 1
@@ -349,11 +349,11 @@ def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
     )
 
 
-def _what_is_wrong(course: Course, line: Mapping[str, Any]) -> str | None:
+def _what_is_wrong(course: Course, line: Mapping[str, Any], mean: float) -> str | None:
     loss, norm, step = line["loss"], line["gradient_norm"], line["step"]
     if not math.isfinite(loss) or not math.isfinite(norm):
         return f"The loss became {loss} with a gradient of norm {norm} in step {step}."
-    mean, usual = _mean_loss(course, line), course.running_loss
+    usual = course.running_loss
     if course.step < _SETTLED or usual is None:
         return None
     if mean > max(_EXPLODED * usual, _NOTICEABLE):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pipelines.recipe import PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
+from reports import tasks
 from reports.settings import BenchmarkSettings
-from reports.tasks import OWN
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.families import known_family
@@ -64,9 +64,7 @@ def check_file(path: Path) -> None:
 
 def check_tasks(settings: BenchmarkSettings) -> None:
     """Every task of the benchmark exists."""
-    from reports.tasks import check_tasks as check
-
-    check(settings)
+    tasks.check_tasks(settings)
 
 
 def check_mirror(settings: BenchmarkSettings) -> None:
@@ -94,7 +92,7 @@ def missing_mirror(settings: BenchmarkSettings) -> str | None:
     """
     if not settings.mirror or Path(settings.mirror).expanduser().exists():
         return None
-    asked = [task for task in settings.tasks if task not in OWN]
+    asked = [task for task in settings.tasks if task not in tasks.OWN]
     if not asked:
         return None
     return (
