@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from shearling import ShearlingError
-from students.settings import Settings
+from students.settings import Count, Settings
 from students.shape import Shape
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -30,7 +30,7 @@ def deciding(settings: Settings, kind: type[Settings]) -> dict[str, Any]:
 class PruneSettings(Settings):
     """How a teacher is cut. The shape itself is part of the recipe's prune stage."""
 
-    calibration_tokens: int = Field(
+    calibration_tokens: Count = Field(
         default=65536, gt=0, description="Tokens of the transfer set that pruning looks at."
     )
     depth: Literal["cosine", "contiguous", "divergence"] | list[int] = Field(
@@ -154,8 +154,8 @@ class DistillSettings(Settings):
     learning rate and batch are what was best on small budgets of tokens (docs/LOG.md).
     """
 
-    tokens: int = Field(gt=0, description="Tokens of the transfer set that the student sees.")
-    batch_tokens: int = Field(default=1024, gt=0, description="Tokens an optimizer step sees.")
+    tokens: Count = Field(gt=0, description="Tokens of the transfer set that the student sees.")
+    batch_tokens: Count = Field(default=1024, gt=0, description="Tokens an optimizer step sees.")
     micro_batch_windows: int | None = Field(
         default=None,
         gt=0,
@@ -196,7 +196,7 @@ class DistillSettings(Settings):
         description="Both models' logits are divided by it in the divergences, whose value is "
         "multiplied by its square. May change with the steps, as weights may.",
     )
-    chunk_tokens: int = Field(
+    chunk_tokens: Count = Field(
         default=512, gt=0, description="Tokens whose logits exist at one time in the loss."
     )
 
@@ -371,8 +371,8 @@ class CorrectSettings(Settings):
     not been tuned here.
     """
 
-    tokens: int = Field(gt=0, description="Tokens of the transfer set that the teacher reads.")
-    batch_tokens: int = Field(default=8192, gt=0, description="Tokens an optimizer step sees.")
+    tokens: Count = Field(gt=0, description="Tokens of the transfer set that the teacher reads.")
+    batch_tokens: Count = Field(default=8192, gt=0, description="Tokens an optimizer step sees.")
     micro_batch_windows: int | None = Field(
         default=None,
         gt=0,

@@ -10,7 +10,6 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from decimal import Decimal
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -33,7 +32,7 @@ from compress.settings import CorrectSettings, DistillSettings, PruneSettings
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError
 from students.search import read_budget
-from students.settings import ExportSettings, Settings
+from students.settings import Count, ExportSettings, Settings, read_count
 from students.shape import PRESETS, Shape
 from teachers.families import training_recipe
 from teachers.settings import TeacherSettings, TransferSetSettings, WrittenSettings
@@ -82,7 +81,7 @@ class BudgetSettings(ShapeSettings):  # type: ignore[misc, valid-type]
         le=100,
         description="Shapes that are tried, at most; fewer where the budget allows no more.",
     )
-    tokens: int = Field(
+    tokens: Count = Field(
         default=8192,
         gt=0,
         description="Tokens of the transfer set with which each of them is pruned, and held-out "
@@ -592,22 +591,9 @@ def _mistake(data: Mapping[str, Any], problem: dict[str, Any]) -> str:
     given = problem["input"]
     if isinstance(given, (str, int, float, bool)) and kind != "value_error":
         message += f", not {_short(given)}"
-        if kind.startswith("int_") and (meant := _meant(given)) is not None:
+        if kind.startswith("int_") and (meant := read_count(given)) is not None:
             message += f"; write {meant}"
     return f"{shown}: {message}"
-
-
-_COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d)?) ?([kmb]?)", re.IGNORECASE)
-
-
-def _meant(given: Any) -> int | None:
-    """The whole number that ``8k``, ``1e4`` or ``60M`` stands for, which YAML reads as text."""
-    written = _COUNT.fullmatch(given.strip()) if isinstance(given, str) else None
-    if written is None:
-        return None
-    unit = 1000 ** " kmb".index(written[2].lower() or " ")
-    number = Decimal(re.sub("[_,]", "", written[1])) * unit
-    return int(number) if number % 1 == 0 else None
 
 
 def _short(value: Any) -> str:

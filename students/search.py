@@ -11,11 +11,11 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
-from decimal import Decimal
 from operator import attrgetter
 from typing import Any
 
 from shearling import ShearlingError
+from students.settings import read_count
 from students.shape import WIDTH_STEP, Shape, resolve_shape, round_hidden
 
 SPENT = 0.97
@@ -29,10 +29,7 @@ WIDTHS = tuple(eighths / 8 for eighths in range(8, 0, -1))
 FLOORS = (0.7, 0.5, 0.25, 0.0)
 """Depth and width are cut no deeper than the first of these that leaves enough candidates."""
 
-_UNITS = {"": Decimal(1), "%": Decimal("0.01")} | {
-    letter: Decimal(1000) ** power for power, letter in enumerate("KMB", 1)
-}
-_WRITTEN = re.compile(r"(\d[\d_,]*(?:\.\d+)?) ?([KMB%]?)", re.IGNORECASE)
+_SHARE = re.compile(r"(\d*\.?\d+) ?(%?)")
 
 
 def read_budget(given: object) -> int | float:
@@ -41,13 +38,14 @@ def read_budget(given: object) -> int | float:
     Raises:
         ValueError: it is neither.
     """
-    written = None if isinstance(given, bool) else _WRITTEN.fullmatch(str(given).strip())
-    if written:
-        number, unit = Decimal(re.sub("[_,]", "", written[1])), written[2].upper()
-        if unit in ("", "%") and 0 < number * _UNITS[unit] < 1:
-            return float(number * _UNITS[unit])
-        if unit != "%" and number >= 1 and number * _UNITS[unit] % 1 == 0:
-            return int(number * _UNITS[unit])
+    written = "" if isinstance(given, bool) else str(given).strip()
+    if share := _SHARE.fullmatch(written):
+        fraction = float(share[1]) / (100 if share[2] else 1)
+        if 0 < fraction < 1:
+            return fraction
+    count = read_count(written)
+    if count:
+        return count
     raise ValueError(
         f"{given!r} is no budget; write a number of parameters (60M, 1.2B, 63_848_304) or a "
         "fraction of the model's, below 1 (0.5, 50%)"

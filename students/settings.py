@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import re
+from decimal import Decimal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+_COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d{1,2})?) ?([kmb]?)", re.IGNORECASE)
+
+
+def read_count(given: object) -> int | None:
+    """The whole number that ``8k``, ``1e4``, ``60M`` or ``63_848_304`` stands for, or None.
+
+    YAML reads most of these as text.
+    """
+    written = _COUNT.fullmatch(given.strip()) if isinstance(given, str) else None
+    if written is None:
+        return None
+    unit = 1000 ** " kmb".index(written[2].lower() or " ")
+    number = Decimal(re.sub("[_,]", "", written[1])) * unit
+    return int(number) if number % 1 == 0 else None
+
+
+def _as_count(given: Any) -> Any:
+    count = read_count(given)
+    return given if count is None else count
+
+
+Count = Annotated[int, BeforeValidator(_as_count)]
+"""A number of tokens, which a recipe may write as ``8k`` or ``1.5M`` too."""
 
 
 class Settings(BaseModel):

@@ -11,7 +11,7 @@ from pydantic import (
     model_validator,
 )
 
-from students.settings import Settings
+from students.settings import Count, Settings
 
 
 class TeacherSettings(Settings):
@@ -55,7 +55,7 @@ class SourceSettings(Settings):
     )
     split: str = Field(default="train", description="The split, for a dataset only.")
     config: str | None = Field(default=None, description="The configuration, for a dataset only.")
-    tokens: int | None = Field(
+    tokens: Count | None = Field(
         default=None, gt=0, description="Take at most this many tokens; by default all."
     )
     weight: float | None = Field(
@@ -94,7 +94,7 @@ class WrittenSettings(Settings):
     name: ClassVar[str] = "written by the teacher"
     weight: ClassVar[None] = None
 
-    tokens: int = Field(default=500_000, gt=0, description="How many tokens it writes.")
+    tokens: Count = Field(default=500_000, gt=0, description="How many tokens it writes.")
     length: int | None = Field(
         default=None,
         ge=8,
@@ -206,7 +206,7 @@ class TransferSetSettings(Settings):
         description="Text that the teacher writes itself, where there is none or not enough; {} "
         "takes the defaults.",
     )
-    tokens: int | None = Field(
+    tokens: Count | None = Field(
         default=None,
         gt=0,
         description="Tokens of the whole set, which sources with a weight share; by default as "

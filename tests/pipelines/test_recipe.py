@@ -267,17 +267,28 @@ def test_an_override_turns_a_preset_into_axes(recipe_file: Path) -> None:
         ("transfer_set.sources.9.path=x", "has no item '9'"),
         ("distill.tokns=5", "distill.tokns: unknown key; did you mean 'tokens'?"),
         ("distill.tokens=few", "not 'few'"),
-        ("distill.tokens=1e4", "not '1e4'; write 10000"),
-        ("distill.tokens=5e6", "; write 5000000"),
-        ("distill.tokens=8k", "; write 8000"),
-        ("distill.tokens=1.2B", "; write 1200000000"),
-        ("transfer_set.sources.0.tokens=1_000 k", "; write 1000000"),
+        ("distill.tokens=0k", "greater than 0"),
+        ("distill.tokens=1.2345k", "not '1.2345k'"),
+        ("distill.evaluate_every=1e4", "not '1e4'; write 10000"),
+        ("distill.evaluate_every=5k", "; write 5000"),
     ],
 )
 def test_wrong_overrides(recipe_file: Path, override: str, message: str) -> None:
     with pytest.raises(ShearlingError) as caught:
         load_recipe(str(recipe_file), [override])
     assert message in caught.value.what
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("8k", 8000), ("1.2B", 1_200_000_000), ("1_000 k", 1_000_000), ("5e6", 5_000_000), ("7", 7)],
+)
+def test_tokens_may_be_written_short(recipe_file: Path, written: str, meant: int) -> None:
+    overrides = [f"{key}={written}" for key in ("distill.tokens", "transfer_set.sources.0.tokens")]
+    short = load_recipe(str(recipe_file), overrides)
+    long = [f"{override.split('=')[0]}={meant}" for override in overrides]
+    assert short == load_recipe(str(recipe_file), long)
+    assert short.transfer_set.sources[0].tokens == meant
 
 
 def test_mistakes_of_file_and_overrides_come_together(data: dict[str, Any], tmp_path: Path) -> None:
