@@ -12,9 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 from compress.settings import DistillSettings, PruneSettings
 from reports.settings import BenchmarkSettings
+from students.gguf_layout import stored_kind
 from students.settings import ExportSettings
 from students.shape import Shape
 from teachers.settings import WrittenSettings
@@ -724,9 +726,16 @@ def benchmark_cost(
 
 def export_cost(shape: Shape, settings: ExportSettings, dtype_bytes: int) -> Cost:
     """One tensor in memory (and a shard, for a folder); bits a weight as the form has them."""
+    from teachers.layout import expected_tensors  # brings torch
+
     largest = 4.0 * shape.vocab_size * shape.hidden_size
-    bits = EXPORT_BITS[settings.gguf_kind()]
-    size = shape.parameters * bits / 8
+    kind = settings.gguf_kind()
+    size = shape.parameters * EXPORT_BITS[kind] / 8
+    if settings.to == "gguf":
+        size = sum(
+            prod(sizes) * EXPORT_BITS[stored_kind(name, sizes, kind)] / 8
+            for name, sizes in expected_tensors(shape).items()
+        )
     shard = min(size, SHARD) if settings.to == "hf" else 0.0
     return Cost(
         moments=(

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from shearling import Progress, ShearlingError, silent
 from students.build import StudentWriter
-from students.gguf_layout import ROPE_FACTORS, gguf_name, llama3_rope_factors
+from students.gguf_layout import ROPE_FACTORS, gguf_name, llama3_rope_factors, stored_kind
 from students.gguf_vocabulary import vocabulary_metadata
 from students.shape import Shape
 
@@ -89,14 +89,13 @@ def export_gguf(
     """Write one GGUF file. ``kind`` is f32, f16, bf16 or one of ``QUANTISATIONS``; ``shapes``
     are those of all tensors by their Hugging Face names.
 
-    Vectors stay in 32 bits; with four or five bits a weight, embedding and output matrix have
-    eight; a matrix whose rows are no multiple of the quantisation's block is kept in 16 bits.
-    Returns the share of the weights in each kind of number, the largest first.
+    ``stored_kind`` says in which kind of number each tensor is kept. Returns the share of the
+    weights in each, the largest first.
 
     Raises:
         ShearlingError: RoPE scaling or a tokenizer that a GGUF of a Llama can't hold.
     """
-    wanted, file_type = _KINDS[kind]
+    _, file_type = _KINDS[kind]
     shape = Shape.from_config(config)
     writer = GGUFWriter(out, "llama")
     writer.add_name(name)
@@ -109,7 +108,7 @@ def export_gguf(
     if end_of_turn is not None:
         vocabulary["tokenizer.ggml.eot_token_id"] = end_of_turn
     _add_vocabulary(writer, vocabulary)
-    plan = {tensor: _kind_of(tensor, sizes, wanted) for tensor, sizes in shapes.items()}
+    plan = {tensor: _KINDS[stored_kind(tensor, sizes, kind)][0] for tensor, sizes in shapes.items()}
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for tensor, stored in plan.items():
@@ -190,21 +189,6 @@ def _add_vocabulary(writer: GGUFWriter, metadata: dict[str, Any]) -> None:
             writer.add_uint32(key, value)
         else:
             writer.add_string(key, value)
-
-
-_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-
-
-def _kind_of(
-    name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType
-) -> GGMLQuantizationType:
-    """How one tensor is stored."""
-    if len(shape) < 2:
-        return GGMLQuantizationType.F32
-    few_bits = wanted.name.startswith(("Q4", "Q5"))
-    kind = GGMLQuantizationType.Q8_0 if few_bits and name in _TABLES else wanted
-    block, _ = GGML_QUANT_SIZES[kind]
-    return kind if shape[-1] % block == 0 else GGMLQuantizationType.F16
 
 
 def _announce(

@@ -5,6 +5,8 @@ Source: llama.cpp's converter, https://github.com/ggml-org/llama.cpp/blob/master
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,6 +32,24 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The regular expression by which Llama 3's tokenizer splits text."""
+
+
+BLOCK = 32
+"""Numbers of a row that share a scale, in every kind of quantisation that is written here."""
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def stored_kind(name: str, size: Sequence[int], wanted: str) -> str:
+    """In which kind of number a GGUF of the kind ``wanted`` holds one tensor.
+
+    Vectors stay in 32 bits; with four or five bits a weight, embedding and output matrix have
+    eight; a matrix whose rows are no multiple of the quantisation's block is kept in 16 bits.
+    """
+    if len(size) < 2:
+        return "f32"
+    few_bits = wanted.startswith(("q4", "q5"))
+    kind = "q8_0" if few_bits and name in _TABLES else wanted
+    return "f16" if kind.startswith("q") and size[-1] % BLOCK else kind
 
 
 def hf_name(name: str) -> str | None:

@@ -17,6 +17,7 @@ from shapes import llama3_rope
 from shearling_process import Shearling
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from pipelines.estimate import export_cost
 from pipelines.export import export_checkpoint, write_card
 from pipelines.tiny import make_tiny_llama
 from reports import words
@@ -155,10 +156,14 @@ def test_it_says_what_could_not_be_quantised(
     done = shearling("export", folder, "--to", "gguf", "--quantise", kind, "--out", "a", "--json")
     facts = json.loads(done.stdout)
     counts: Counter[str] = Counter()
-    for tensor in GGUFReader(tmp_path / "a" / facts["files"][0]).tensors:
+    tensors = GGUFReader(tmp_path / "a" / facts["files"][0]).tensors
+    for tensor in tensors:
         counts[tensor.tensor_type.name.lower()] += int(tensor.n_elements)
     assert facts["shares"] == {kind: n / counts.total() for kind, n in counts.most_common()}
     assert next(iter(facts["shares"])) == most
+    settings = ExportSettings(to="gguf", quantise=kind)
+    planned = export_cost(open_checkpoint(folder).shape, settings, 2).disk
+    assert planned == sum(int(tensor.n_bytes) for tensor in tensors)
     line = shearling("export", folder, "--to", "gguf", "--quantise", kind, "--out", "b").stdout
     share = f"; {100 * facts['shares'].get('f16', 0):.0f}% of the weights have rows that are no"
     assert (share in line) == (most == "f16"), line
