@@ -500,10 +500,27 @@ def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
         "heldout_end": course.latest,
         "heldout_best": course.best,
         "kept_step": kept["step"],
+        "notes": _notes(course, kept),
         **({"processes": processes()} if processes() > 1 else {}),
         **({"targets": course.targets_facts} if course.targets_facts else {}),
         **_mix_facts(course),
     }
+
+
+def _notes(course: Course, kept: Mapping[str, float]) -> list[str]:
+    """That other weights than the last were kept, in words."""
+    _, said = _measure(course)
+    if kept["step"] == course.step:
+        return []
+    if kept["step"] == 0:
+        return [
+            f"No evaluation found a lower held-out {said} than at the start, so the weights are "
+            "those that training began with: lower learning_rate, or give it more tokens."
+        ]
+    return [
+        f"The weights of step {kept['step']} of {course.step} were kept: the held-out {said} was "
+        "lowest there."
+    ]
 
 
 def _mix_facts(course: Course) -> dict[str, Any]:

@@ -320,9 +320,8 @@ class _Run:
         if step.kind == "export":
             self.display.line(f"  {step.name}: {export_line(record['summary'])}")
         refresh_stage(folder, artefact, record)
-        if step.kind == "transfer_set":  # too little text, or text of the teacher's own
-            for note in (record.get("summary") or {}).get("notes") or ():
-                self.display.line(f"  {note}", style="yellow")
+        for note in (record.get("summary") or {}).get("notes") or ():
+            self.display.line(f"  {note}", style="yellow")
         self._collect_metrics()
         self.journal.set_row(
             step.stage,

@@ -13,7 +13,7 @@ from typing import Any
 import altair as alt
 
 from reports.chart import SERIES, Chart, colours_of, finish, values
-from reports.run_folder import Data, Run, Stage, as_number
+from reports.run_folder import Data, Run, Stage, as_list, as_number
 from reports.words import significant
 
 _TERMS = {
@@ -150,6 +150,8 @@ def heldout(run: Run) -> Chart | None:
     if len(rows) < 2:
         return None
     first, last = rows[0]["value"], rows[-1]["value"]
+    told = [note for stage in _taught(run) for note in as_list(stage.summary.get("notes"))]
+    notes = "".join(f" {note}" for note in told)
     return _one_line(
         run,
         rows,
@@ -158,7 +160,7 @@ def heldout(run: Run) -> Chart | None:
         unit="nats per token",
         points=True,
         text="KL divergence from the teacher on text that was kept out of training: "
-        f"{significant(first)} at the first evaluation, {significant(last)} at the last.",
+        f"{significant(first)} at the first evaluation, {significant(last)} at the last." + notes,
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from compress.answers import Taught
@@ -246,11 +246,26 @@ def test_the_best_weights_are_kept_when_the_last_are_worse(bench: Bench) -> None
     best = min((x for x in lines(out) if "heldout_kl" in x), key=lambda x: x["heldout_kl"])
     assert best["step"] < 30, "or this tests nothing"
     assert summary["kept_step"] == summary["heldout_best"]["step"] == best["step"]
+    (note,) = summary["notes"]
+    assert f"The weights of step {best['step']} of 30 were kept" in note
     again = bench.tmp_path / "again"
     bench.student = out / "model"
     settings = DistillSettings(**{**BASE, "tokens": 256})
     start = distill(bench.teacher, bench.student, again, bench.text, settings)["heldout_start"]
     assert start["heldout_kl"] == pytest.approx(best["heldout_kl"], rel=1e-6)
+
+
+def test_a_training_that_only_harms_is_told(bench: Bench) -> None:
+    """Nothing is nearer to the teacher than the teacher itself."""
+    bench.student = bench.teacher
+    out, summary = bench.run("harmed", tokens=32 * 8 * 4, forward_kl=0.0, cross_entropy=1.0)
+    assert summary["kept_step"] == 0
+    (note,) = summary["notes"]
+    assert note.startswith("No evaluation found a lower held-out KL than at the start")
+    weights, same = (
+        load_file(folder / "model.safetensors") for folder in (out / "model", bench.teacher)
+    )
+    assert all(torch.equal(weights[name], same[name]) for name in same)
 
 
 # --- hidden states ---------------------------------------------------------------------------
