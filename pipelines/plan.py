@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.settings import DistillSettings
+from pipelines import preflight
 from pipelines.accelerators import MEMORY_SHARE, Machine
 from pipelines.estimate import (
     LIBRARIES,
@@ -28,7 +29,6 @@ from pipelines.estimate import (
     transfer_set_cost,
     written_cost,
 )
-from pipelines.preflight import check_tokenizers
 from pipelines.recipe import (
     CorrectStage,
     DistillStage,
@@ -194,7 +194,7 @@ def make_plan(
         ShearlingError: a stage's shape does not fit the model before it, or a teacher has another
             tokenizer than the recipe's.
     """
-    check_tokenizers(recipe)
+    preflight.check_tokenizers(recipe)
     rows = [
         _row(name, kind, shape, cost, machine, processes)
         for name, kind, shape, cost in stage_costs(recipe, teacher, machine)
@@ -500,6 +500,7 @@ def _warnings(
             f"transfer_set.window {window:,} is more than the teacher's context of "
             f"{teacher.context:,} tokens"
         )
+    yield from (told.removesuffix(".") for told in preflight.warnings(recipe))
     yield from _repeats(recipe)
     for row in rows:
         if row["least_processes"] is None:

@@ -66,6 +66,7 @@ def run(
         from pipelines.crew import start_processes
 
         raise typer.Exit(start_processes(processes, sys.argv[1:]))
+    from pipelines.preflight import warnings
     from pipelines.recipe import load_recipe
     from pipelines.runner import Options, check, decisions
 
@@ -86,15 +87,19 @@ def run(
     if dry_run:
         with patience("looking at what is there"):
             decided = decisions(check(loaded, options), options)
+            warned = warnings(loaded)
         if as_json:
             steps = [
                 {"step": s.name, "kind": s.kind, "runs": d.runs, "reason": d.reason}
                 for s, d in decided
             ]
-            print_json({"schema": 1, "recipe": loaded.name, "steps": steps})
+            facts = {"schema": 1, "recipe": loaded.name, "steps": steps, "warnings": warned}
+            print_json(facts)
             return
         for step, decision in decided:
             print(f"{step.name}: {decision}")
+        for warning in warned:
+            print(f"Warning: {warning}")
         return
     _go(loaded, options)
 

@@ -285,6 +285,18 @@ def test_decisions_as_json(run: Path, recipe_file: Path, shearling: Shearling) -
     assert "--dry-run" in refused.stderr
 
 
+def test_what_is_likely_not_meant_is_told_before_a_run(
+    recipe_file: Path, shearling: Shearling
+) -> None:
+    given = (recipe_file, "--set", "transfer_set.sources.0.split=test")
+    dry = ("run", *given, "--dry-run")
+    (warning,) = json.loads(shearling(*dry, "--json").stdout)["warnings"]
+    assert warning.startswith("transfer_set.sources.grammar.split: test has no effect")
+    assert f"Warning: {warning}" in shearling(*dry).stdout
+    planned = json.loads(shearling("plan", *given, "--json").stdout)
+    assert warning.removesuffix(".") in planned["warnings"]
+
+
 # --- what texts promise -------------------------------------------------------------------------
 
 
