@@ -18,6 +18,7 @@ from students.settings import Count, Settings
 from students.shape import Shape
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Importance = Literal["greedy", "activation", "taylor", "magnitude"]
 CHANGE_NO_RESULT = frozenset({"save_every_seconds", "stream_memory_gb"})
 """Settings that only say how safely or on how small a machine a stage works."""
 
@@ -40,12 +41,13 @@ class PruneSettings(Settings):
         "the teacher's answers diverge most, one removed after another (divergence), or a list of "
         "layer numbers.",
     )
-    importance: Literal["greedy", "activation", "taylor", "magnitude"] = Field(
-        default="activation",
+    importance: Importance | None = Field(
+        default=None,
         description="How parts are chosen: heads and neurons removed one after another where the "
         "others, refitted, can best do without (greedy); by the size of what they add to the "
         "stream (activation); by the loss's gradient, hidden dims too (taylor); or by the size of "
-        "their weights, hidden dims too (magnitude).",
+        "their weights, hidden dims too (magnitude). By default greedy, but activation where "
+        "nothing is refitted.",
     )
     basis: Literal["principal", "dims"] | None = Field(
         default=None,
@@ -106,6 +108,11 @@ class PruneSettings(Settings):
                 f"out of 0 to {total - 1}.",
                 hint="Correct `depth` or `shape.num_hidden_layers` in the recipe's prune stage.",
             )
+
+    @property
+    def chosen_by(self) -> Importance:
+        """How heads and neurons are chosen; see ``importance``."""
+        return self.importance or ("greedy" if self.refit else "activation")
 
     def basis_for(self, teacher: Shape, student: Shape) -> Literal["principal", "dims"]:
         """How a student of this shape gets its stream; see ``basis``."""

@@ -44,8 +44,9 @@ from students.shape import Shape
 from teachers.checkpoint import Checkpoint
 from teachers.layout import EMBEDDING, FINAL_NORM
 
-SURVEY_TOKENS = 16384
-"""Importances are means over positions and settle early; refits want all calibration windows."""
+SURVEY_TOKENS, GREEDY_TOKENS = 16384, 32768
+"""Importances are means over positions and settle early; the second moments from which parts are
+removed greedily want more, and refits all calibration windows."""
 FINAL_POSITIONS = 4096
 """Final hidden states that are kept: the output head's metric has E² numbers, each a mean."""
 
@@ -147,9 +148,11 @@ def take_survey(
     What it would say counts among the first ``vocabulary`` tokens; the others are padding.
     """
     taylor = None
-    if settings.importance == "taylor":
+    if settings.chosen_by == "taylor":
         taylor = taylor_scores(source, windows_BT, streams, device, dtype, vocabulary, progress)
-    windows_BT = windows_BT[: max(1, SURVEY_TOKENS // windows_BT.shape[1])]
+    greedy = settings.chosen_by == "greedy"
+    tokens = GREEDY_TOKENS if greedy else SURVEY_TOKENS
+    windows_BT = windows_BT[: max(1, tokens // windows_BT.shape[1])]
     shape = source.shape
     maths = LayerMath(source.config, windows_BT.shape[1], device, dtype)
     stream_BTE = source.tensor(EMBEDDING)[windows_BT].float()
@@ -160,13 +163,13 @@ def take_survey(
     for number in range(shape.num_hidden_layers):
         progress("survey", number, shape.num_hidden_layers)
         weights = read_layer(source, number, device)
-        layer = LayerSurvey(maths, shape, weights, settings.importance == "greedy", projects)
+        layer = LayerSurvey(maths, shape, weights, greedy, projects)
         for rows in batches(stream_BTE):
             before = stream_BTE[rows].to(device)
             stream_BTE[rows] = layer.add(before).to(stream_BTE)
         if not bool(torch.isfinite(stream_BTE).all()):
             raise FloatingPointError(f"the teacher overflows in its layer {number}")
-        scores = taylor[number] if taylor else layer.scores(settings.importance)
+        scores = taylor[number] if taylor else layer.scores(settings.chosen_by)
         survey.hidden_E += scores.hidden_E.to(survey.hidden_E)
         if projects:
             survey.gram_EE += layer.gram_EE.cpu()
@@ -185,7 +188,7 @@ def take_survey(
         if projects:
             last_EE += stream_gram(stream_BTE[rows], maths.eps)
     reads = 2 * shape.num_hidden_layers
-    if taylor is None and settings.importance != "magnitude":
+    if taylor is None and settings.chosen_by != "magnitude":
         survey.hidden_E.mul_((1 - HEAD_SHARE) / reads).add_(last_E, alpha=HEAD_SHARE)
     survey.gram_EE.mul_((1 - HEAD_SHARE) / reads).add_(last_EE, alpha=HEAD_SHARE)
     survey.hidden_E = survey.hidden_E.sqrt().cpu()

@@ -25,7 +25,7 @@ LIBRARIES = 0.5e9
 """A process with torch, transformers and lm-eval loaded, before any model (measured)."""
 SHARD = 2 * 1024**3  # of a teacher that is being written
 STUDENT_SHARD = 512 * 1024**2
-SURVEY_TOKENS, FINAL_POSITIONS, WALK_BATCH_TOKENS = 16384, 4096, 4096
+SURVEY_TOKENS, GREEDY_TOKENS, FINAL_POSITIONS, WALK_BATCH_TOKENS = 16384, 32768, 4096, 4096
 DEPTH_TOKENS, TAYLOR_TOKENS, METRIC_CHUNK, SOLVED_OUTPUTS = 2048, 8192, 512, 2048
 """As in compress.survey, .layer, .depth, .taylor, .ends and .reconstruct."""
 RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
@@ -225,7 +225,8 @@ def prune_cost(
 ) -> Cost:
     """The survey, the walk and the last check. ``before`` is the model that is cut."""
     tokens = settings.calibration_tokens if settings.refit else 0
-    survey = min(SURVEY_TOKENS, settings.calibration_tokens)
+    greedy = settings.chosen_by == "greedy"
+    survey = min(GREEDY_TOKENS if greedy else SURVEY_TOKENS, settings.calibration_tokens)
     vocabulary, wide, narrow = student.vocab_size, before.hidden_size, student.hidden_size
     table = float(student.embedding_parameters)
     streams = float(tokens * (wide + narrow)) * WIDTH[settings.stream_dtype]
@@ -242,6 +243,8 @@ def prune_cost(
         4.0 * positions * (4 * before.intermediate_size + 6 * wide + 3 * before.query_size)
     )
     surveyed = {"teacher layer": 4.0 * before.layer_parameters, "activations": activations}
+    if greedy:
+        surveyed["Gram matrices"] = 4.0 * (before.intermediate_size**2 + before.query_size**2)
     # The teacher's layer as it is stored, on a CPU as pages of its file; what is cut of it in
     # float32, sliced and refitted.
     walked = {
@@ -348,11 +351,15 @@ def _choice_moments(
     """What choosing needs beside a layer: Gram matrices and what is made of them, streams."""
     moments = []
     head = float(before.vocab_size * before.hidden_size)
-    if settings.importance == "greedy":
+    if settings.chosen_by == "greedy":
         largest = max(before.intermediate_size, before.query_size)
-        greedy = 4.0 * (before.intermediate_size**2 + before.query_size**2) + 32.0 * largest**2
-        moments.append(Moment(what="greedy choice", device={**layers, "removal": greedy}, host={}))
-    if settings.importance == "taylor":
+        removal = 16.0 * largest**2 + 8.0 * before.hidden_size * largest
+        idle = {**layers, "activations": 0.0}
+        stream = {"residual streams": 4.0 * survey * before.hidden_size}
+        moments.append(
+            Moment(what="greedy choice", device={**idle, "removal": removal}, host=stream)
+        )
+    if settings.chosen_by == "taylor":
         streams = (before.num_hidden_layers + 2.0) * min(survey, TAYLOR_TOKENS)
         streams *= WIDTH[settings.stream_dtype] * before.hidden_size
         moments.append(
@@ -387,7 +394,7 @@ def _dropped(before: Shape, student: Shape) -> int:
 
 def _choice_reads(before: Shape, student: Shape, settings: PruneSettings) -> float:
     """Weights of the teacher that are read more often than the survey and the walk read them."""
-    reads = 2.0 * (settings.importance == "taylor")
+    reads = 2.0 * (settings.chosen_by == "taylor")
     if settings.depth == "divergence":
         reads += _dropped(before, student)
     return reads * before.parameters
@@ -399,7 +406,7 @@ def _choice_flops(
     """The floating-point operations of ``_choice_moments``, by dtype."""
     layers, wide = before.num_hidden_layers, before.hidden_size
     single, double, products = 0.0, 0.0, 0.0
-    if settings.importance == "taylor":  # forward; for gradients forward again and twice back
+    if settings.chosen_by == "taylor":  # forward; for gradients forward again and twice back
         products += 4.0 * min(survey, TAYLOR_TOKENS) * _trunk_flops(before, window)
     if settings.depth == "divergence":
         # Every layer that is left takes the whole stream and those without each one before it.
@@ -408,7 +415,7 @@ def _choice_flops(
         heads = sum(left + 1 for left in lefts)
         products += min(survey, DEPTH_TOKENS) * passes / layers * _trunk_flops(before, window)
         products += 4.0 * min(survey, DEPTH_TOKENS) * heads * before.vocab_size * wide
-    if settings.importance == "greedy":
+    if settings.chosen_by == "greedy":
         for inputs, left in (
             (before.intermediate_size, student.intermediate_size),
             (before.query_size, student.num_attention_heads * before.head_dim),
