@@ -23,9 +23,11 @@ from teachers.checkpoint import Checkpoint
 BATCH_TOKENS = 4096
 """Positions that pass a layer at one time."""
 
-FIRST_POSITION_WEIGHT = 0.1
-"""The first position is the attention sink: its stream is a hundred times larger than all others
-and the same in every window. It stays in each fit, but doesn't decide it."""
+FIRST_POSITION_SHARE = 0.03
+"""The first position is the attention sink: its stream is a hundred times larger than all others,
+the same in every window, and what every head rests on. It counts as so much of a window's
+positions: as one of hundreds it is fitted to a tenth of its size, and each begin of text, with
+a token that calibration has not seen there, to another."""
 
 LayerWeights = dict[str, Tensor]
 """A layer's parameters by their name inside it: ``self_attn.q_proj.weight`` and so on."""
@@ -138,7 +140,7 @@ class LayerMath:
 def position_weights(stream_BTD: Tensor) -> Tensor:
     """How much each position of a batch counts in a fit, [B, T]."""
     weight_BT = torch.ones(stream_BTD.shape[:2], device=stream_BTD.device)
-    weight_BT[:, 0] = FIRST_POSITION_WEIGHT
+    weight_BT[:, 0] = FIRST_POSITION_SHARE * stream_BTD.shape[1]
     return weight_BT
 
 

@@ -247,7 +247,7 @@ class LayerSurvey:
         self.gram_KCC += torch.einsum("nkgc,nkgd->kcd", by_group, by_group)
         self.distance += cosine_distance(before_BTE, after)
         if self.greedy:
-            # As the refits will judge: relative to the stream, the first position hardly.
+            # As the refits will judge: relative to the stream.
             for gram_II, inputs, stream in (
                 (self.gram_QQ, mixed, middle),
                 (self.gram_FF, active, after),
