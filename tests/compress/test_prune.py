@@ -20,7 +20,7 @@ from compress.basis import principal_basis
 from compress.coupling import derive_coupling
 from compress.depth import layers_by_divergence
 from compress.importance import channel_energy
-from compress.layer import LayerMath, read_layer
+from compress.layer import FIRST_POSITION_SHARE, LayerMath, position_weights, read_layer
 from compress.prune import prune
 from compress.reconstruct import Moments, RidgeFit, SplitMoments, final_norm_refit
 from compress.selection import (
@@ -868,6 +868,20 @@ def test_depth_by_divergence_goes_on_after_the_first_layer(
 
     every = [[a, b, c] for a in range(4) for b in range(a + 1, 4) for c in range(b + 1, 4)]
     assert min(every, key=divergence) == three
+
+
+def test_parts_are_removed_greedily_where_refits_make_up_for_it() -> None:
+    assert PruneSettings().chosen_by == "greedy"
+    assert PruneSettings(refit=False).chosen_by == "activation"
+    assert PruneSettings(refit=False, importance="greedy").chosen_by == "greedy"
+
+
+@pytest.mark.parametrize("window", [32, 512])
+def test_the_first_position_counts_a_share_of_its_window(window: int) -> None:
+    """As one position of hundreds the attention sink was fitted to a tenth of its size."""
+    weights_BT = position_weights(torch.zeros(2, window, 3))
+    assert weights_BT[:, 0].tolist() == pytest.approx([FIRST_POSITION_SHARE * window] * 2)
+    assert (weights_BT[:, 1:] == 1).all()
 
 
 @pytest.mark.parametrize("importance", ["greedy", "activation", "taylor", "magnitude"])
