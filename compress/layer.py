@@ -25,9 +25,9 @@ BATCH_TOKENS = 4096
 
 FIRST_POSITION_SHARE = 0.03
 """The first position is the attention sink: its stream is a hundred times larger than all others,
-the same in every window, and what every head rests on. It counts as so much of a window's
-positions: as one of hundreds it is fitted to a tenth of its size, and each begin of text, with
-a token that calibration has not seen there, to another."""
+the same in every window, and every head rests on it. In fits it counts as this share of a window's
+positions. As one of hundreds it was fitted to a tenth of its size, and behind a first token that
+calibration had not seen to another size still."""
 
 LayerWeights = dict[str, Tensor]
 """A layer's parameters by their name inside it: ``self_attn.q_proj.weight`` and so on."""
