@@ -40,6 +40,11 @@ from teachers.layout import listed
 from teachers.tokenizer import copy_companions
 from teachers.transfer_set import TransferSet
 
+MASSIVE = 10.0
+"""Times the other positions' size from which a first position counts as an attention sink."""
+SINK_FACTOR = 2.0
+"""How far off a kept sink may be before a user is told."""
+
 
 def prune(
     teacher: Path,
@@ -276,4 +281,21 @@ def _summary(
         "stream_error": walk.errors[-1].get("stream_after_down_proj"),
         "reload_logit_error": logit_error,
         "precision": precision.to_dict(),
+        **_sink_facts(walk),
     }
+
+
+def _sink_facts(walk: Walk) -> dict[str, Any]:
+    """What became of the attention sink, at the layer where the teacher's is the largest."""
+    largest = max(walk.errors, key=lambda error: error.get("sink", 0.0))
+    if "sink" not in largest:
+        return {}
+    size, kept = largest["sink"], largest["sink_kept"]
+    lost = size > MASSIVE and not 1 / SINK_FACTOR < kept < SINK_FACTOR
+    said = (
+        f"Behind layer {largest['layer']} the teacher's first position is {size:.0f} times as "
+        f"large as others, an attention sink, the student's {kept:.2g} times that: text in other "
+        "windows than these may come out far worse. Give it more calibration_tokens, or cut "
+        "fewer layers and neurons."
+    )
+    return {"sink": size, "sink_kept": kept, "notes": [said] if lost else []}

@@ -10,6 +10,7 @@ O outputs, K key/value heads, C teacher head dim, c student head dim.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -230,19 +231,22 @@ class Walk:
         near = self._ridge_before(short)
         refit = moments.refit(sliced_OI, self.settings.ridge, near=near)
         student[weight_name] = refit.weight_OI
-        wrong = 0.0
+        wrong, sink = 0.0, SinkGauge()
         for rows in batches(self.student_stream):
             stream = self._read(self.student_stream, rows)
             read = mixed_BTI[rows].to(self.device)
             written = self.student_math.linear(read, student, block.output)
             after = stream + written
             self.student_stream[rows] = after.to(self.student_stream)
-            wrong += _relative_distance(after, wanted_stream(rows))
+            wanted = wanted_stream(rows)
+            wrong += _relative_distance(after, wanted)
+            sink.add(after, wanted)
         return {
             f"{short}_sliced": refit.sliced_error,
             short: refit.error,
             f"{short}_ridge": refit.ridge,
             f"stream_after_{short}": wrong / self.student_stream[..., 0].numel(),
+            **(sink.measured() if block is MLP else {}),
         }
 
     def _ridge_before(self, short: str) -> float | None:
@@ -306,6 +310,37 @@ def _relative_distance(ours_BTD: Tensor, theirs_BTD: Tensor) -> float:
     """Sum over positions of the squared distance over their squared size."""
     wrong = (ours_BTD - theirs_BTD).square().sum(-1)
     return float((wrong / theirs_BTD.square().sum(-1).clamp_min(1e-12)).sum())
+
+
+class SinkGauge:
+    """How large the stream of the first position is: the teacher's beside its other positions',
+    and the student's beside the teacher's.
+
+    Where the first is large, heads that have nothing to say attend there: an attention sink, made
+    by massive activations (Sun et al. 2024, arXiv:2402.17762). It is one position of hundreds, so
+    no mean over positions tells that a student has lost it.
+    """
+
+    def __init__(self) -> None:
+        self._ours = self._theirs = self._others = 0.0
+        self._windows = self._positions = 0
+
+    def add(self, ours_BTD: Tensor, theirs_BTD: Tensor) -> None:
+        """Take in a batch of the student's stream, and what it should be of the teacher's."""
+        self._ours += float(ours_BTD[:, 0].square().sum())
+        self._theirs += float(theirs_BTD[:, 0].square().sum())
+        self._others += float(theirs_BTD[:, 1:].square().sum())
+        self._windows += len(theirs_BTD)
+        self._positions += theirs_BTD[:, 1:, 0].numel()
+
+    def measured(self) -> dict[str, float]:
+        """``sink``: the teacher's first position over its others; ``sink_kept``: the student's
+        over the teacher's; both of root mean squares."""
+        theirs, others = self._theirs / self._windows, self._others / max(self._positions, 1)
+        return {
+            "sink": math.sqrt(theirs / max(others, 1e-30)),
+            "sink_kept": math.sqrt(self._ours / max(self._theirs, 1e-30)),
+        }
 
 
 class InputFit:

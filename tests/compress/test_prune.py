@@ -912,3 +912,67 @@ def test_a_part_that_does_nothing_goes_by_every_importance(
     torch.testing.assert_close(
         logits(tmp_path / "cut/model"), logits(teacher), rtol=1e-4, atol=1e-5
     )
+
+
+# --- the attention sink
+
+
+@pytest.fixture
+def sink(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A teacher with an attention sink: one neuron swells the stream of every window's first token,
+    whose place in the stream no other token and no layer uses."""
+    first = 2
+
+    def swell(model: LlamaForCausalLM) -> None:
+        embedding = model.model.embed_tokens.weight
+        embedding[:, 0] = 0
+        embedding[first] = 0
+        embedding[first, 0] = 10 * embedding[5].norm()
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight[0] = 0
+            layer.mlp.down_proj.weight[0] = 0
+        mlp = model.model.layers[0].mlp
+        for weight in (mlp.gate_proj.weight, mlp.up_proj.weight):
+            weight[9] = 0
+            weight[9, 0] = 4.0
+        mlp.down_proj.weight[1, 9] = 4.0
+
+    calibration = TransferSet.calibration
+
+    def with_first(*arguments: Any) -> Tensor:
+        windows_BT = calibration(*arguments).clone()
+        windows_BT[windows_BT == first] = first + 1
+        windows_BT[:, 0] = first
+        return windows_BT
+
+    monkeypatch.setattr(TransferSet, "calibration", with_first)
+    return edited(tiny_llama, tmp_path / "sink", swell)
+
+
+def first_position(folder: Path, windows_BT: Tensor) -> float:
+    """How large the first position's stream is behind the second layer."""
+    with torch.no_grad():
+        streams = load(folder)(windows_BT, output_hidden_states=True).hidden_states
+    return float(streams[2][:, 0].norm(dim=-1).mean())
+
+
+@pytest.mark.parametrize("importance", ["greedy", "activation"])
+def test_an_attention_sink_survives_the_cut(
+    sink: Path, tiny_transfer_set: Path, tmp_path: Path, importance: str
+) -> None:
+    axes = {"intermediate_size": 24, "num_attention_heads": 2}
+    found = cut(sink, tmp_path / "cut", tiny_transfer_set, axes, importance=importance)
+    windows_BT = TransferSet(tiny_transfer_set).calibration(2048, 0)
+    theirs = first_position(sink, windows_BT)
+    assert theirs > 500  # the teacher has one
+    assert first_position(tmp_path / "cut/model", windows_BT) == pytest.approx(theirs, rel=0.02)
+    assert found["sink"] > 10
+    assert found["sink_kept"] == pytest.approx(1, abs=0.02)
+    assert not found["notes"]
+
+
+def test_a_lost_attention_sink_is_told(sink: Path, tiny_transfer_set: Path, tmp_path: Path) -> None:
+    """Here what the neuron reads is one dim of the stream, used by one token: the cut drops it."""
+    found = cut(sink, tmp_path / "cut", tiny_transfer_set, {"hidden_size": 24})
+    assert found["sink_kept"] < 0.1
+    assert ["an attention sink" in note for note in found["notes"]] == [True]
