@@ -28,7 +28,7 @@ from compress.layer import normed
 def stream_gram(stream_BTE: Tensor, eps: float) -> Tensor:
     """Second moments of the stream divided by its size, summed over all positions, [E, E].
 
-    The first position, the attention sink, is in it as any other: its direction must stay.
+    First positions, the attention sinks, are in it as any other: their directions must stay.
     """
     input_NE = normed(stream_BTE, eps).flatten(0, 1)
     return input_NE.T @ input_NE

@@ -23,11 +23,8 @@ from teachers.checkpoint import Checkpoint
 BATCH_TOKENS = 4096
 """Positions that pass a layer at one time."""
 
-FIRST_POSITION_SHARE = 0.03
-"""The first position is the attention sink: its stream is a hundred times larger than all others,
-the same in every window, and every head rests on it. In fits it counts as this share of a window's
-positions. As one of hundreds it was fitted to a tenth of its size, and behind a first token that
-calibration had not seen to another size still."""
+OPENING_EVERY = 32
+"""Every so many-th token of the calibration windows also passes the layers as a window's first."""
 
 LayerWeights = dict[str, Tensor]
 """A layer's parameters by their name inside it: ``self_attn.q_proj.weight`` and so on."""
@@ -137,11 +134,19 @@ class LayerMath:
             stream_BTD[rows] = self.layer(before_BTD, weights).to(stream_BTD)
 
 
-def position_weights(stream_BTD: Tensor) -> Tensor:
-    """How much each position of a batch counts in a fit, [B, T]."""
-    weight_BT = torch.ones(stream_BTD.shape[:2], device=stream_BTD.device)
-    weight_BT[:, 0] = FIRST_POSITION_SHARE * stream_BTD.shape[1]
-    return weight_BT
+def openings(windows_BT: Tensor, begin: int | None) -> Tensor:
+    """Windows of one token each out of long ones, [N, 1]; every fourth is ``begin``, the token
+    that texts begin with, where there is one.
+
+    The first position is the attention sink: its stream is a hundred times larger than all others,
+    every head rests on it, and it is made of nothing but its own token. Long windows show few of
+    it, and a fit to a hundred such positions knows no other token to begin with. These cost one
+    position each.
+    """
+    tokens_N1 = windows_BT[:, ::OPENING_EVERY].reshape(-1, 1).clone()
+    if begin is not None:
+        tokens_N1[::4] = begin
+    return tokens_N1
 
 
 def batches(stream_BTD: Tensor) -> Iterator[slice]:

@@ -32,7 +32,7 @@ from compress.layer import (
     LayerWeights,
     batches,
     normed,
-    position_weights,
+    openings,
     read_layer,
 )
 from compress.selection import LayerSelection, choose_heads, choose_layers, top
@@ -154,8 +154,13 @@ def take_survey(
     tokens = GREEDY_TOKENS if greedy else SURVEY_TOKENS
     windows_BT = windows_BT[: max(1, tokens // windows_BT.shape[1])]
     shape = source.shape
-    maths = LayerMath(source.config, windows_BT.shape[1], device, dtype)
-    stream_BTE = source.tensor(EMBEDDING)[windows_BT].float()
+    embedding_VE = source.tensor(EMBEDDING)
+    short_BT = openings(windows_BT, source.config.bos_token_id)
+    maths, short_maths = (
+        LayerMath(source.config, tokens_BT.shape[1], device, dtype)
+        for tokens_BT in (windows_BT, short_BT)
+    )
+    stream_BTE, short_BTE = (embedding_VE[tokens].float() for tokens in (windows_BT, short_BT))
     survey = Survey(torch.zeros(shape.hidden_size, dtype=torch.float64, device=device))
     projects = settings.basis_for(shape, target) == "principal"
     if projects:
@@ -163,10 +168,13 @@ def take_survey(
     for number in range(shape.num_hidden_layers):
         progress("survey", number, shape.num_hidden_layers)
         weights = read_layer(source, number, device)
-        layer = LayerSurvey(maths, shape, weights, greedy, projects)
+        layer = LayerSurvey(shape, weights, device, greedy, projects)
         for rows in batches(stream_BTE):
             before = stream_BTE[rows].to(device)
-            stream_BTE[rows] = layer.add(before).to(stream_BTE)
+            stream_BTE[rows] = layer.add(maths, before).to(stream_BTE)
+        for rows in batches(short_BTE):
+            before = short_BTE[rows].to(device)
+            short_BTE[rows] = layer.add(short_maths, before, opening=True).to(short_BTE)
         if not bool(torch.isfinite(stream_BTE).all()):
             raise FloatingPointError(f"the teacher overflows in its layer {number}")
         scores = taylor[number] if taylor else layer.scores(settings.chosen_by)
@@ -187,6 +195,8 @@ def take_survey(
         last_E += relative_energy(stream_BTE[rows]).to(last_E)
         if projects:
             last_EE += stream_gram(stream_BTE[rows], maths.eps)
+    if projects:
+        last_EE += stream_gram(short_BTE, maths.eps)
     reads = 2 * shape.num_hidden_layers
     if taylor is None and settings.chosen_by != "magnitude":
         survey.hidden_E.mul_((1 - HEAD_SHARE) / reads).add_(last_E, alpha=HEAD_SHARE)
@@ -209,13 +219,18 @@ class LayerSurvey:
     """One layer of the teacher: sums over positions, and the choice that follows from them."""
 
     def __init__(
-        self, maths: LayerMath, shape: Shape, weights: LayerWeights, greedy: bool, projects: bool
+        self,
+        shape: Shape,
+        weights: LayerWeights,
+        device: torch.device,
+        greedy: bool,
+        projects: bool,
     ) -> None:
-        self.maths, self.shape, self.weights = maths, shape, weights
+        self.shape, self.weights = shape, weights
         self.greedy, self.projects = greedy, projects
 
         def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=maths.device)
+            return torch.zeros(size, dtype=dtype, device=device)
 
         self.query_Q = zeros(shape.query_size, dtype=torch.float64)
         self.neurons_F = zeros(shape.intermediate_size, dtype=torch.float64)
@@ -228,33 +243,35 @@ class LayerSurvey:
             self.gram_QQ = zeros(shape.query_size, shape.query_size)
             self.gram_FF = zeros(shape.intermediate_size, shape.intermediate_size)
 
-    def add(self, before_BTE: Tensor) -> Tensor:
-        """Take in a batch; returns the stream behind the layer."""
-        maths, weights = self.maths, self.weights
+    def add(self, maths: LayerMath, before_BTE: Tensor, opening: bool = False) -> Tensor:
+        """Take in a batch; returns the stream behind the layer.
+
+        Openings count where fits are foreseen, not in what a part is worth on ordinary text.
+        """
+        weights = self.weights
         _, parts = maths.read(ATTENTION, before_BTE, weights)
         mixed = maths.mix(ATTENTION, parts)
         middle = before_BTE + maths.linear(mixed, weights, ATTENTION.output)
         _, parts = maths.read(MLP, middle, weights)
         active = maths.mix(MLP, parts)
         after = middle + maths.linear(active, weights, MLP.output)
-        for stream in (before_BTE, middle):
-            self.hidden_E += relative_energy(stream)
-            if self.projects:
-                self.gram_EE += stream_gram(stream, maths.eps)
-        self.query_Q += channel_energy(mixed)
-        self.neurons_F += channel_energy(active)
+        if not opening:
+            self.hidden_E += relative_energy(before_BTE) + relative_energy(middle)
+            self.query_Q += channel_energy(mixed)
+            self.neurons_F += channel_energy(active)
+            self.distance += cosine_distance(before_BTE, after)
         by_group = mixed.view(-1, len(self.gram_KCC), self.shape.group_size, self.shape.head_dim)
         self.gram_KCC += torch.einsum("nkgc,nkgd->kcd", by_group, by_group)
-        self.distance += cosine_distance(before_BTE, after)
+        if self.projects:
+            self.gram_EE += stream_gram(before_BTE, maths.eps) + stream_gram(middle, maths.eps)
         if self.greedy:
             # As the refits will judge: relative to the stream.
             for gram_II, inputs, stream in (
                 (self.gram_QQ, mixed, middle),
                 (self.gram_FF, active, after),
             ):
-                size_BT = stream.square().mean(-1).clamp_min(1e-12)
-                weight_BT = position_weights(stream) / size_BT
-                weighted_NI = (inputs * weight_BT.sqrt()[..., None]).flatten(0, 1)
+                size_BT1 = stream.square().mean(-1, keepdim=True).clamp_min(1e-12)
+                weighted_NI = (inputs / size_BT1.sqrt()).flatten(0, 1)
                 gram_II.addmm_(weighted_NI.T, weighted_NI)
         return after
 

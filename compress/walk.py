@@ -11,7 +11,8 @@ O outputs, K key/value heads, C teacher head dim, c student head dim.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from compress.layer import (
     LayerWeights,
     batches,
     normed,
-    position_weights,
+    openings,
     read_layer,
 )
 from compress.reconstruct import (
@@ -52,6 +53,21 @@ FINAL_NORM_RIDGE = 0.01
 
 def _flat(activations_BTD: Tensor) -> Tensor:
     return activations_BTD.reshape(-1, activations_BTD.shape[-1])
+
+
+@dataclass(frozen=True)
+class Track:
+    """Windows of one length on their way through the layers: both residual streams [B, T, E] and
+    [B, T, D], and the arithmetic of that length.
+
+    What an output map reads is made once and read twice, for its fit and behind it: ``mixed``.
+    """
+
+    teacher: Tensor
+    student: Tensor
+    mixed: Tensor
+    teacher_math: LayerMath
+    student_math: LayerMath
 
 
 class Walk:
@@ -78,16 +94,23 @@ class Walk:
         self.source, self.settings, self.device = source, settings, device
         self.slicer, self.ends = slicer, ends
         config = student_config(source.config, slicer.student)
-        self.teacher_math = LayerMath(source.config, windows_BT.shape[1], device, dtype)
-        self.student_math = LayerMath(config, windows_BT.shape[1], device, dtype)
         self.writer = StudentWriter(folder, config, source.torch_dtype)
-        walked = windows_BT if settings.refit else windows_BT[:0]  # slicing looks at nothing
-        self.teacher_stream = streams.embedded("teacher", source.tensor(EMBEDDING), walked)
-        self.student_stream = streams.embedded("student", ends.embedding_VD, walked)
-        # What each output map reads is made once and read twice, for its fit and behind it.
-        student = slicer.student
-        widest = max(student.query_size, student.intermediate_size)
-        self.mixed = streams.empty("mixed", (*walked.shape, widest), dtype)
+        self.tracks: dict[str, Track] = {}
+        if settings.refit:  # slicing looks at nothing
+            widest = max(slicer.student.query_size, slicer.student.intermediate_size)
+            short_BT = openings(windows_BT, source.config.bos_token_id)
+            for name, tokens_BT in (("windows", windows_BT), ("openings", short_BT)):
+                maths = [
+                    LayerMath(side, tokens_BT.shape[1], device, dtype)
+                    for side in (source.config, config)
+                ]
+                self.tracks[name] = Track(
+                    streams.embedded(f"{name}-teacher", source.tensor(EMBEDDING), tokens_BT),
+                    streams.embedded(f"{name}-student", ends.embedding_VD, tokens_BT),
+                    streams.empty(f"{name}-mixed", (*tokens_BT.shape, widest), dtype),
+                    *maths,
+                )
+        self.eps = float(config.rms_norm_eps)
         self.probe_tokens = windows_BT[:1, :64]
         self.probe_math = LayerMath(config, self.probe_tokens.shape[1], device, torch.float32)
         self.probe_stream = self._stored(ends.embedding_VD[self.probe_tokens]).to(device)
@@ -104,19 +127,18 @@ class Walk:
             step=len(self.errors),
             state={"errors": self.errors, "shards": self.writer.checkpoint()},
             tensors={
-                "streams": {
-                    "teacher": self.teacher_stream,
-                    "student": self.student_stream,
-                    "probe": self.probe_stream,
-                }
+                "streams": {"probe": self.probe_stream}
+                | {f"{name}-teacher": track.teacher for name, track in self.tracks.items()}
+                | {f"{name}-student": track.student for name, track in self.tracks.items()}
             },
         )
 
     def restore(self, saved: TrainingState) -> None:
         """Go on where ``state`` was taken."""
         streams = saved.whole("streams")
-        self.teacher_stream.copy_(streams["teacher"])
-        self.student_stream.copy_(streams["student"])
+        for name, track in self.tracks.items():
+            track.teacher.copy_(streams[f"{name}-teacher"])
+            track.student.copy_(streams[f"{name}-student"])
         self.probe_stream = streams["probe"].to(self.device)
         self.errors = list(saved.state["errors"])
         self.writer.restore(saved.state["shards"])
@@ -166,25 +188,25 @@ class Walk:
             for name in block.inputs
         ]
         fit = InputFit(student, block, torch.cat(maps, dim=1))
-        for rows in batches(self.teacher_stream):
-            before = self._read(self.teacher_stream, rows)
-            normed_BTE, parts = self.teacher_math.read(block, before, teacher)
+        for track, rows in self._batches():
+            before = self._read(track.teacher, rows)
+            normed_BTE, parts = track.teacher_math.read(block, before, teacher)
             targets = [
                 self.slicer.target(number, name, _flat(part))
                 for name, part in zip(block.inputs, parts, strict=True)
             ]
             fit.add(
-                self._student_normed(rows),
+                self._student_normed(track, rows),
                 _flat(self.slicer.kept(normed_BTE)),
                 _flat(normed_BTE * teacher[block.norm]),
                 targets,
-                _weights(before),
+                torch.ones_like(before[..., 0]).flatten(),
                 _held_out(rows, before),
             )
-            written = self.teacher_math.linear(
-                self.teacher_math.mix(block, parts), teacher, block.output
+            written = track.teacher_math.linear(
+                track.teacher_math.mix(block, parts), teacher, block.output
             )
-            self.teacher_stream[rows] = (before + written).to(self.teacher_stream)
+            track.teacher[rows] = (before + written).to(track.teacher)
         return fit.solve(student, self.settings.ridge, self._ridge_before(fit.short))
 
     def _pass_dropped_layers(self, first: int, upto: int) -> None:
@@ -192,10 +214,11 @@ class Walk:
 
         The down projection before the gap is then fitted to the stream behind it.
         """
-        if len(self.teacher_stream):
+        if self.tracks:
             for layer in range(first, upto):
                 weights = read_layer(self.source, layer, self.device, dtype=None)
-                self.teacher_math.advance(self.teacher_stream, weights)
+                for track in self.tracks.values():
+                    track.teacher_math.advance(track.teacher, weights)
 
     def _fit_output(
         self, block: Block, student: LayerWeights, map_DE: Tensor | None
@@ -206,46 +229,49 @@ class Walk:
         the kept dims of the teacher's, or what ``map_DE`` makes of all of them.
         """
 
-        def wanted_stream(rows: slice) -> Tensor:
-            stream = self._read(self.teacher_stream, rows)
+        def wanted_stream(track: Track, rows: slice) -> Tensor:
+            stream = self._read(track.teacher, rows)
             return self.slicer.kept(stream) if map_DE is None else stream @ map_DE.T
 
         weight_name, bias = f"{block.output}.weight", student.get(f"{block.output}.bias")
         sliced_OI = student[weight_name]
         moments = SplitMoments(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
-        mixed_BTI = self.mixed[..., : sliced_OI.shape[1]]
-        for rows in batches(self.student_stream):
-            stream = self._read(self.student_stream, rows)
-            _, parts = self.student_math.read(block, stream, student)
-            read = self.student_math.mix(block, parts)
-            mixed_BTI[rows] = read.to(mixed_BTI)
-            wanted = wanted_stream(rows)
+        inputs = sliced_OI.shape[1]
+        for track, rows in self._batches():
+            stream = self._read(track.student, rows)
+            _, parts = track.student_math.read(block, stream, student)
+            read = track.student_math.mix(block, parts)
+            track.mixed[rows, :, :inputs] = read.to(track.mixed)
+            wanted = wanted_stream(track, rows)
             target_NO = _flat(wanted - stream)
             if bias is not None:
                 target_NO = target_NO - bias
-            # Relative errors count: the next norm divides each position by its size.
-            size_N = _flat(wanted).square().mean(1).clamp_min(1e-12)
-            weight_N = _weights(wanted) / size_N
+            # Relative errors count: the next norm divides each position by its size. A position
+            # that the sliced map makes a sink of (two of 4,096 were) counts by the size that it
+            # has then: by its own, those few would outweigh all and the true sink be given up.
+            sliced = stream + track.student_math.linear(read, student, block.output)
+            weight_N = 1 / _larger_energy(sliced, wanted).flatten()
             moments.add(_flat(read), target_NO, weight_N, _held_out(rows, wanted))
         short = block.output.rpartition(".")[2]
         near = self._ridge_before(short)
         refit = moments.refit(sliced_OI, self.settings.ridge, near=near)
         student[weight_name] = refit.weight_OI
         wrong, sink = 0.0, SinkGauge()
-        for rows in batches(self.student_stream):
-            stream = self._read(self.student_stream, rows)
-            read = mixed_BTI[rows].to(self.device)
-            written = self.student_math.linear(read, student, block.output)
-            after = stream + written
-            self.student_stream[rows] = after.to(self.student_stream)
-            wanted = wanted_stream(rows)
-            wrong += _relative_distance(after, wanted)
-            sink.add(after, wanted)
+        windows = self.tracks["windows"]
+        for track, rows in self._batches():
+            stream = self._read(track.student, rows)
+            read = track.mixed[rows, :, :inputs].to(self.device)
+            after = stream + track.student_math.linear(read, student, block.output)
+            track.student[rows] = after.to(track.student)
+            wanted = wanted_stream(track, rows)
+            if track is windows:
+                wrong += _relative_distance(after, wanted)
+                sink.add(after, wanted)
         return {
             f"{short}_sliced": refit.sliced_error,
             short: refit.error,
             f"{short}_ridge": refit.ridge,
-            f"stream_after_{short}": wrong / self.student_stream[..., 0].numel(),
+            f"stream_after_{short}": wrong / windows.student[..., 0].numel(),
             **(sink.measured() if block is MLP else {}),
         }
 
@@ -258,8 +284,14 @@ class Walk:
         """Some windows of a stream, where they are computed, in float32."""
         return stream_BTD[rows].to(self.device, torch.float32)
 
-    def _student_normed(self, rows: slice) -> Tensor:
-        return _flat(normed(self._read(self.student_stream, rows), self.student_math.eps))
+    def _student_normed(self, track: Track, rows: slice) -> Tensor:
+        return _flat(normed(self._read(track.student, rows), self.eps))
+
+    def _batches(self) -> Iterator[tuple[Track, slice]]:
+        """Some windows of a track after another."""
+        for track in self.tracks.values():
+            for rows in batches(track.teacher):
+                yield track, rows
 
     def _aim(self, number: int, block: Block) -> Tensor | None:
         """What the stream behind a block should be of the teacher's; None: its kept dims."""
@@ -275,17 +307,18 @@ class Walk:
             self.writer.add(HEAD, ends.head_VD)
         norm_D = self._fit_final_norm() if self.settings.refit else ends.norm_D
         self.writer.add(FINAL_NORM, norm_D)
-        last_BTD = normed(self.probe_stream, self.probe_math.eps) * self._stored(norm_D)
+        last_BTD = normed(self.probe_stream, self.eps) * self._stored(norm_D)
         self.probe_logits = last_BTD @ self._stored(ends.head_VD).to(self.device).T
         self.writer.finish()
 
     def _fit_final_norm(self) -> Tensor:
         ends = self.ends
         moments = Moments.zeros(len(ends.norm_D), len(ends.norm_E), self.device)
-        for rows in batches(self.teacher_stream):
-            before = self._read(self.teacher_stream, rows)
-            target_NE = _flat(normed(before, self.teacher_math.eps) * ends.norm_E)
-            moments.add(self._student_normed(rows), target_NE, _weights(before))
+        for track, rows in self._batches():
+            before = self._read(track.teacher, rows)
+            target_NE = _flat(normed(before, track.teacher_math.eps) * ends.norm_E)
+            counts_N = torch.ones_like(target_NE[:, 0])
+            moments.add(self._student_normed(track, rows), target_NE, counts_N)
         return final_norm_refit(
             moments.gram_II,
             moments.cross_IO,
@@ -296,20 +329,22 @@ class Walk:
         )
 
 
-def _weights(stream_BTD: Tensor) -> Tensor:
-    return position_weights(stream_BTD).flatten()
-
-
 def _held_out(rows: slice, stream_BTD: Tensor) -> Tensor:
     """Which positions of a batch belong to windows that judge the ridge, [N]."""
     windows = torch.arange(rows.start, rows.stop, device=stream_BTD.device)
     return (windows % HELD_OUT == HELD_OUT - 1).repeat_interleave(stream_BTD.shape[1])
 
 
+def _larger_energy(one_BTD: Tensor, other_BTD: Tensor) -> Tensor:
+    """The larger of two streams' squared sizes at each position, [B, T]."""
+    energies = (stream.square().sum(-1) for stream in (one_BTD, other_BTD))
+    return torch.maximum(*energies).clamp_min(1e-12)
+
+
 def _relative_distance(ours_BTD: Tensor, theirs_BTD: Tensor) -> float:
-    """Sum over positions of the squared distance over their squared size."""
-    wrong = (ours_BTD - theirs_BTD).square().sum(-1)
-    return float((wrong / theirs_BTD.square().sum(-1).clamp_min(1e-12)).sum())
+    """Sum over positions of the squared distance over the larger squared size."""
+    wrong_BT = (ours_BTD - theirs_BTD).square().sum(-1)
+    return float((wrong_BT / _larger_energy(ours_BTD, theirs_BTD)).sum())
 
 
 class SinkGauge:

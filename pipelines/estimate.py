@@ -27,6 +27,7 @@ SHARD = 2 * 1024**3  # of a teacher that is being written
 STUDENT_SHARD = 512 * 1024**2
 SURVEY_TOKENS, GREEDY_TOKENS, FINAL_POSITIONS, WALK_BATCH_TOKENS = 16384, 32768, 4096, 4096
 DEPTH_TOKENS, TAYLOR_TOKENS, METRIC_CHUNK, SOLVED_OUTPUTS = 2048, 8192, 512, 2048
+OPENING_EVERY = 32
 """As in compress.survey, .layer, .depth, .taylor, .ends and .reconstruct."""
 RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
 """Ridges tried for a map: the one of the layer before and its neighbours; about how many outputs
@@ -224,9 +225,11 @@ def prune_cost(
     dtype_bytes: int,
 ) -> Cost:
     """The survey, the walk and the last check. ``before`` is the model that is cut."""
-    tokens = settings.calibration_tokens if settings.refit else 0
     greedy = settings.chosen_by == "greedy"
     survey = min(GREEDY_TOKENS if greedy else SURVEY_TOKENS, settings.calibration_tokens)
+    tokens = settings.calibration_tokens if settings.refit else 0
+    told = max(tokens, survey)
+    survey, tokens = survey + openings(survey, window), tokens + openings(tokens, window)
     vocabulary, wide, narrow = student.vocab_size, before.hidden_size, student.hidden_size
     table = float(student.embedding_parameters)
     streams = float(tokens * (wide + narrow)) * WIDTH[settings.stream_dtype]
@@ -281,11 +284,16 @@ def prune_cost(
         disk=float(student.parameters * dtype_bytes),
         scratch=2 * streams + max(0.0, held - limit),  # a checkpoint is whole before the old goes
         flops=_prune_flops(before, student, settings, tokens, survey, window),
-        tokens=max(tokens, survey),
+        tokens=told,
         product=product,
         moved=float(2 * before.parameters + 2 * student.parameters) * dtype_bytes
         + dtype_bytes * _choice_reads(before, student, settings),
     )
+
+
+def openings(tokens: int, window: int) -> int:
+    """Windows of one token that pass the layers beside so many tokens of long ones."""
+    return -(-tokens // window) * -(-window // OPENING_EVERY)
 
 
 def search_cost(
@@ -447,6 +455,9 @@ def _prune_flops(
     products = chosen["product"] + survey * _trunk_flops(before, window)
     products += tokens * (_trunk_flops(before, window) + _trunk_flops(student, window))
     layers, single, double = student.num_hidden_layers, chosen["float32"], chosen["float64"]
+    # Output maps once more, sliced, for what each position counts.
+    outputs = student.query_size + student.intermediate_size
+    products += 2.0 * tokens * layers * outputs * student.hidden_size
     for fit in _fits(before, student) if tokens else ():
         inputs, outputs = fit.inputs, fit.outputs
         gram = inputs * (inputs + min(inputs, GRAM_ROWS)) / 2  # blocks below the diagonal
