@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from compress.layer import normed
+from compress.reconstruct import add_gram
 
 
-def stream_gram(stream_BTE: Tensor, eps: float) -> Tensor:
-    """Second moments of the stream divided by its size, summed over all positions, [E, E].
+def add_stream_gram(gram_EE: Tensor, stream_BTE: Tensor, eps: float) -> None:
+    """Add the second moments of the stream divided by its size, over all positions.
 
     First positions, the attention sinks, are in it as any other: their directions must stay.
     """
     input_NE = normed(stream_BTE, eps).flatten(0, 1)
-    return input_NE.T @ input_NE
+    add_gram(gram_EE, input_NE, input_NE)
 
 
 def principal_basis(gram_EE: Tensor, dims_D: Tensor) -> Tensor:

@@ -188,4 +188,6 @@ def _narrowed_head(
     if tied:
         return embedding_VD, basis_DE.square().to(norm_E) @ norm_E
     norm_D = slicer.norm(norm_E)
-    return slicer.outside_layers(HEAD, head_VE * norm_E) / norm_D, norm_D
+    # The norms go into the small matrix: a large vocabulary's head in float32 would be gigabytes.
+    through_DE = basis_DE.to(norm_E) * norm_E / norm_D[:, None]
+    return narrowed(head_VE, through_DE), norm_D

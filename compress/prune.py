@@ -147,6 +147,7 @@ def prune(
         )
         if saved and saved.step:
             walk.restore(saved)
+        saved = None  # two streams in memory, wherever the walk's own lie
         walk.run(progress, lambda: saving(survey, walk))
         copy_companions(teacher, out / "model")
         logit_error = _gate(walk, out / "model", shape)

@@ -92,6 +92,13 @@ def add_gram(gram_II: Tensor, weighted_NI: Tensor, input_NI: Tensor) -> None:
         gram_II[:first, rows] = gram_II[rows, :first].T
 
 
+def judging(windows: int) -> Tensor:
+    """Which of so many windows judge the ridge: every HELD_OUT-th, of fewer the last, of one none;
+    boolean, [windows]."""
+    number = torch.arange(1, windows + 1)
+    return (number % min(HELD_OUT, windows) == 0) & (windows > 1)
+
+
 class SplitMoments:
     """Moments of most windows, and apart from them those of every HELD_OUT-th.
 

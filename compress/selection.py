@@ -102,7 +102,8 @@ def rotary_channels(teacher_dim: int, head_dim: int) -> Tensor:
 def check_rotary(teacher: LlamaConfig, student: LlamaConfig) -> None:
     """The kept channels turn in the student as they do in the teacher, whatever scales them.
 
-    YaRN's and longrope's frequencies depend on a pair's number, not on its frequency alone.
+    YaRN's and longrope's frequencies depend on a pair's number, not on its frequency alone; so do
+    dynamic ones, once a text is longer than the teacher's context.
 
     Raises:
         ShearlingError: they don't.
@@ -114,8 +115,8 @@ def check_rotary(teacher: LlamaConfig, student: LlamaConfig) -> None:
         same = torch.equal(kept, narrow.inv_freq)
     except RuntimeError:  # a list of factors for as many pairs as the teacher has
         same = False
-    if not same:
-        kind = teacher.rope_parameters["rope_type"]
+    kind = teacher.rope_parameters["rope_type"]
+    if not same or (kind == "dynamic" and teacher.head_dim != student.head_dim):
         raise ShearlingError(
             f"head_dim can't go from {teacher.head_dim} to {student.head_dim}: with the teacher's "
             f"rotary embedding ({kind}) no heads of a stock model turn as its own do.",

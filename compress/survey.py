@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.basis import stream_gram
+from compress.basis import add_stream_gram
 from compress.depth import layers_by_divergence
 from compress.greedy import keep_heads, keep_inputs
 from compress.importance import (
@@ -35,6 +35,7 @@ from compress.layer import (
     openings,
     read_layer,
 )
+from compress.reconstruct import add_gram
 from compress.selection import LayerSelection, choose_heads, choose_layers, top
 from compress.settings import PruneSettings
 from compress.streams import Streams
@@ -151,6 +152,8 @@ def take_survey(
     if settings.chosen_by == "taylor":
         taylor = taylor_scores(source, windows_BT, streams, device, dtype, vocabulary, progress)
     greedy = settings.chosen_by == "greedy"
+    # Layers that a list drops keep nothing.
+    wanted = settings.depth if isinstance(settings.depth, list) else None
     tokens = GREEDY_TOKENS if greedy else SURVEY_TOKENS
     windows_BT = windows_BT[: max(1, tokens // windows_BT.shape[1])]
     shape = source.shape
@@ -168,7 +171,8 @@ def take_survey(
     for number in range(shape.num_hidden_layers):
         progress("survey", number, shape.num_hidden_layers)
         weights = read_layer(source, number, device)
-        layer = LayerSurvey(shape, weights, device, greedy, projects)
+        chooses = greedy and (wanted is None or number in wanted)
+        layer = LayerSurvey(shape, target, weights, device, chooses, projects)
         for rows in batches(stream_BTE):
             before = stream_BTE[rows].to(device)
             stream_BTE[rows] = layer.add(maths, before).to(stream_BTE)
@@ -184,7 +188,7 @@ def take_survey(
         survey.distances.append(float(layer.distance) / stream_BTE[..., 0].numel())
         survey.heads_LH.append(scores.heads_H.cpu())
         survey.value_gram_LKCC.append(layer.gram_KCC.cpu())
-        kept = layer.choose(target, scores)
+        kept = layer.choose(scores)
         survey.chosen.append(kept)
         worth_F = scores.neurons_F.cpu()
         survey.neuron_shares.append(
@@ -194,16 +198,18 @@ def take_survey(
     for rows in batches(stream_BTE):
         last_E += relative_energy(stream_BTE[rows]).to(last_E)
         if projects:
-            last_EE += stream_gram(stream_BTE[rows], maths.eps)
+            add_stream_gram(last_EE, stream_BTE[rows], maths.eps)
     if projects:
-        last_EE += stream_gram(short_BTE, maths.eps)
+        add_stream_gram(last_EE, short_BTE, maths.eps)
     reads = 2 * shape.num_hidden_layers
     if taylor is None and settings.chosen_by != "magnitude":
         survey.hidden_E.mul_((1 - HEAD_SHARE) / reads).add_(last_E, alpha=HEAD_SHARE)
     survey.gram_EE.mul_((1 - HEAD_SHARE) / reads).add_(last_EE, alpha=HEAD_SHARE)
     survey.hidden_E = survey.hidden_E.sqrt().cpu()
     final_NE = stream_BTE.flatten(0, 1)
-    final_NE = final_NE[:: max(1, len(final_NE) // FINAL_POSITIONS)]
+    # Drawn, for a stride would meet the same place of every window, or none but the first.
+    drawn_N = torch.randperm(len(final_NE), generator=torch.Generator().manual_seed(0))
+    final_NE = final_NE[drawn_N[:FINAL_POSITIONS]]
     norm_E = source.tensor(FINAL_NORM, torch.float32)
     survey.final_NE = normed(final_NE, maths.eps) * norm_E
     if settings.depth == "divergence" and target.num_hidden_layers < shape.num_hidden_layers:
@@ -221,13 +227,14 @@ class LayerSurvey:
     def __init__(
         self,
         shape: Shape,
+        target: Shape,
         weights: LayerWeights,
         device: torch.device,
         greedy: bool,
         projects: bool,
     ) -> None:
-        self.shape, self.weights = shape, weights
-        self.greedy, self.projects = greedy, projects
+        self.shape, self.target, self.weights = shape, target, weights
+        self.projects = projects
 
         def zeros(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)
@@ -239,8 +246,11 @@ class LayerSurvey:
         self.gram_KCC = zeros(shape.num_key_value_heads, shape.head_dim, shape.head_dim)
         if projects:
             self.gram_EE = zeros(shape.hidden_size, shape.hidden_size)
-        if greedy:
+        # Moments from which parts are removed greedily, where any are.
+        self.gram_QQ = self.gram_FF = None
+        if greedy and target.num_attention_heads < shape.num_attention_heads:
             self.gram_QQ = zeros(shape.query_size, shape.query_size)
+        if greedy and target.intermediate_size < shape.intermediate_size:
             self.gram_FF = zeros(shape.intermediate_size, shape.intermediate_size)
 
     def add(self, maths: LayerMath, before_BTE: Tensor, opening: bool = False) -> Tensor:
@@ -263,16 +273,17 @@ class LayerSurvey:
         by_group = mixed.view(-1, len(self.gram_KCC), self.shape.group_size, self.shape.head_dim)
         self.gram_KCC += torch.einsum("nkgc,nkgd->kcd", by_group, by_group)
         if self.projects:
-            self.gram_EE += stream_gram(before_BTE, maths.eps) + stream_gram(middle, maths.eps)
-        if self.greedy:
-            # As the refits will judge: relative to the stream.
-            for gram_II, inputs, stream in (
-                (self.gram_QQ, mixed, middle),
-                (self.gram_FF, active, after),
-            ):
+            add_stream_gram(self.gram_EE, before_BTE, maths.eps)
+            add_stream_gram(self.gram_EE, middle, maths.eps)
+        # As the refits will judge: relative to the stream.
+        for gram_II, inputs, stream in (
+            (self.gram_QQ, mixed, middle),
+            (self.gram_FF, active, after),
+        ):
+            if gram_II is not None:
                 size_BT1 = stream.square().mean(-1, keepdim=True).clamp_min(1e-12)
                 weighted_NI = (inputs / size_BT1.sqrt()).flatten(0, 1)
-                gram_II.addmm_(weighted_NI.T, weighted_NI)
+                add_gram(gram_II, weighted_NI, weighted_NI)
         return after
 
     def scores(self, importance: str) -> PartScores:
@@ -287,19 +298,18 @@ class LayerSurvey:
             neurons_F=neuron_importance(self.neurons_F.sqrt(), down),
         )
 
-    def choose(self, target: Shape, scores: PartScores) -> LayerSelection:
+    def choose(self, scores: PartScores) -> LayerSelection:
         """What this layer keeps."""
-        output = self.weights[f"{ATTENTION.output}.weight"]
-        down = self.weights[f"{MLP.output}.weight"]
-        sizes = (
-            self.shape.num_key_value_heads,
-            target.num_key_value_heads,
-            target.num_attention_heads,
-        )
-        if self.greedy:
-            heads, groups = keep_heads(self.gram_QQ, output, self.shape.head_dim, *sizes)
-            neurons = keep_inputs(self.gram_FF, down, target.intermediate_size)
-        else:
+        shape, target = self.shape, self.target
+        sizes = (shape.num_key_value_heads, target.num_key_value_heads, target.num_attention_heads)
+        if self.gram_QQ is None:
             heads, groups = choose_heads(scores.heads_H.cpu(), *sizes)
+        else:
+            output = self.weights[f"{ATTENTION.output}.weight"]
+            heads, groups = keep_heads(self.gram_QQ, output, shape.head_dim, *sizes)
+        if self.gram_FF is None:
             neurons = top(scores.neurons_F.cpu(), target.intermediate_size)
+        else:
+            down = self.weights[f"{MLP.output}.weight"]
+            neurons = keep_inputs(self.gram_FF, down, target.intermediate_size)
         return LayerSelection(heads=heads, key_value_heads=groups, neurons=neurons)

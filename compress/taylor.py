@@ -8,8 +8,8 @@ Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CV
 (arXiv:1906.10771), with gates for whole structures; Ma et al., "LLM-Pruner", 2023
 (arXiv:2305.11627).
 
-The gradient walks from the last layer to the first. In memory are one layer, its gradient, and
-the stream before each layer, which is kept where ``Streams`` has room for it.
+The gradient walks from the last layer to the first. In memory are one layer, its gradient, some
+positions' logits, and the stream before each layer, kept where ``Streams`` has room for it.
 
 Legend: B windows, T positions, E hidden, H query heads, Q query rows, F neurons, V vocabulary.
 """
@@ -28,6 +28,8 @@ from teachers.checkpoint import Checkpoint
 from teachers.layout import EMBEDDING, FINAL_NORM, HEAD
 
 TAYLOR_TOKENS = 8192
+HEAD_POSITIONS = 512
+"""Positions whose logits are in memory at one time."""
 
 
 def taylor_scores(
@@ -79,11 +81,15 @@ def _through_head(
     norm_E = source.tensor(FINAL_NORM, torch.float32).to(maths.device)
     for window, labels_T in enumerate(tokens_BT):
         leaf_TE = stream_BTE[window].to(maths.device, torch.float32, copy=True).requires_grad_()
-        with torch.enable_grad():
-            final_TE = normed(leaf_TE, maths.eps) * norm_E
-            logits_TV = F.linear(final_TE[:-1].to(maths.dtype), head_VE).float()
-            loss = F.cross_entropy(logits_TV, labels_T[1:].to(maths.device), reduction="sum")
-        (slope_TE,) = torch.autograd.grad(loss, leaf_TE)
+        slope_TE = torch.zeros_like(leaf_TE)
+        # Some positions at a time: a long window's logits would be the largest of all.
+        for some in torch.split(torch.arange(len(labels_T) - 1), HEAD_POSITIONS):
+            with torch.enable_grad():
+                final_NE = normed(leaf_TE[some], maths.eps) * norm_E
+                logits_NV = F.linear(final_NE.to(maths.dtype), head_VE).float()
+                labels_N = labels_T[some + 1].to(maths.device)
+                loss = F.cross_entropy(logits_NV, labels_N, reduction="sum")
+            slope_TE += torch.autograd.grad(loss, leaf_TE)[0]
         gradient_BTE[window] = slope_TE.to(gradient_BTE)
 
 

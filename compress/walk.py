@@ -2,7 +2,8 @@
 
 Each linear map of the student learns to do what the teacher does at the same place, with the
 student's own activations as inputs, so what earlier layers got wrong is seen and partly mended.
-One layer's weights, the embeddings and the two residual streams are in memory.
+One layer's weights, the embeddings, the two residual streams and what a block's output map reads
+are in memory.
 
 Legend: B windows, T positions, N positions of a batch, E teacher hidden, D student hidden,
 O outputs, K key/value heads, C teacher head dim, c student head dim.
@@ -33,10 +34,10 @@ from compress.layer import (
     read_layer,
 )
 from compress.reconstruct import (
-    HELD_OUT,
     Moments,
     SplitMoments,
     final_norm_refit,
+    judging,
     scale_of_norm,
 )
 from compress.settings import PruneSettings
@@ -55,12 +56,13 @@ def _flat(activations_BTD: Tensor) -> Tensor:
     return activations_BTD.reshape(-1, activations_BTD.shape[-1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Track:
     """Windows of one length on their way through the layers: both residual streams [B, T, E] and
     [B, T, D], and the arithmetic of that length.
 
     What an output map reads is made once and read twice, for its fit and behind it: ``mixed``.
+    ``judges_B`` says which windows are held out to judge the ridge.
     """
 
     teacher: Tensor
@@ -68,6 +70,11 @@ class Track:
     mixed: Tensor
     teacher_math: LayerMath
     student_math: LayerMath
+    judges_B: Tensor
+
+    def heldout(self, rows: slice) -> Tensor:
+        """Which positions of some windows are held out, [N]."""
+        return self.judges_B[rows].repeat_interleave(self.teacher.shape[1])
 
 
 class Walk:
@@ -100,15 +107,19 @@ class Walk:
             widest = max(slicer.student.query_size, slicer.student.intermediate_size)
             short_BT = openings(windows_BT, source.config.bos_token_id)
             for name, tokens_BT in (("windows", windows_BT), ("openings", short_BT)):
-                maths = [
-                    LayerMath(side, tokens_BT.shape[1], device, dtype)
-                    for side in (source.config, config)
-                ]
+                length = tokens_BT.shape[1]
                 self.tracks[name] = Track(
-                    streams.embedded(f"{name}-teacher", source.tensor(EMBEDDING), tokens_BT),
-                    streams.embedded(f"{name}-student", ends.embedding_VD, tokens_BT),
-                    streams.empty(f"{name}-mixed", (*tokens_BT.shape, widest), dtype),
-                    *maths,
+                    teacher=streams.embedded(
+                        f"{name}-teacher", source.tensor(EMBEDDING), tokens_BT
+                    ),
+                    student=streams.embedded(f"{name}-student", ends.embedding_VD, tokens_BT),
+                    mixed=streams.empty(f"{name}-mixed", (*tokens_BT.shape, widest), dtype),
+                    teacher_math=LayerMath(source.config, length, device, dtype),
+                    student_math=LayerMath(config, length, device, dtype),
+                    # A token on its own judges where its window does.
+                    judges_B=judging(len(windows_BT)).repeat_interleave(
+                        len(tokens_BT) // len(windows_BT)
+                    ),
                 )
         self.eps = float(config.rms_norm_eps)
         self.probe_tokens = windows_BT[:1, :64]
@@ -201,13 +212,16 @@ class Walk:
                 _flat(normed_BTE * teacher[block.norm]),
                 targets,
                 torch.ones_like(before[..., 0]).flatten(),
-                _held_out(rows, before),
+                track.heldout(rows).to(self.device),
             )
             written = track.teacher_math.linear(
                 track.teacher_math.mix(block, parts), teacher, block.output
             )
             track.teacher[rows] = (before + written).to(track.teacher)
-        return fit.solve(student, self.settings.ridge, self._ridge_before(fit.short))
+        error = fit.solve(student, self.settings.ridge, self._ridge_before(fit.short))
+        # What follows is fitted to the student as it will be read back.
+        student.update({name: self._stored(weight) for name, weight in student.items()})
+        return error
 
     def _pass_dropped_layers(self, first: int, upto: int) -> None:
         """Take the teacher through layers ``first`` to ``upto - 1``, which the student lacks.
@@ -251,11 +265,11 @@ class Walk:
             # has then: by its own, those few would outweigh all and the true sink be given up.
             sliced = stream + track.student_math.linear(read, student, block.output)
             weight_N = 1 / _larger_energy(sliced, wanted).flatten()
-            moments.add(_flat(read), target_NO, weight_N, _held_out(rows, wanted))
+            moments.add(_flat(read), target_NO, weight_N, track.heldout(rows).to(self.device))
         short = block.output.rpartition(".")[2]
         near = self._ridge_before(short)
         refit = moments.refit(sliced_OI, self.settings.ridge, near=near)
-        student[weight_name] = refit.weight_OI
+        student[weight_name] = self._stored(refit.weight_OI)
         wrong, sink = 0.0, SinkGauge()
         windows = self.tracks["windows"]
         for track, rows in self._batches():
@@ -327,12 +341,6 @@ class Walk:
             ends.norm_D,
             FINAL_NORM_RIDGE,
         )
-
-
-def _held_out(rows: slice, stream_BTD: Tensor) -> Tensor:
-    """Which positions of a batch belong to windows that judge the ridge, [N]."""
-    windows = torch.arange(rows.start, rows.stop, device=stream_BTD.device)
-    return (windows % HELD_OUT == HELD_OUT - 1).repeat_interleave(stream_BTD.shape[1])
 
 
 def _larger_energy(one_BTD: Tensor, other_BTD: Tensor) -> Tensor:

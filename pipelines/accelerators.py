@@ -175,13 +175,10 @@ def _measured_rates(path: Path, device: str, facts: Mapping[str, Any]) -> dict[s
     known = _known_rates(path)
     if key not in known:
         dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
-        if device == "mps":  # has no float64
-            del dtypes["float64"]
         rates = {
             name: undisturbed_rate(dtype, torch.device(device), 0.3)
             for name, dtype in dtypes.items()
         }
-        rates.setdefault("float64", rates["float32"] / 2)
         rates[_MEMORY] = _memory_rate(torch.device(device))
         known[key] = {name: float(f"{rate:.3g}") for name, rate in rates.items()}
         write_json(path, {"schema": 1, "rates": known})

@@ -152,7 +152,11 @@ def _accelerators() -> Iterator[Finding]:
         yield Finding(name="accelerator", state="ok", found=", ".join(names))
         yield _bfloat16("cuda")
     elif torch.backends.mps.is_available():
-        yield Finding(name="accelerator", state="ok", found="Apple's (mps)")
+        yield Finding(
+            name="accelerator",
+            state="notice",
+            found="Apple's (mps), which has no float64 and is not used",
+        )
     else:
         yield Finding(
             name="accelerator",

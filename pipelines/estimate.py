@@ -27,7 +27,7 @@ SHARD = 2 * 1024**3  # of a teacher that is being written
 STUDENT_SHARD = 512 * 1024**2
 SURVEY_TOKENS, GREEDY_TOKENS, FINAL_POSITIONS, WALK_BATCH_TOKENS = 16384, 32768, 4096, 4096
 DEPTH_TOKENS, TAYLOR_TOKENS, METRIC_CHUNK, SOLVED_OUTPUTS = 2048, 8192, 512, 2048
-OPENING_EVERY = 32
+OPENING_EVERY, HEAD_POSITIONS = 32, 512
 """As in compress.survey, .layer, .depth, .taylor, .ends and .reconstruct."""
 RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
 """Ridges tried for a map: the one of the layer before and its neighbours; about how many outputs
@@ -247,7 +247,7 @@ def prune_cost(
     )
     surveyed = {"teacher layer": 4.0 * before.layer_parameters, "activations": activations}
     if greedy:
-        surveyed["Gram matrices"] = 4.0 * (before.intermediate_size**2 + before.query_size**2)
+        surveyed["Gram matrices"] = 4.0 * sum(size**2 for size, _ in _chosen(before, student))
     # The teacher's layer as it is stored, on a CPU as pages of its file; what is cut of it in
     # float32, sliced and refitted.
     walked = {
@@ -349,6 +349,15 @@ def search_cost(
     )
 
 
+def _chosen(before: Shape, student: Shape) -> list[tuple[int, int]]:
+    """Sizes, before and after, of the output maps' inputs that are cut by heads or neurons."""
+    sizes = [
+        (before.intermediate_size, student.intermediate_size),
+        (before.query_size, student.num_attention_heads * before.head_dim),
+    ]
+    return [(inputs, left) for inputs, left in sizes if left < inputs]
+
+
 def _choice_moments(
     before: Shape,
     student: Shape,
@@ -359,8 +368,9 @@ def _choice_moments(
     """What choosing needs beside a layer: Gram matrices and what is made of them, streams."""
     moments = []
     head = float(before.vocab_size * before.hidden_size)
-    if settings.chosen_by == "greedy":
-        largest = max(before.intermediate_size, before.query_size)
+    chosen = _chosen(before, student)
+    if settings.chosen_by == "greedy" and chosen:
+        largest = max(size for size, _ in chosen)
         removal = 16.0 * largest**2 + 8.0 * before.hidden_size * largest
         idle = {**layers, "activations": 0.0}
         stream = {"residual streams": 4.0 * survey * before.hidden_size}
@@ -373,7 +383,12 @@ def _choice_moments(
         moments.append(
             Moment(
                 what="gradients",
-                device={**layers, "graph": 2 * layers["activations"], "output head": 4 * head},
+                device={
+                    **layers,
+                    "graph": 2 * layers["activations"],
+                    "output head": 4 * head,
+                    "logits": 16.0 * HEAD_POSITIONS * before.vocab_size,
+                },
                 host={"streams": min(streams, settings.stream_memory_gb * 1024**3)},
             )
         )
@@ -424,16 +439,13 @@ def _choice_flops(
         products += min(survey, DEPTH_TOKENS) * passes / layers * _trunk_flops(before, window)
         products += 4.0 * min(survey, DEPTH_TOKENS) * heads * before.vocab_size * wide
     if settings.chosen_by == "greedy":
-        for inputs, left in (
-            (before.intermediate_size, student.intermediate_size),
-            (before.query_size, student.num_attention_heads * before.head_dim),
-        ):
-            single += 2.0 * layers * survey * inputs**2
-            removal = 2.0 * max(0, inputs - left) * inputs * (inputs + wide)
+        for inputs, left in _chosen(before, student):
+            single += layers * survey * inputs * (inputs + min(inputs, GRAM_ROWS))
+            removal = 2.0 * (inputs - left) * inputs * (inputs + wide)
             double += layers * (inputs**3 + removal)
     if settings.basis_for(before, student) == "principal":
         narrow = student.hidden_size
-        single += 2.0 * layers * 2.0 * survey * wide**2
+        single += 2.0 * layers * survey * wide * (wide + min(wide, GRAM_ROWS))
         single += 2.0 * narrow * student.num_hidden_layers * before.layer_parameters
         single += 2.0 * before.vocab_size * wide * narrow
         double += 10.0 * wide**3 + 20.0 * narrow**3  # all eigenvectors, one SVD

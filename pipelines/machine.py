@@ -114,9 +114,14 @@ def pick_device(wanted: str) -> str:
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     here = [*(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))]
-    here += [*(["mps"] if torch.backends.mps.is_available() else []), "cpu"]
+    here.append("cpu")
     if wanted == "auto":
         return here[0]
+    if wanted == "mps":
+        raise ShearlingError(
+            "Apple's GPUs have no float64, in which refits and losses are added up.",
+            hint="Set device to cpu, as in --set device=cpu.",
+        )
     if wanted not in here:
         raise ShearlingError(
             f"This machine has no device {wanted}: PyTorch finds {', '.join(here)}.",

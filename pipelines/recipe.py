@@ -245,7 +245,7 @@ class Recipe(Settings):
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-        description="auto, cpu, cuda, cuda:N or mps; auto takes an accelerator if there is one.",
+        description="auto, cpu, cuda or cuda:N; auto takes an accelerator if there is one.",
     )
     teacher: TeacherSettings = Field(description="Which checkpoint teaches.")
     transfer_set: TransferSetSettings = Field(

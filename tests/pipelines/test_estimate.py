@@ -55,6 +55,7 @@ def test_constants_are_those_of_the_code() -> None:
     assert survey.SURVEY_TOKENS == SURVEY_TOKENS
     assert survey.GREEDY_TOKENS == estimate.GREEDY_TOKENS
     assert layer.OPENING_EVERY == estimate.OPENING_EVERY
+    assert taylor.HEAD_POSITIONS == estimate.HEAD_POSITIONS
     assert survey.FINAL_POSITIONS == estimate.FINAL_POSITIONS
     assert depth.DEPTH_TOKENS == estimate.DEPTH_TOKENS
     assert taylor.TAYLOR_TOKENS == estimate.TAYLOR_TOKENS

@@ -144,3 +144,5 @@ def test_a_device_that_is_not_there() -> None:
     assert pick_device("cpu") == "cpu"
     with pytest.raises(ShearlingError, match=r"finds .*cpu"):
         pick_device("cuda:77")
+    with pytest.raises(ShearlingError, match="no float64"):
+        pick_device("mps")

@@ -55,7 +55,7 @@ def test_transformers_builds_the_same_model(known: Family) -> None:
 
 
 def test_all_generations_are_there_with_sources_and_known_recipes() -> None:
-    assert len(FAMILIES) == 22
+    assert len(FAMILIES) == 23
     for known in FAMILIES.values():
         assert known.sources
         assert all(source.startswith("https://") for source in known.sources)
@@ -98,6 +98,8 @@ def test_an_unknown_name_gets_the_nearest() -> None:
         ("codellama/CodeLlama-34b-Instruct-hf", "code-llama-34b"),
         ("pypi:x==1/llm/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m"),
         ("codellama/CodeLlama-7b-Python-hf", None),
+        ("code_llama_13b_python.gguf", None),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama-3.3-70b"),
         ("meta-llama/Llama-3.1-9B", None),
         ("TinyLlama/TinyLlama-1.1B", None),
         ("openlm-research/open_llama_3b", None),
@@ -179,7 +181,8 @@ def ffn_size(arguments: dict[str, Any]) -> int:
 def test_metas_list_agrees_on_llama_3(metas_list: dict[str, dict[str, Any]], name: str) -> None:
     known = FAMILIES[name]
     entry = name.removeprefix("llama-").replace("-", "_", 1).replace(".", "_").replace("-", "_")
-    arguments = metas_list[f"llama{entry}"]
+    only_instructed = "_instruct" if name == "llama-3.3-70b" else ""
+    arguments = metas_list[f"llama{entry}{only_instructed}"]
     shape = known.shape
     assert arguments["dim"] == shape.hidden_size
     assert arguments["n_layers"] == shape.num_hidden_layers
@@ -231,6 +234,7 @@ LITGPT = {
     **{f"llama-3-{size}": f"Llama-3-{size.upper()}{{}}" for size in ("8b", "70b")},
     **{f"llama-3.1-{size}": f"Llama-3.1-{size.upper()}{{}}" for size in ("8b", "70b", "405b")},
     **{f"llama-3.2-{size}": f"Llama-3.2-{size.upper()}{{}}" for size in ("1b", "3b")},
+    "llama-3.3-70b": "Llama-3.3-70B-Instruct",
 }
 
 
