@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reports.chart import Chart
+from reports.cuts import find_cuts
 from reports.pruning_charts import heads, hidden_dims, layers, neurons, reconstruction
 from reports.quality_charts import (
     quality_by_position,
@@ -28,6 +29,7 @@ def make_charts(run: Run, rivals: Sequence[Run] = ()) -> list[Chart]:
     charts = [quality_by_size(run, rivals), quality_by_speed(run, rivals)]
     charts += [tasks_by_model(run), quality_by_position(run)]
     training = (losses, heldout, mixes, learning_rates, gradient_norms, speeds)
-    cuts = (layers, heads, neurons, hidden_dims, reconstruction)
-    charts += [maker(run) for maker in (*training, *cuts)]
+    charts += [maker(run) for maker in training]
+    cut = (layers, heads, neurons, hidden_dims, reconstruction)
+    charts += [maker(each) for each in find_cuts(run) for maker in cut]
     return [chart for chart in charts if chart is not None]

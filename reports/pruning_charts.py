@@ -5,17 +5,13 @@ from __future__ import annotations
 import altair as alt
 
 from reports.chart import SERIES, Chart, finish, values
-from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
+from reports.cuts import Cut
+from reports.run_folder import Data, Stage, as_dict, as_list, as_number
 from reports.words import significant
 
 _MOST_HEADS = 2500
 """Above it a grid of heads would be finer than a screen."""
 _MOST_DIMS = 600
-
-
-def pruned(run: Run) -> Stage | None:
-    """The first stage that cut something."""
-    return next((stage for stage in run.stages if as_list(stage.selection.get("layers"))), None)
 
 
 def layer_scores(stage: Stage) -> list[float]:
@@ -28,13 +24,12 @@ def layer_scores(stage: Stage) -> list[float]:
     return []
 
 
-def layers(run: Run) -> Chart | None:
-    """Importance of each of the teacher's layers, and which ones stayed."""
-    stage = pruned(run)
-    scores = layer_scores(stage) if stage else []
-    if stage is None or not scores:
+def layers(cut: Cut) -> Chart | None:
+    """Importance of each layer of the model that was cut, and which ones stayed."""
+    scores = layer_scores(cut.stage)
+    if not scores:
         return None
-    kept = {value for value in as_list(stage.selection["layers"]) if isinstance(value, int)}
+    kept = set(cut.layers)
     rows = [
         {"layer": layer, "importance": value, "state": "kept" if layer in kept else "cut"}
         for layer, value in enumerate(scores)
@@ -43,7 +38,7 @@ def layers(run: Run) -> Chart | None:
         alt.Chart(values(rows))
         .mark_bar(cornerRadiusEnd=2)
         .encode(
-            alt.X("layer:O", title="the teacher's layer", axis=alt.Axis(labelAngle=0)),
+            alt.X("layer:O", title=f"{cut.of}'s layer", axis=alt.Axis(labelAngle=0)),
             alt.Y("importance:Q", title="importance (root)", scale=alt.Scale(type="sqrt")),
             alt.Color("state:N", scale=_kept_and_cut(), title=None),
             tooltip=["layer:O", "importance:Q", "state:N"],
@@ -51,7 +46,7 @@ def layers(run: Run) -> Chart | None:
     )
     gone = [str(layer) for layer in range(len(scores)) if layer not in kept]
     return finish(
-        "layers",
+        f"layers{cut.mark}",
         "Layers: importance, and what was kept",
         f"How much each layer changes the residual stream. {len(kept)} of {len(scores)} layers "
         f"were kept; cut: {', '.join(gone) or 'none'}.",
@@ -64,15 +59,11 @@ def _kept_and_cut() -> alt.Scale:
     return alt.Scale(domain=["kept", "cut"], range=[SERIES[0], "var(--cut)"])
 
 
-def heads(run: Run) -> Chart | None:
-    """A grid of the teacher's query heads: large where important, coloured where kept."""
-    stage = pruned(run)
-    if stage is None:
-        return None
-    scores = as_list(as_dict(stage.selection.get("importance")).get("heads"))
-    layers_kept = [n for n in as_list(stage.selection.get("layers")) if isinstance(n, int)]
-    chosen = [as_list(entry) for entry in as_list(stage.selection.get("heads"))]
-    kept = dict(zip(layers_kept, chosen, strict=False))
+def heads(cut: Cut) -> Chart | None:
+    """A grid of the query heads before the cut: large where important, coloured where kept."""
+    scores = as_list(as_dict(cut.stage.selection.get("importance")).get("heads"))
+    chosen = [as_list(entry) for entry in as_list(cut.stage.selection.get("heads"))]
+    kept = dict(zip(cut.layers, chosen, strict=False))
     rows: list[Data] = []
     for layer, of_layer in enumerate(scores):
         for head, score in enumerate(as_list(of_layer)):
@@ -86,7 +77,7 @@ def heads(run: Run) -> Chart | None:
         alt.Chart(values(rows))
         .mark_circle(opacity=1)
         .encode(
-            alt.X("layer:O", title="the teacher's layer", axis=alt.Axis(labelAngle=0)),
+            alt.X("layer:O", title=f"{cut.of}'s layer", axis=alt.Axis(labelAngle=0)),
             alt.Y("head:O", title="query head"),
             alt.Size("importance:Q", legend=None, scale=alt.Scale(range=[6, 90])),
             alt.Color("state:N", scale=_kept_and_cut(), title=None),
@@ -95,22 +86,19 @@ def heads(run: Run) -> Chart | None:
     )
     stayed = sum(row["state"] == "kept" for row in rows)
     return finish(
-        "heads",
+        f"heads{cut.mark}",
         "Query heads: importance, and what was kept",
-        f"Each point is a head of the teacher, larger where it matters more. {stayed:,} of "
+        f"Each point is a head of {cut.of}, larger where it matters more. {stayed:,} of "
         f"{len(rows):,} heads were kept; a layer without a kept head was cut whole.",
         chart,
         height=max(120, 16 * (max(row["head"] for row in rows) + 1) + 20),
     )
 
 
-def hidden_dims(run: Run) -> Chart | None:
+def hidden_dims(cut: Cut) -> Chart | None:
     """Hidden dimensions in the order of their importance, and which ones stayed."""
-    stage = pruned(run)
-    if stage is None:
-        return None
-    scores = as_list(as_dict(stage.selection.get("importance")).get("hidden"))
-    kept = {n for n in as_list(stage.selection.get("hidden")) if isinstance(n, int)}
+    scores = as_list(as_dict(cut.stage.selection.get("importance")).get("hidden"))
+    kept = {n for n in as_list(cut.stage.selection.get("hidden")) if isinstance(n, int)}
     numbers = [(as_number(score), index) for index, score in enumerate(scores)]
     known = sorted(((n, i) for n, i in numbers if n is not None and n > 0), reverse=True)
     if len(known) < 2 or not kept:
@@ -149,7 +137,7 @@ def hidden_dims(run: Run) -> Chart | None:
     first_cut = next((rank for rank, (_, i) in enumerate(known, 1) if i not in kept), None)
     told = f" The most important one that was cut has rank {first_cut:,}." if first_cut else ""
     return finish(
-        "hidden",
+        f"hidden{cut.mark}",
         "Hidden dimensions: importance, and what was kept",
         f"{len(kept & {i for _, i in known}):,} of {len(known):,} dimensions of the residual "
         f"stream were kept.{told}",
@@ -158,15 +146,11 @@ def hidden_dims(run: Run) -> Chart | None:
     )
 
 
-def neurons(run: Run) -> Chart | None:
+def neurons(cut: Cut) -> Chart | None:
     """How much of its neurons' importance each layer kept."""
-    stage = pruned(run)
-    if stage is None:
-        return None
-    shares = as_list(as_dict(stage.selection.get("importance")).get("neurons"))
-    layers_kept = [n for n in as_list(stage.selection.get("layers")) if isinstance(n, int)]
+    shares = as_list(as_dict(cut.stage.selection.get("importance")).get("neurons"))
     rows: list[Data] = []
-    for layer in layers_kept:
+    for layer in cut.layers:
         share = as_number(shares[layer]) if 0 <= layer < len(shares) else None
         if share is not None:
             rows.append({"layer": layer, "share": share})
@@ -176,7 +160,7 @@ def neurons(run: Run) -> Chart | None:
         alt.Chart(values(rows))
         .mark_bar(cornerRadiusEnd=2, color=SERIES[0])
         .encode(
-            alt.X("layer:O", title="the teacher's layer", axis=alt.Axis(labelAngle=0)),
+            alt.X("layer:O", title=f"{cut.of}'s layer", axis=alt.Axis(labelAngle=0)),
             alt.Y(
                 "share:Q",
                 title="importance kept",
@@ -188,7 +172,7 @@ def neurons(run: Run) -> Chart | None:
     )
     least = min(rows, key=lambda row: row["share"])
     return finish(
-        "neurons",
+        f"neurons{cut.mark}",
         "Neurons: how much of their importance was kept",
         "What a layer's kept neurons are worth, as a share of all of them. The least is "
         f"{least['share']:.0%} (layer {least['layer']}).",
@@ -201,11 +185,10 @@ _PARTS = ("down proj sliced", "down proj", "o proj sliced", "o proj")
 """Where cutting costs most: errors of plain slicing beside those after the refit."""
 
 
-def reconstruction(run: Run) -> Chart | None:
+def reconstruction(cut: Cut) -> Chart | None:
     """Error of each kept layer's output after the refit, where it was recorded."""
-    stage = pruned(run)
     rows: list[Data] = []
-    for place, entry in enumerate(as_list(stage.selection.get("reconstruction")) if stage else []):
+    for place, entry in enumerate(as_list(cut.stage.selection.get("reconstruction"))):
         numbers = as_dict(entry) or {"error": entry}
         layer = as_number(numbers.pop("layer", None))
         layer = place if layer is None else layer
@@ -232,9 +215,9 @@ def reconstruction(run: Run) -> Chart | None:
     )
     worst = max(rows, key=lambda row: row["error"])
     return finish(
-        "reconstruction",
+        f"reconstruction{cut.mark}",
         "Error of the refit, layer by layer",
-        f"How far each layer of the cut model is from the teacher's. The largest is "
+        f"How far each layer of the cut model is from {cut.of}'s. The largest is "
         f"{significant(worst['error'])} ({worst['part']}, layer {worst['layer']:g}).",
         chart,
         height=200,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from reports import words
 from reports.compare import headline_metrics
+from reports.cuts import Cut
 from reports.quality_charts import main_perplexity, mean_share, metric_number
 from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
 from reports.verdict import Judgement
@@ -264,13 +265,13 @@ def source_table(run: Run) -> Table | None:
     )
 
 
-def search_table(run: Run) -> Table | None:
+def search_table(cut: Cut) -> Table | None:
     """The shapes that a budget left open, as they were tried, the best first."""
-    stage = next((stage for stage in run.stages if as_list(stage.summary.get("search"))), None)
-    if stage is None:
+    tried = as_list(cut.stage.summary.get("search"))
+    if not tried:
         return None
     rows = []
-    for place, entry in enumerate(map(as_dict, as_list(stage.summary["search"])), 1):
+    for place, entry in enumerate(map(as_dict, tried), 1):
         shape = as_dict(entry.get("shape"))
         rows.append(
             [
@@ -281,7 +282,7 @@ def search_table(run: Run) -> Table | None:
             ]
         )
     return Table(
-        name="search",
+        name=f"search{cut.mark}",
         caption="Shapes under the budget, each pruned on a little text. Divergence: KL from the "
         "model that was cut, nats a token, on held-out text before any training. The first was "
         "taken.",

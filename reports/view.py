@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from reports import words
 from reports.answers import answer_table, closeness
 from reports.chart import Chart
 from reports.charts import make_charts
 from reports.cleaning import cleaning_tables
-from reports.pruning_charts import pruned
+from reports.cuts import find_cuts, kept
 from reports.reality import reality_table
 from reports.rivals import rival_table
-from reports.run_folder import Data, Run, as_dict, as_list, as_number
+from reports.run_folder import Data, Run, as_dict
 from reports.tables import (
     TRANSFER_HASHES,
     Table,
@@ -40,6 +39,17 @@ from reports.verdict import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class CutPart:
+    """What the report says of one cut."""
+
+    title: str
+    mark: str
+    """What the names of its charts end with."""
+    kept: list[tuple[str, str]]
+    search: Table | None
+
+
 @dataclass(kw_only=True)
 class View:
     """Everything that the templates show, in order."""
@@ -60,8 +70,7 @@ class View:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     all_metrics: Table | None = None
     charts: list[Chart] = field(default_factory=list)
-    kept: list[tuple[str, str]] = field(default_factory=list)
-    search: Table | None = None
+    cuts: list[CutPart] = field(default_factory=list)
     completions: Table | None = None
     transfer_set: Table | None = None
     transfer_facts: list[tuple[str, str]] = field(default_factory=list)
@@ -92,8 +101,7 @@ def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> Vie
         skipped=skipped(run),
         all_metrics=metric_table(run),
         charts=make_charts(run, rivals),
-        kept=kept(run),
-        search=search_table(run),
+        cuts=cut_parts(run),
         completions=completion_table(run),
         transfer_set=source_table(run),
         transfer_facts=transfer_facts(run),
@@ -116,49 +124,17 @@ def skipped(run: Run) -> list[tuple[str, str]]:
     return list(found.items())
 
 
-def kept(run: Run) -> list[tuple[str, str]]:
-    """What stayed of the teacher, axis by axis."""
-    stage = pruned(run)
-    if stage is None:
-        return []
-    teacher = next((s.config for s in run.stages if s.kind == "teacher"), {})
-    axes = (
-        ("layers", "num_hidden_layers"),
-        ("hidden dimensions", "hidden_size"),
-        ("query heads in a layer", "num_attention_heads"),
-        ("key/value heads in a layer", "num_key_value_heads"),
-        ("neurons in a layer", "intermediate_size"),
-    )
-    found = []
-    for label, key in axes:
-        before, after = as_number(teacher.get(key)), as_number(stage.config.get(key))
-        if before is not None and after is not None:
-            found.append(
-                (label, f"{after:,.0f} of {before:,.0f} ({words.percent(after / before)})")
-            )
-    layers = [value for value in as_list(stage.selection.get("layers")) if isinstance(value, int)]
-    if layers:
-        found.append(("layers that stayed", _ranges(layers)))
-    heads = as_list(stage.selection.get("heads"))
-    per_layer = {
-        _ranges(entry) for entry in heads if all(isinstance(h, int) for h in as_list(entry))
-    }
-    if len(per_layer) == 1:
-        found.append(("query heads that stayed, in every layer", per_layer.pop()))
-    elif per_layer:
-        found.append(("query heads that stayed", f"{len(per_layer)} different sets, by layer"))
-    return found
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] -> "0–2, 5"."""
-    spans: list[list[int]] = []
-    for number in sorted(numbers):
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans)
+def cut_parts(run: Run) -> list[CutPart]:
+    """Every cut of the run, in order."""
+    return [
+        CutPart(
+            title=f"{cut.stage.name}, made from {cut.of}",
+            mark=cut.mark,
+            kept=kept(cut),
+            search=search_table(cut),
+        )
+        for cut in find_cuts(run)
+    ]
 
 
 def versions(run: Run) -> list[tuple[str, str]]:
