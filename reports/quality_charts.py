@@ -11,6 +11,7 @@ import altair as alt
 
 from reports.chart import Chart, colours_of, finish, values
 from reports.compare import headline_metrics
+from reports.pace import WRITES, Pace, measured_pace
 from reports.run_folder import Data, Run, as_dict, as_number
 from reports.words import count, is_share, metric_label, percent, score, significant
 
@@ -125,7 +126,7 @@ def quality_by_size(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
         rivals,
         name="quality-by-size",
         title="Quality against size",
-        of=lambda card: (as_number(card.get("parameters")) or 0.0) / 1e6,
+        of=_millions,
         axis="parameters (millions)",
         against="parameters",
         told=lambda value: f"{count(value * 1e6)} parameters",
@@ -139,11 +140,18 @@ def quality_by_speed(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
         rivals,
         name="quality-by-speed",
         title="Quality against speed",
-        of=lambda card: as_number(card["speed"].get("decode_tokens_per_second")) or 0.0,
+        of=lambda card: measured_pace(card, WRITES),
         axis="tokens written a second",
-        against="tokens written a second, one sequence at a time on the machine that measured",
+        against="tokens written a second (with quartiles), one sequence at a time on the machine "
+        "that measured",
         told=lambda value: f"{significant(value)} tokens a second",
     )
+
+
+def _millions(card: Data) -> Pace | None:
+    """Parameters, which have no spread."""
+    size = (as_number(card.get("parameters")) or 0.0) / 1e6
+    return Pace(middle=size, low=size, high=size) if size else None
 
 
 def _quality(
@@ -157,7 +165,10 @@ def _quality(
     against: str,
     told: Any,
 ) -> Chart | None:
-    """Quality against something of a scorecard; each run is a colour and a dashed path."""
+    """Quality against something of a scorecard; each run is a colour and a dashed path.
+
+    ``of``: scorecard -> where the model stands on the x axis, and between what.
+    """
     cards = [s.scorecard for each in (run, *rivals) for s in each.measured if s.scorecard]
     measure = measure_of(cards) if cards else None
     if measure is None:
@@ -194,6 +205,7 @@ def _quality(
         x, y, order="order:Q", color=colour
     )
     bars = base.mark_rule(strokeWidth=1.5).encode(x, alt.Y("low:Q", title=""), alt.Y2("high:Q"))
+    across = base.mark_rule(strokeWidth=1.5).encode(alt.X("slow:Q", title=""), alt.X2("fast:Q"), y)
     points = base.mark_point(filled=True, size=110, opacity=1).encode(
         x, y, color=colour, tooltip=["run:N", "model:N", "x:Q", "quality:Q"]
     )
@@ -207,7 +219,7 @@ def _quality(
         name,
         title,
         f"{measure.told} against {against}, with standard errors.",
-        path + bars + points + halo + ink,
+        path + bars + across + points + halo + ink,
         numbers=said,
     )
 
@@ -230,13 +242,15 @@ def _points(run: Run, measure: Measure, of: Any) -> list[Data]:
     for stage in run.measured:
         value, error = measure.of(stage.scorecard)
         place = of(stage.scorecard)
-        if value is None or value <= 0 or not place:
+        if value is None or value <= 0 or place is None:
             continue
         spread = error or 0.0
         rows.append(
             {
                 "model": stage.name,
-                "x": place,
+                "x": place.middle,
+                "slow": place.low,
+                "fast": place.high,
                 "quality": value,
                 "low": max(value - spread, value / 10),
                 "high": value + spread,

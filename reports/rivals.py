@@ -7,9 +7,10 @@ from typing import Any
 
 from reports import words
 from reports.compare import Comparison, compare_models, headline_metrics
+from reports.pace import WRITES
 from reports.quality_charts import metric_number, run_labels
 from reports.run_folder import Data, Run, Stage, as_number
-from reports.tables import Cell, Table, cell
+from reports.tables import Cell, Table, cell, pace_cell
 from reports.verdict import last_student
 
 
@@ -61,7 +62,7 @@ def rival_table(run: Run, rivals: Sequence[Run]) -> Table | None:
                 Cell(text=label, note=end.name if end else "no student was measured", sort=label),
                 cell(as_number(card.get("parameters")), words.count),
                 *(_score(card, task, metric, compared) for task, metric in keys),
-                cell(as_number(card["speed"].get("decode_tokens_per_second")), words.significant),
+                pace_cell(card, WRITES),
                 cell(sum(seconds) if seconds else None, words.duration),
             ]
         )

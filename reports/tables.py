@@ -8,6 +8,7 @@ from typing import Any, Literal
 from reports import words
 from reports.compare import headline_metrics
 from reports.cuts import Cut
+from reports.pace import READS, WRITES, measured_pace
 from reports.quality_charts import main_perplexity, mean_share, metric_number
 from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
 from reports.verdict import Judgement
@@ -45,8 +46,8 @@ def stage_table(run: Run) -> Table | None:
     return Table(
         name="stages",
         caption="What each stage made, and what it took. Tasks: mean share of right answers. Reads "
-        "and writes: tokens per second, for one sequence on this machine. Memory: what a process "
-        "with this model alone needs.",
+        "and writes: tokens per second, for one sequence on this machine, and the quartiles of the "
+        "repeats. Memory: what a process with this model alone needs.",
         columns=["stage", "parameters", "perplexity", "tasks", "reads", "writes", "memory", "took"],
         rows=[_stage_row(stage, run.teacher or {}, key) for stage in run.stages],
     )
@@ -74,11 +75,20 @@ def _stage_row(stage: Stage, teacher: Data, key: tuple[str, str] | None) -> list
         ),
         _perplexity_cell(card, key),
         _mean_cell(card),
-        cell(as_number(speed.get("prefill_tokens_per_second")), words.significant, after),
-        cell(as_number(speed.get("decode_tokens_per_second")), words.significant),
+        pace_cell(card, READS, after),
+        pace_cell(card, WRITES),
         cell(used, words.size, grown),
         cell(stage.seconds, words.duration, f"in {words.size(stage.peak_memory_bytes)}"),
     ]
+
+
+def pace_cell(card: Data, key: str, note: str = "") -> Cell:
+    """Tokens a second with their quartiles, each note on a line of its own."""
+    measured = measured_pace(card, key)
+    if measured is None:
+        return cell(None, words.significant)
+    notes = ",\n".join(filter(None, (measured.told(), note)))
+    return cell(measured.middle, words.significant, notes)
 
 
 def _perplexity_cell(card: Data, key: tuple[str, str] | None) -> Cell:

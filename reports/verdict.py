@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from reports import words
 from reports.compare import Comparison, Recovery, compare_models, headline_metrics, recovered
+from reports.pace import faster
 from reports.quality_charts import main_perplexity
 from reports.run_folder import Data, Run, Stage, as_number
 
@@ -67,7 +68,7 @@ def verdict(run: Run, judgement: Judgement) -> str:
             f"{student.name} has {words.count(card.get('parameters'))} parameters. The teacher has "
             "not been measured, so there is nothing to compare it with."
         )
-    parts = _size_and_speed(card, teacher)
+    parts = [*_size(card, teacher), *_speed(run, student)]
     parts += _perplexity(judgement, student, teacher) or _right_answers(judgement, student)
     sentence = f"After {student.name}, {', '.join(parts[:-1])}, and {parts[-1]}"
     if len(parts) == 1:
@@ -81,18 +82,21 @@ def verdict(run: Run, judgement: Judgement) -> str:
     return f"{sentence}."
 
 
-def _size_and_speed(card: Data, teacher: Data) -> list[str]:
+def _size(card: Data, teacher: Data) -> list[str]:
     share = words.ratio(card.get("parameters"), teacher.get("parameters"))
     numbers = f"{words.count(card.get('parameters'))} of {words.count(teacher.get('parameters'))}"
-    parts = [f"{words.percent(share)} of the teacher's parameters are left ({numbers})"]
-    faster = _faster(card, teacher, "decode_tokens_per_second")
-    if faster is not None:
-        parts.append(f"the model writes {words.times(faster)} as fast")
-    return parts
+    return [f"{words.percent(share)} of the teacher's parameters are left ({numbers})"]
 
 
-def _faster(card: Data, teacher: Data, speed: str) -> float | None:
-    return words.ratio(card["speed"].get(speed), teacher["speed"].get(speed))
+def _speed(run: Run, student: Stage) -> list[str]:
+    """A ratio only where it is more than noise; the quartiles are what is taken for that."""
+    ratio = faster(run, student)
+    if ratio is None:
+        return []
+    if ratio.low <= 1 <= ratio.high:
+        return ["the model writes about as fast as the teacher, within the noise of this machine"]
+    spread = f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio.known else "measured once"
+    return [f"the model writes {words.times(ratio.middle)} as fast ({spread})"]
 
 
 def _perplexity(judgement: Judgement, student: Stage, teacher: Data) -> list[str]:
@@ -182,10 +186,11 @@ def headline_facts(run: Run, judgement: Judgement) -> list[tuple[str, str, str]]
     card = student.scorecard
     share = words.ratio(card.get("parameters"), teacher.get("parameters"))
     facts = [(words.percent(share), "of the parameters", words.count(card.get("parameters")))]
-    faster = _faster(card, teacher, "decode_tokens_per_second")
-    if faster is not None:
-        written = as_number(card["speed"]["decode_tokens_per_second"]) or 0.0
-        facts.append((f"{faster:.2f}×", "as fast at writing", f"{written:.1f} tokens/s"))
+    ratio = faster(run, student)
+    if ratio is not None:
+        spread = f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio.known else "measured once"
+        noise = ", within noise" if ratio.low <= 1 <= ratio.high else ""
+        facts.append((f"{ratio.middle:.2f}×", "as fast at writing", spread + noise))
     key = main_perplexity([teacher, card])
     for entry in judgement.comparisons.get(student.name, []):
         if (entry.task, entry.metric) == key and entry.difference is not None:

@@ -340,6 +340,9 @@ def test_speed_is_measured_in_a_process_of_its_own(tiny_llama: Path) -> None:
     measured = measure_speed(tiny_llama)
     assert measured["speed"]["prefill_tokens_per_second"] > 0
     assert measured["speed"]["decode_tokens_per_second"] > 0
+    for what in ("prefill", "decode"):
+        low, high = measured["speed"][f"{what}_tokens_per_second_quartiles"]
+        assert low < measured["speed"][f"{what}_tokens_per_second"] < high
     assert measured["speed"]["prompt_tokens"] == 448  # 512 positions, 64 of them for new tokens
     assert measured["peak_memory_bytes"] > measured["memory"]["before_loading_bytes"] > 10**7
 

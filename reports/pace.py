@@ -1,0 +1,86 @@
+"""How fast a model is against another, and whether that is more than the noise of a machine.
+
+A scorecard's speed is of one process, whose quartiles know nothing of what else the machine did a
+minute later. Models of one shape are equally fast, whatever their weights: those that a run
+measured on the same terms are measurements of one speed, and how far they are apart is noise too.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from reports import words
+from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
+
+READS = "prefill_tokens_per_second"
+WRITES = "decode_tokens_per_second"
+_SHAPE = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size",
+)  # fmt: skip
+_TERMS = ("prompt_tokens", "new_tokens", "batch", "precision", "device", "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pace:
+    """A speed, or a ratio of two, and between what it lies."""
+
+    middle: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a spread; earlier scorecards have none."""
+        return self.low < self.high
+
+    def told(self) -> str:
+        """Its spread, "1,010 to 1,090"; empty where that isn't known."""
+        return f"{words.significant(self.low)} to {words.significant(self.high)}" * self.known
+
+
+def measured_pace(card: Data, key: str) -> Pace | None:
+    """A scorecard's speed and its quartiles; without them the speed alone."""
+    speed = as_dict(card.get("speed"))
+    middle = as_number(speed.get(key))
+    if middle is None or middle <= 0:
+        return None
+    quartiles = [as_number(value) for value in as_list(speed.get(f"{key}_quartiles"))]
+    around = [value for value in quartiles if value is not None and value > 0]
+    return Pace(middle=middle, low=min([middle, *around]), high=max([middle, *around]))
+
+
+def pace(run: Run, stage: Stage, key: str) -> Pace | None:
+    """The speed of a stage's model from all of the run's measurements of its shape."""
+    if stage.scorecard is None or measured_pace(stage.scorecard, key) is None:
+        return None
+    alike = [stage]
+    if stage.config:
+        alike = [each for each in run.measured if _terms(each) == _terms(stage)]
+    paces = [measured_pace(each.scorecard, key) for each in alike if each.scorecard]
+    known = [each for each in paces if each is not None]
+    return Pace(
+        middle=statistics.median(each.middle for each in known),
+        low=min(each.low for each in known),
+        high=max(each.high for each in known),
+    )
+
+
+def _terms(stage: Stage) -> list[object]:
+    """What a speed is a function of, but for the machine and its other work."""
+    speed = (stage.scorecard or {})["speed"]
+    return [stage.config.get(axis) for axis in _SHAPE] + [speed.get(term) for term in _TERMS]
+
+
+def faster(run: Run, student: Stage, key: str = WRITES) -> Pace | None:
+    """How many times as fast as the teacher a student is; `low` and `high` are the worst cases."""
+    teacher = next((stage for stage in run.measured if stage.kind == "teacher"), None)
+    ours, theirs = pace(run, student, key), teacher and pace(run, teacher, key)
+    if not ours or not theirs:
+        return None
+    return Pace(
+        middle=ours.middle / theirs.middle,
+        low=ours.low / theirs.high,
+        high=ours.high / theirs.low,
+    )

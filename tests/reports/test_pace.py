@@ -1,0 +1,110 @@
+"""Speeds with their spread: measured, read, pooled over models of one shape, and told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reports.pace import WRITES, faster, measured_pace, pace
+from reports.page import write_report
+from reports.run_folder import read_run
+from reports.speed import speeds
+from reports.verdict import headline_facts, judge, verdict
+from reports.view import make_view
+from shearling import read_json, write_json
+
+
+def measured(run: Path, **told: tuple[float, float, float] | float) -> None:
+    """Give stages a speed of writing: (low, middle, high), or as old scorecards have it."""
+    for stage, speed in told.items():
+        path = run / "stages" / stage / "scorecard.json"
+        new: dict[str, object] = {WRITES: speed}
+        if isinstance(speed, tuple):
+            new = {WRITES: speed[1], f"{WRITES}_quartiles": [speed[0], speed[2]]}
+        write_json(path, {**read_json(path), "speed": new})
+
+
+def said(run: Path) -> tuple[str, str]:
+    """What the verdict says of the speed, and what stands under the large number."""
+    found = read_run(run)
+    judgement = judge(found)
+    facts = {what: of for _, what, of in headline_facts(found, judgement)}
+    return verdict(found, judgement), facts["as fast at writing"]
+
+
+def test_quartiles_of_times_are_quartiles_of_speeds() -> None:
+    told = speeds("decode", 10, [1.0, 2.0, 4.0, 5.0, 10.0])
+    assert told["decode_tokens_per_second"] == 2.5
+    assert told["decode_tokens_per_second_quartiles"] == [2.0, 5.0]
+
+
+def test_a_ratio_stands_in_the_verdict_where_it_is_more_than_noise(run: Path) -> None:
+    measured(run, teacher=(90, 100, 110), prune=(140, 150, 160), distill=(150, 170, 180))
+    sentence, fact = said(run)
+    assert "the model writes 1.60 times as fast (1.27 to 2.00), " in sentence
+    assert fact == "1.27 to 2.00"
+
+
+def test_a_student_as_fast_as_its_twin_was_slow_is_not_called_faster(run: Path) -> None:
+    """Prune and distill are one shape: between them the machine alone made the difference."""
+    measured(run, teacher=(780, 800, 810), prune=(1050, 1077, 1090), distill=(600, 607, 615))
+    sentence, fact = said(run)
+    assert "the model writes about as fast as the teacher, within the noise" in sentence
+    assert "times as fast" not in sentence
+    assert fact == "0.74 to 1.40, within noise"
+
+
+def test_only_models_of_one_shape_on_the_same_terms_are_pooled(run: Path) -> None:
+    measured(run, teacher=800.0, prune=1077.0, distill=607.0)
+    found = read_run(run)
+    stages = {stage.name: stage for stage in found.measured}
+    both = pace(found, stages["distill"], WRITES)
+    assert both is not None
+    assert (both.low, both.middle, both.high) == (607, 842, 1077)
+    config = run / "stages" / "prune" / "model" / "config.json"
+    whole = read_json(config)
+    write_json(config, {**whole, "intermediate_size": 46})
+    alone = pace(read_run(run), stages["distill"], WRITES)
+    assert alone is not None
+    assert (alone.low, alone.high) == (607, 607)
+    write_json(config, whole)
+    path = run / "stages" / "prune" / "scorecard.json"
+    card = read_json(path)
+    write_json(path, {**card, "speed": {**card["speed"], "threads": 8}})
+    assert pace(read_run(run), stages["distill"], WRITES) == alone
+
+
+def test_scorecards_without_quartiles_are_read_and_say_so(run: Path) -> None:
+    measured(run, teacher=100.0, prune=200.0, distill=200.0)
+    sentence, fact = said(run)
+    assert "the model writes 2.00 times as fast (measured once), " in sentence
+    assert fact == "measured once"
+
+
+@pytest.mark.parametrize("wrong", [None, 3, ["x", None], [-1, 0], {"low": 1}])
+def test_quartiles_that_are_none_are_left_out(run: Path, wrong: object) -> None:
+    for name in ("teacher", "prune", "distill"):
+        path = run / "stages" / name / "scorecard.json"
+        write_json(path, {**read_json(path), "speed": {WRITES: 9.0, f"{WRITES}_quartiles": wrong}})
+    found = read_run(run)
+    last = found.measured[-1]
+    assert last.scorecard is not None
+    told = measured_pace(last.scorecard, WRITES)
+    assert told is not None
+    assert not told.known
+    assert faster(found, last) is not None
+    write_report(run)
+
+
+def test_tables_and_chart_show_the_quartiles(run: Path) -> None:
+    measured(run, teacher=(90, 100, 110), prune=(140, 150, 160), distill=(150, 170, 180))
+    found = read_run(run)
+    view = make_view(found, judge(found), [found])
+    assert view.stages is not None
+    assert view.rivals is not None
+    assert view.stages.rows[-1][5].note == "150 to 180"
+    assert view.rivals.rows[0][-2].note == "150 to 180"
+    (chart,) = [chart for chart in view.charts if chart.name == "quality-by-speed"]
+    row = chart.spec["data"]["values"][0]
+    assert (row["slow"], row["x"], row["fast"]) == (90, 100, 110)
