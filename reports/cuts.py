@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from reports import words
 from reports.run_folder import Run, Stage, as_list, as_number
 
+_SINK = 10.0
+"""Times the other positions' size from which a first position counts as an attention sink."""
 _AXES = {
     "num_hidden_layers": "layers",
     "hidden_size": "hidden dimensions",
@@ -73,6 +75,21 @@ def kept(cut: Cut) -> list[tuple[str, str]]:
     elif per_layer:
         found.append(("query heads that stayed", f"{len(per_layer)} different sets, by layer"))
     return found
+
+
+def remarks(cut: Cut) -> list[str]:
+    """What the stage noted about its result, and what became of the attention sink."""
+    notes = [str(note) for note in as_list(cut.stage.summary.get("notes"))]
+    size = as_number(cut.stage.summary.get("sink"))
+    left = as_number(cut.stage.summary.get("sink_kept"))
+    told_already = any("attention sink" in note for note in notes)
+    if size is None or left is None or size <= _SINK or told_already:
+        return notes
+    return [
+        *notes,
+        f"The first position of {cut.of} is {words.significant(size)} times as large as the "
+        f"others, an attention sink; the student's is {words.significant(left)} times that.",
+    ]
 
 
 def _ranges(numbers: list[int]) -> str:

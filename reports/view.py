@@ -12,7 +12,7 @@ from reports.answers import answer_table, closeness
 from reports.chart import Chart
 from reports.charts import make_charts
 from reports.cleaning import cleaning_tables
-from reports.cuts import find_cuts, kept
+from reports.cuts import find_cuts, kept, remarks
 from reports.reality import reality_table
 from reports.rivals import rival_table
 from reports.run_folder import Data, Run, as_dict
@@ -47,6 +47,7 @@ class CutPart:
     mark: str
     """What the names of its charts end with."""
     kept: list[tuple[str, str]]
+    remarks: list[str]
     search: Table | None
 
 
@@ -131,6 +132,7 @@ def cut_parts(run: Run) -> list[CutPart]:
             title=f"{cut.stage.name}, made from {cut.of}",
             mark=cut.mark,
             kept=kept(cut),
+            remarks=remarks(cut),
             search=search_table(cut),
         )
         for cut in find_cuts(run)

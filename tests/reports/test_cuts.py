@@ -101,3 +101,39 @@ def test_one_cut_needs_no_heading_of_its_own(run: Path) -> None:
     write_report(run)
     text = (run / "report.md").read_text(encoding="utf-8")
     assert "## What was kept\n\n- layers: 3 of 4 (75%)\n" in text
+
+
+def with_summary(run: Path, **facts: Any) -> tuple[str, str]:
+    """The page's section and report.md where the cut says so of itself."""
+    path = run / "stages" / "prune" / "stage.json"
+    write_json(path, {**read_json(path), "summary": facts})
+    return section(run), (run / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_cut_tells_its_notes_and_what_it_kept_of_the_attention_sink(run: Path) -> None:
+    said = "The first position of the teacher is 250 times as large as the others, an attention "
+    said += "sink; the student's is 0.970 times that."
+    for text in with_summary(run, sink=250.0, sink_kept=0.97, notes=["Mind the gap."]):
+        assert "Mind the gap." in text
+        assert said in text.replace("&#39;", "'")
+
+
+def test_a_note_about_the_sink_is_not_told_twice(run: Path) -> None:
+    note = "Behind layer 1 the first position is 250 times as large, an attention sink, and lost."
+    for text in with_summary(run, sink=250.0, sink_kept=0.1, notes=[note]):
+        assert text.count("attention sink") == 1
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"sink": 3.0, "sink_kept": 0.9}, {"sink": 250.0}, {"sink": "x", "sink_kept": None}],
+)
+def test_without_a_sink_none_is_told(run: Path, facts: dict[str, Any]) -> None:
+    for text in with_summary(run, **facts, notes=None):
+        assert "first position" not in text
+
+
+def test_a_hostile_note_is_no_markup(run: Path) -> None:
+    html, markdown = with_summary(run, notes=["<b>x</b>", 3, None])
+    assert "<b>" not in html
+    assert "\n<b>" not in markdown
