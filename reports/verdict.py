@@ -21,7 +21,7 @@ class Judgement:
 
 
 def judge(run: Run) -> Judgement:
-    """Compare every model with the teacher, and the last one with the first cut."""
+    """Compare every model with the teacher, and the last one with the last cut."""
     teacher = run.teacher
     students = [stage for stage in run.measured if stage.kind != "teacher" and stage.scorecard]
     if teacher is None:
@@ -31,7 +31,8 @@ def judge(run: Run) -> Judgement:
         for stage in students
         if stage.scorecard
     }
-    cut = next((stage.scorecard for stage in students if stage.kind == "prune"), None)
+    # The last one: what came before it is already in what that model had lost.
+    cut = next((stage.scorecard for stage in reversed(students) if stage.kind == "prune"), None)
     last = students[-1].scorecard if students else None
     found = []
     if cut is not None and last is not None and last is not cut:
@@ -75,8 +76,10 @@ def verdict(run: Run, judgement: Judgement) -> str:
         sentence = f"After {student.name}, {parts[0]}"
     back = _main_recovery(run, judgement)
     if back is not None:
+        cuts = [stage.name for stage in run.measured if stage.kind == "prune"]
+        lost = "the cut had lost" if len(cuts) == 1 else f"was lost after {cuts[-1]}"
         sentence += (
-            f"; of what the cut had lost, {words.percent(back.share)} came back "
+            f"; of what {lost}, {words.percent(back.share)} came back "
             f"({words.percent(back.low)} to {words.percent(back.high)})"
         )
     return f"{sentence}."

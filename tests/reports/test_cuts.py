@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from reports.page import write_report
+from reports.run_folder import read_run
+from reports.verdict import judge, verdict
 from shearling import read_json, write_json
 
 
@@ -72,6 +74,18 @@ def test_each_cut_is_told_against_the_model_that_it_cut(cut_twice: Path) -> None
     assert "Each point is a head of distill," in second
     assert "7,002" in second
     assert "7,003" not in second
+
+
+def test_what_came_back_is_counted_from_the_last_cut(
+    cut_twice: Path, cards: dict[str, dict[str, Any]]
+) -> None:
+    """Of a first cut that cost nothing, nothing could come back."""
+    once = judge(read_run(cut_twice)).recoveries
+    write_json(cut_twice / "stages" / "prune" / "scorecard.json", {**cards["teacher"], "speed": {}})
+    found = read_run(cut_twice)
+    assert once
+    assert judge(found).recoveries == once
+    assert "; of what was lost after prune2, " in verdict(found, judge(found))
 
 
 def test_no_two_parts_of_the_page_have_one_name(cut_twice: Path) -> None:
