@@ -88,7 +88,7 @@ def remarks(cut: Cut) -> list[str]:
     return [
         *notes,
         f"The first position of {cut.of} is {words.significant(size)} times as large as the "
-        f"others, an attention sink; the student's is {words.significant(left)} times that.",
+        f"others, an attention sink; the student's is {words.significant(left, 2)} times that.",
     ]
 
 

@@ -126,7 +126,7 @@ def with_summary(run: Path, **facts: Any) -> tuple[str, str]:
 
 def test_a_cut_tells_its_notes_and_what_it_kept_of_the_attention_sink(run: Path) -> None:
     said = "The first position of the teacher is 250 times as large as the others, an attention "
-    said += "sink; the student's is 0.970 times that."
+    said += "sink; the student's is 0.97 times that."
     for text in with_summary(run, sink=250.0, sink_kept=0.97, notes=["Mind the gap."]):
         assert "Mind the gap." in text
         assert said in text.replace("&#39;", "'")
