@@ -64,30 +64,18 @@ def _facts(step: Step) -> dict[str, Any]:
     }
 
 
-class Provenance:
-    """The two files in a run's folder, and what stood there before."""
+def write_provenance(run: Path, recipe: Recipe, lock: Mapping[str, Any]) -> None:
+    """Write both files. From then on the run is this recipe's, however it ends.
 
-    def __init__(self, run: Path) -> None:
-        self._paths = (run / RECIPE_FILE, run / LOCK_FILE)
-        self._before = [_text(path) for path in self._paths]
-
-    def write(self, recipe: Recipe, lock: Mapping[str, Any]) -> None:
-        texts = (recipe.to_yaml(), json.dumps(lock, indent=2, ensure_ascii=False) + "\n")
-        for path, text in zip(self._paths, texts, strict=True):
-            write_text(path, without_secrets(text))
-
-    def restore(self) -> None:
-        """Put back what described the results that are still shown."""
-        for path, text in zip(self._paths, self._before, strict=True):
-            if text is not None:
-                write_text(path, text)
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
+    So run.json, `status` and `resume` name one recipe, and no result of the recipe before is
+    taken for a stage of this one (``reports.run_folder``).
+    """
+    texts = {
+        RECIPE_FILE: recipe.to_yaml(),
+        LOCK_FILE: json.dumps(lock, indent=2, ensure_ascii=False) + "\n",
+    }
+    for name, text in texts.items():
+        write_text(run / name, without_secrets(text))
 
 
 # --- run --locked -------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from pipelines.export import export_line
 from pipelines.journal import Journal, now
 from pipelines.locks import run_lock
 from pipelines.plan import PLAN_FILE, make_plan, teacher_facts
-from pipelines.provenance import Provenance, check_locked, lock_data
+from pipelines.provenance import check_locked, lock_data, write_provenance
 from pipelines.recipe import Recipe
 from pipelines.stages.context import Context
 from pipelines.steps import STAGES, Decision, Step, build_steps, decide_all, history
@@ -142,8 +142,6 @@ class _Run:
         self.planned = decisions(steps, options, verify_inputs=True, tell=display.line)
         self.steps = {step.name: step for step in steps}
         self.device = machine.pick_device(recipe.device)
-        self.provenance = Provenance(options.run)
-        self.shown_new = False
         self.told_skipped: set[tuple[str, str]] = set()
 
     def go(self) -> None:
@@ -153,7 +151,7 @@ class _Run:
         self.store.sweep()
         steps = [step for step, _ in self.planned]
         lock = lock_data(self.recipe, steps, device=self.device, command=self.options.again)
-        self.provenance.write(self.recipe, lock)
+        write_provenance(self.run, self.recipe, lock)
         (self.run / PLAN_FILE).unlink(missing_ok=True)
         self._write_plan()
         rows = [(s.stage, s.kind) for s, _ in self.planned if s.kind != "benchmark"]
@@ -175,8 +173,6 @@ class _Run:
             self._report_if_possible()
             raise
         except ShearlingError as error:
-            if not self.shown_new:  # a mistake: what is shown is still that of the run before
-                self.provenance.restore()
             self.journal.end("failed", {"what": error.what, "hint": error.hint})
             self._report_if_possible()
             raise
@@ -215,7 +211,7 @@ class _Run:
     def _make(self, step: Step, decision: Decision) -> None:
         """Run a step and publish what it made."""
         stage = STAGES[step.kind]
-        goes_on = step.resumable and self.store.partial(step.kind, step.key).exists()
+        goes_on = step.resumable and self.store.has_checkpoint(step.kind, step.key)
         spent = self.journal.seconds_before(step.key) if goes_on else 0.0
         resumes = self.journal.resumes_before(step.key) if goes_on else []
         if resumes:
@@ -307,8 +303,6 @@ class _Run:
         artefact = self.store.artefact(step.kind, step.key)
         folder = self.run / "stages" / step.stage
         record = read_json(artefact / STAGE_FILE)
-        shown = folder / ("benchmark.json" if step.kind == "benchmark" else STAGE_FILE)
-        self.shown_new |= _key_shown(shown) != step.key
         if step.kind == "benchmark":
             scorecard = {**read_json(artefact / "scorecard.json"), "model": step.stage}
             write_json(folder / "scorecard.json", scorecard)

@@ -279,7 +279,8 @@ def decide(
             return Decision(False, f"done before with these settings ({'; '.join(changes)})")
         return Decision(False, "nothing changed")
     if store.partial(step.kind, step.key).exists():
-        again = "goes on where it was interrupted" if step.resumable else "it was interrupted"
+        goes_on = step.resumable and store.has_checkpoint(step.kind, step.key)
+        again = "goes on where it was interrupted" if goes_on else "it was not finished"
         return Decision(True, again)
     if previous is None:
         return Decision(True, "first time")

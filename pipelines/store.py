@@ -69,6 +69,10 @@ class Store:
                 sweep(folder)
         return work
 
+    def has_checkpoint(self, kind: str, key: str) -> bool:
+        """Whether an unfinished artefact left what its stage goes on from."""
+        return any(self.partial(kind, key).glob(f"{RESUME_FOLDER}/step-*"))
+
     def publish(self, kind: str, key: str, record: Mapping[str, Any]) -> Path:
         """Turn the filled work folder into the artefact; ``record`` becomes its stage.json.
 

@@ -305,21 +305,59 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 # --- mistakes inside a stage --------------------------------------------------------------------
 
 
-def test_a_mistake_inside_a_stage_leaves_the_description_of_what_is_shown(
+def test_a_stage_that_failed_shows_nothing_of_earlier_settings(
+    run: Path, recipe_file: Path, shearling: Shearling
+) -> None:
+    """What it learnt before is another model's, and what is resumed is what failed."""
+    bad = ("--set", "distill.embedding_learning_rate=1.0e9")
+    done = shearling("run", recipe_file, "--out", run, *bad, "--set", "distill.tokens=8192")
+    assert done.returncode == 2, done.stdout
+    assert "No checkpoint had been written yet" not in done.stderr  # it saves at each step
+    status = json.loads(shearling("status", run, "--json").stdout)
+    assert status["state"] == "failed"
+    assert "embedding_learning_rate=1.0e9" in status["command"]
+    page = json.loads((run / "report.json").read_text())
+    assert [stage["scorecard"] is not None for stage in page["stages"]] == [True, True, False]
+    assert "distill: what was made with earlier settings is not shown." in page["problems"]
+    assert "embedding_learning_rate: 1000000000.0" in (run / "recipe.yaml").read_text()
+    again = shearling("resume", run)
+    assert again.returncode == 2
+    assert "distill: runs: goes on where it was interrupted" in again.stdout
+    # The command of before brings its results back.
+    done = shearling("run", recipe_file, "--out", run)
+    assert done.returncode == 0, done.stderr
+    assert "distill: not run again" in done.stdout
+    page = json.loads((run / "report.json").read_text())
+    assert [stage["scorecard"] is not None for stage in page["stages"]] == [True, True, True]
+
+
+def test_a_text_without_words_is_told_and_stays_the_runs(
     run: Path, recipe_file: Path, shearling: Shearling, tmp_path: Path
 ) -> None:
-    described = {name: (run / name).read_bytes() for name in ("recipe.yaml", "lock.json")}
     blank = tmp_path / "blank.txt"
     blank.write_text("\n\n  \n")
     bad = f"transfer_set.sources.0.path={blank}"
     done = shearling("run", recipe_file, "--out", run, "--set", bad)
     assert done.returncode == 2
-    assert {name: (run / name).read_bytes() for name in described} == described
     status = json.loads(shearling("status", run, "--json").stdout)
     assert status["state"] == "failed"
     assert "blank.txt" in status["error"]["what"]
+    assert str(blank) in (run / "recipe.yaml").read_text()
     page = json.loads((run / "report.json").read_text())
-    assert [stage["scorecard"] is not None for stage in page["stages"]] == [True, True, True]
+    assert [stage["scorecard"] is not None for stage in page["stages"]] == [True, False, False]
+
+
+def test_a_stage_that_failed_before_its_first_checkpoint_begins_again(
+    run: Path, recipe_file: Path, shearling: Shearling
+) -> None:
+    bad = ["distill.embedding_learning_rate=1.0e9", "distill.tokens=8192"]
+    bad += ["distill.save_every_seconds=1000"]
+    options = [part for setting in bad for part in ("--set", setting)]
+    done = shearling("run", recipe_file, "--out", run, *options)
+    assert "No checkpoint had been written yet" in done.stderr, done.stdout + done.stderr
+    again = shearling("run", recipe_file, "--out", run, *options)
+    assert "distill: runs: it was not finished" in again.stdout
+    assert "goes on" not in again.stdout
 
 
 # --- secrets ------------------------------------------------------------------------------------

@@ -166,7 +166,10 @@ def test_decisions_and_their_reasons(recipe_data: dict[str, Any], store: Store) 
     assert not back.runs
     assert "recipe.distill.tokens 2048 -> 1024" in back.reason
 
-    store.open_work(longer.kind, longer.key, resumable=True)
+    work = store.open_work(longer.kind, longer.key, resumable=True)
+    (work / "resume" / "best-00000001").mkdir(parents=True)  # nothing to go on from
+    assert decide(longer, store, None).reason == "it was not finished"
+    (work / "resume" / "step-00000002").mkdir()
     assert decide(longer, store, None).reason == "goes on where it was interrupted"
 
     (store.artefact("distill", distill.key) / "file").write_text("d")
