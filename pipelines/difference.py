@@ -6,6 +6,7 @@ other's tasks where that one is a scorecard.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,11 @@ def compare_targets(
     Raises:
         ShearlingError: where one can't be read, or not one task can be compared.
     """
-    cards: list[Data | None] = [find_scorecard(target) for target in (first, second)]
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    cards = [find_scorecard(target, tell=tell) for target in (first, second)]
     known = next((card for card in cards if card is not None), None)
     for place, target in enumerate((first, second)):
         if cards[place] is None:
@@ -126,10 +131,10 @@ def compare_targets(
     return Difference(first=one, second=two, comparisons=found)
 
 
-def find_scorecard(target: str) -> Data | None:
+def find_scorecard(target: str, *, tell: Callable[[str], None]) -> Data | None:
     """The scorecard that a path stands for; None where it is a model still to be measured.
 
-    A run stands for its last measured model.
+    A run stands for its last measured model; ``tell`` hears which.
 
     Raises:
         ShearlingError: it can't be read, or was made or measured with earlier settings of its run.
@@ -140,7 +145,7 @@ def find_scorecard(target: str) -> Data | None:
     if (path / "scorecard.json").is_file():
         refuse_earlier(path, kept="scorecard.json", measured=True)
         return open_scorecard(path / "scorecard.json")
-    return last_measured(path).scorecard if is_run(path) else None
+    return last_measured(path, tell=tell).scorecard if is_run(path) else None
 
 
 def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from reports.run_folder import Stage, earlier_settings, read_run
+from reports.run_folder import Run, Stage, earlier_settings, file_name, open_scorecard, read_run
 from shearling import ShearlingError
 
 
@@ -14,19 +14,41 @@ def is_run(path: Path) -> bool:
     return (path / "run.json").is_file() or (path / "stages").is_dir()
 
 
-def last_measured(run: Path) -> Stage:
-    """The model that a run stands for.
+def last_measured(run: Path, *, tell: Callable[[str], None]) -> Stage:
+    """The model that a run stands for; ``tell`` hears which it is, and why not one behind it.
 
     Raises:
-        ShearlingError: none of its models has been measured.
+        ShearlingError: none of its models has been measured, or what a later one's scorecard says
+            can't be read: the one before it is not what the user means.
     """
-    measured = read_run(run).measured
-    if not measured:
+    read = read_run(run)
+    if not read.measured:
         raise ShearlingError(
             f"No model of the run {run} has been measured yet.",
             hint=f"Finish it with `shearling run`, or see `shearling status {run}`.",
         )
-    return measured[-1]
+    stage = read.measured[-1]
+    behind = read.models[read.models.index(stage) + 1 :]
+    for later in behind:
+        _refuse_damaged(read, later)
+    reasons = "".join(f"; {later.name} is not measured yet ({later.state})" for later in behind)
+    tell(f"{run}: its last measured model is {stage.name}{reasons}")
+    return stage
+
+
+def _refuse_damaged(run: Run, stage: Stage) -> None:
+    """Of a stage without results: its scorecard, where there is one, can be read."""
+    scorecard = run.folder / "stages" / file_name(stage.name) / "scorecard.json"
+    if not scorecard.is_file():
+        return
+    try:
+        open_scorecard(scorecard)
+    except ShearlingError as error:
+        raise ShearlingError(
+            error.what,
+            hint=f"`shearling resume {run.folder}` writes it anew, or name another stage, as in "
+            f"{run.folder / 'stages' / 'teacher'}.",
+        ) from error
 
 
 def refuse_earlier(stage: Path, *, kept: str, measured: bool) -> None:
@@ -58,8 +80,7 @@ def find_model(named: str, *, role: str = "model", tell: Callable[[str], None]) 
     """
     path = Path(named).expanduser()
     if is_run(path):
-        stage = last_measured(path)
-        tell(f"{named}: its last measured model is {stage.name}")
+        stage = last_measured(path, tell=tell)
         path = path / "stages" / stage.name
     elif not path.exists() and path.parent.name == "stages" and path.parent.is_dir():
         known = ", ".join(sorted(stage.name for stage in path.parent.iterdir()))

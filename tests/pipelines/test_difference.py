@@ -75,12 +75,32 @@ def test_a_clear_difference_is_called_worse(copas: tuple[Path, Path], shearling:
 def test_a_run_stands_for_its_last_model_and_is_compared_with_its_teacher(
     measured_run: Path, shearling: Shearling
 ) -> None:
-    last = find_scorecard(str(measured_run))
+    last = find_scorecard(str(measured_run), tell=print)
     assert last is not None
     assert last["model"] == "distill"
     done = shearling("diff", measured_run / "stages" / "teacher", measured_run, "--all", "--json")
     assert done.returncode == 0, done.stderr
     assert {entry["task"] for entry in json.loads(done.stdout)["comparisons"]} == {"copa"}
+
+
+def test_a_run_says_which_of_its_models_is_compared_and_hides_no_damage(
+    measured_run: Path, shearling: Shearling
+) -> None:
+    teacher, last = (measured_run / "stages" / name for name in ("teacher", "distill"))
+    done = shearling("diff", teacher, measured_run, "--json")
+    assert f"{measured_run}: its last measured model is distill\n" in done.stderr
+    (last / "scorecard.json").rename(last / "elsewhere.json")
+    done = shearling("diff", teacher, measured_run, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "last measured model is teacher; distill is not measured yet (done)" in done.stderr
+    for damaged in ("{", "{}", "[]"):
+        (last / "scorecard.json").write_text(damaged)
+        for arguments in (("diff", teacher, measured_run), ("eval", measured_run)):
+            done = shearling(*arguments)
+            assert done.returncode == 2, (damaged, arguments)
+            told = done.stderr.replace("\n", " ")
+            assert "scorecard.json" in told
+            assert f"shearling resume {measured_run}" in told
 
 
 def test_a_model_is_measured_as_the_other_sides_scorecard_was(
@@ -127,7 +147,7 @@ def test_what_was_measured_differently_is_refused(
 
 
 def test_settings_follow_the_scorecard(measured_run: Path) -> None:
-    card = find_scorecard(str(measured_run))
+    card = find_scorecard(str(measured_run), tell=print)
     assert card is not None
     card["tasks"]["copa"]["limit"] = 3
     like = settings_like(card, {"limit": None, "mirror": "here"})
@@ -154,4 +174,4 @@ def test_a_file_that_is_no_scorecard_is_a_clear_error(
     assert done.returncode == 2
     assert "not a scorecard" in done.stderr
     with pytest.raises(ShearlingError, match=r"none\.json"):
-        find_scorecard(str(tmp_path / "none.json"))
+        find_scorecard(str(tmp_path / "none.json"), tell=print)
