@@ -494,12 +494,16 @@ def _warnings(
     rows: list[dict[str, Any]],
     processes: int,
 ) -> Iterator[str]:
-    window = recipe.transfer_set.window
-    if teacher.context is not None and window > teacher.context:
-        yield (
-            f"transfer_set.window {window:,} is more than the teacher's context of "
-            f"{teacher.context:,} tokens"
-        )
+    settings, context = recipe.transfer_set, teacher.context
+    lengths = {"window": settings.window}
+    if settings.written and settings.written.length:
+        lengths["written.length"] = settings.written.length
+    for key, length in lengths.items():
+        if context is not None and length > context:
+            yield (
+                f"transfer_set.{key} {length:,} is more than the teacher's context of "
+                f"{context:,} tokens"
+            )
     yield from (told.removesuffix(".") for told in preflight.warnings(recipe))
     yield from _repeats(recipe)
     for row in rows:

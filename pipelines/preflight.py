@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pipelines.recipe import PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
@@ -120,6 +121,8 @@ def check_paths(recipe: Recipe) -> None:
         local = _looks_local(model) or "/" not in model  # a hub id is OWNER/NAME
         if local and not Path(model).expanduser().exists():
             problems.append(f"{name}.model: {model} does not exist")
+        elif Path(model).expanduser().is_file() and not model.lower().endswith(".gguf"):
+            problems.append(f"{name}.model: {model} is a single file, but no .gguf file")
     for source in recipe.transfer_set.sources:
         path = Path(source.path).expanduser()
         where = f"transfer_set.sources.{source.name}.path: {source.path}"
@@ -176,13 +179,11 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.lower().endswith(_FILE_ENDINGS)
 
 
-def check_teacher(folder: Path) -> Shape:
+def check_teacher(folder: Path) -> None:
     """Open a local Hugging Face folder; missing, cut-off and foreign files end here."""
     from teachers.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(folder)
-    checkpoint.tokenizer()
-    return checkpoint.shape
+    open_checkpoint(folder).tokenizer()
 
 
 def check_shapes(recipe: Recipe, teacher: Shape) -> None:
@@ -234,12 +235,33 @@ def _check_tokenizer(other: str, teacher: str) -> None:
         raise other_tokenizer(f"{other} has {told[0]}; {teacher} has {told[1]}")
 
 
-def known_teacher_shape(recipe: Recipe, artefact: Path) -> Shape | None:
-    """The teacher's shape if it can be told without importing it, else None."""
+def check_with_teacher(recipe: Recipe, artefact: Path) -> None:
+    """What needs the teacher's config, where it is known: shapes, and lengths of text.
+
+    Raises:
+        ShearlingError: the teacher is broken, or something does not fit it.
+    """
+    config = known_teacher_config(recipe, artefact)
+    if config is None:
+        return
+    check_shapes(recipe, Shape.from_config(config))
+    context = config.get("max_position_embeddings")
+    if isinstance(context, int):
+        recipe.transfer_set.check_context(context)
+
+
+def known_teacher_config(recipe: Recipe, artefact: Path) -> dict[str, Any] | None:
+    """The teacher's config.json if it can be told without importing it, else None."""
     from teachers.checkpoint import folder_format
 
     local = Path(recipe.teacher.model).expanduser()
-    if local.is_dir() and folder_format(local) == "folder":
-        return check_teacher(local)
     config = artefact / "model" / "config.json"
-    return Shape.from_config(read_json(config)) if config.is_file() else None
+    if local.is_dir() and folder_format(local) == "folder":
+        check_teacher(local)
+        config = local / "config.json"
+    elif local.is_file():  # a GGUF
+        from teachers.gguf_file import llama_config
+        from teachers.gguf_header import read_gguf
+
+        return dict(llama_config(read_gguf(local)).to_dict())
+    return dict(read_json(config)) if config.is_file() else None

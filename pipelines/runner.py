@@ -85,9 +85,7 @@ def check(recipe: Recipe, options: Options) -> list[Step]:
     machine.pick_device(recipe.device)
     store = Store(options.run / "store")
     steps = build_steps(recipe, FileHashes(options.cache).fingerprint)
-    shape = preflight.known_teacher_shape(recipe, store.artefact("teacher", steps[0].key))
-    if shape is not None:
-        preflight.check_shapes(recipe, shape)
+    preflight.check_with_teacher(recipe, store.artefact("teacher", steps[0].key))
     preflight.check_tokenizers(recipe)
     preflight.check_tasks(recipe.benchmark)
     return steps
@@ -202,7 +200,8 @@ class _Run:
             self._make(step, decision)
         self._show(step)
         if step.name == "teacher" and decision.runs:
-            self._check_shapes()
+            # Its config is known now; what doesn't fit it ends the run early.
+            preflight.check_with_teacher(self.recipe, self._artefact("teacher"))
             self._write_plan()
         if step.kind in ("benchmark", "transfer_set", "export"):
             self.journal.set_row(step.stage, state="done")
@@ -336,12 +335,6 @@ class _Run:
             for line in read_metrics(source / "metrics.jsonl"):
                 lines.append(json.dumps({"stage": step.stage, **line}))
         write_text(self.run / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
-
-    def _check_shapes(self) -> None:
-        """The teacher's shape is known now; a student that does not fit ends the run early."""
-        shape = preflight.known_teacher_shape(self.recipe, self._artefact("teacher"))
-        if shape is not None:
-            preflight.check_shapes(self.recipe, shape)
 
     def _write_plan(self) -> None:
         """plan.json, once and as soon as the teacher's shape is known: the report compares."""

@@ -11,6 +11,7 @@ from pydantic import (
     model_validator,
 )
 
+from shearling import ShearlingError
 from students.settings import Count, Settings
 
 
@@ -84,6 +85,14 @@ class SourceSettings(Settings):
         return self
 
 
+def _check_context(key: str, length: int, context: int) -> None:
+    if length > context:
+        raise ShearlingError(
+            f"{key} is {length}, and the teacher was made for {context} tokens at most.",
+            hint=f"Set {key} to {context} or less.",
+        )
+
+
 _DOCUMENT_WINDOWS = 4
 """Of a written document: enough for many to come to their own end, and few keys and values."""
 
@@ -122,6 +131,14 @@ class WrittenSettings(Settings):
     def longest(self, window: int, context: int | None) -> int:
         """The greatest length of a document, by a teacher that was made for ``context`` tokens."""
         return self.length or min(_DOCUMENT_WINDOWS * window, context or _DOCUMENT_WINDOWS * window)
+
+    def check_context(self, context: int) -> None:
+        """The documents are no longer than the teacher was made for.
+
+        Raises:
+            ShearlingError: they would be.
+        """
+        _check_context("transfer_set.written.length", self.length or 0, context)
 
 
 class ClassifierSettings(Settings):
@@ -224,6 +241,16 @@ class TransferSetSettings(Settings):
     def all_sources(self) -> tuple[SourceSettings | WrittenSettings, ...]:
         """Where text comes from, what the teacher writes being the last."""
         return (*self.sources, *([self.written] if self.written else []))
+
+    def check_context(self, context: int) -> None:
+        """Windows and what is written are no longer than the teacher was made for.
+
+        Raises:
+            ShearlingError: one of them is.
+        """
+        _check_context("transfer_set.window", self.window, context)
+        if self.written:
+            self.written.check_context(context)
 
     @model_serializer(mode="wrap")
     def _written_only_if_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

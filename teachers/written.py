@@ -75,13 +75,8 @@ class Author:
                 hint="Set eos_token in its tokenizer_config.json.",
             )
         context = self.config.max_position_embeddings
+        settings.check_context(context)
         self.length = settings.longest(window, context)
-        if self.length > context:
-            raise ShearlingError(
-                f"transfer_set.written.length is {self.length}, and the teacher was made for "
-                f"{context} tokens at most.",
-                hint=f"Set transfer_set.written.length to {context} or less.",
-            )
 
     @cached_property
     def model(self) -> LlamaForCausalLM:

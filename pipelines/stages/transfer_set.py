@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipelines.stages.context import Context
-from shearling import ShearlingError, read_json, write_json
+from shearling import read_json, write_json
 from teachers.settings import TransferSetSettings
 
 CODE_VERSION = 2
@@ -22,12 +22,8 @@ def run(settings: TransferSetSettings, context: Context) -> dict[str, Any]:
 
     config = read_json(context.inputs["teacher"] / "model" / "config.json")
     longest = config.get("max_position_embeddings")
-    if isinstance(longest, int) and settings.window > longest:
-        raise ShearlingError(
-            f"transfer_set.window is {settings.window}, and the teacher was made for {longest} "
-            "tokens at most.",
-            hint=f"Set transfer_set.window to {longest} or less.",
-        )
+    if isinstance(longest, int):
+        settings.check_context(longest)
     questions, unread = _questions(settings, context)
     facts = build_transfer_set(
         settings,

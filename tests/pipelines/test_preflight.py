@@ -13,7 +13,8 @@ from pipelines.preflight import (
     check_file,
     check_parents,
     check_tokenizers,
-    known_teacher_shape,
+    check_with_teacher,
+    known_teacher_config,
     warnings,
 )
 from pipelines.recipe import DistillStage, check_recipe
@@ -31,7 +32,37 @@ def test_a_teacher_that_must_be_converted_is_not_refused_before(
     for name in ("params.json", "consolidated.00.pth"):
         (tmp_path / name).write_text("{}")
     recipe = check_recipe({**recipe_data, "teacher": {"model": str(tmp_path)}})
-    assert known_teacher_shape(recipe, tmp_path / "store") is None
+    assert known_teacher_config(recipe, tmp_path / "store") is None
+
+
+def test_a_ggufs_header_tells_what_does_not_fit_it(
+    recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    import gguf
+    import numpy as np
+
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_embedding_length(32)
+    writer.add_block_count(4)
+    writer.add_head_count(4)
+    writer.add_feed_forward_length(64)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_context_length(64)
+    writer.add_tensor("token_embd.weight", np.zeros((384, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    def check(**text: int) -> None:
+        settings = recipe_data["transfer_set"] | text
+        data = {**recipe_data, "teacher": {"model": str(path)}, "transfer_set": settings}
+        check_with_teacher(check_recipe(data), tmp_path / "store")
+
+    check(window=64)
+    with pytest.raises(ShearlingError, match="window is 65, and the teacher was made for 64"):
+        check(window=65)
 
 
 def test_a_window_longer_than_the_teachers_context(tmp_path: Path) -> None:

@@ -395,13 +395,20 @@ def unchanged_after(
         ("benchmark.tasks=[copaa]", "copaa"),
         ("teacher.revision=main", "teacher.revision: main is of a hub id"),
         ("benchmark.mirror=tiny.yaml", "tiny.yaml is a file, not a folder"),
+        ("transfer_set.window=4096", "transfer_set.window is 4096, and the teacher was made for 5"),
+        ("transfer_set.written.length=9000", "written.length is 9000, and the teacher was made"),
+        ("teacher.model=./tiny.yaml", "teacher.model: ./tiny.yaml is a single file, but no .gguf"),
     ],
 )
 def test_mistakes_end_a_run_before_it_touches_anything(
     run: Path, recipe_file: Path, shearling: Shearling, override: str, message: str
 ) -> None:
-    done = unchanged_after(run, shearling, "run", recipe_file, "--out", run, "--set", override)
-    assert message in done.stderr
+    asked = ("run", recipe_file, "--out", run, "--set", override)
+    for done in (
+        unchanged_after(run, shearling, *asked),
+        unchanged_after(run, shearling, *asked, "--dry-run"),
+    ):
+        assert message in done.stderr
 
 
 def test_all_mistakes_of_a_recipe_at_once(
