@@ -41,7 +41,7 @@ from pipelines.stages.prune import possible_shapes
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.families import known_family
-from teachers.settings import TeacherSettings, TransferSetSettings
+from teachers.settings import TeacherSettings
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"
@@ -53,9 +53,6 @@ DISK = 0.5e9
 LAYER_STEP = 0.8e-3
 """Seconds that a layer takes for one step of writing, however small it is (measured on a CPU;
 launching a GPU's kernels is of that order)."""
-MOST_REPEATS = 4
-"""Of one text, up to which reading it again is nearly as good as new text (Muennighoff et al. 2023,
-https://arxiv.org/abs/2305.16264)."""
 OPENING = {"teacher": 1.0, "benchmark": 4.0}
 """Seconds that a step takes before it works: libraries, lm-eval's tasks."""
 DIVIDED = frozenset({"distill", "correct"})
@@ -227,7 +224,7 @@ def stage_costs(
 ) -> Iterator[tuple[str, str, Shape | None, Cost]]:
     """(name, kind, the shape of the model that it makes, cost) of every step, in order."""
     window, width = recipe.transfer_set.window, teacher.dtype_bytes
-    tokens, known = transfer_set_tokens(recipe)
+    tokens, known = preflight.transfer_set_tokens(recipe)
 
     def measured(name: str, shape: Shape) -> tuple[str, str, Shape, Cost]:
         cost = benchmark_cost(shape, recipe.benchmark, dtype_bytes=width, on_cpu=machine.on_cpu)
@@ -311,34 +308,6 @@ def _cuts(stage: PruneStage, teacher: Shape, newest: Shape) -> list[Shape]:
         return possible_shapes(stage.shape_spec(), teacher=teacher, newest=newest)
     except ShearlingError as error:
         raise ShearlingError(f"Stage {stage.name}: {error.what}", hint=error.hint) from error
-
-
-def transfer_set_tokens(recipe: Recipe) -> tuple[int, bool]:
-    """Tokens of the transfer set, and whether the recipe or its files tell them.
-
-    A local text has about one token for four bytes. Where nothing tells, it is taken to be as
-    long as the longest distillation.
-    """
-    settings: TransferSetSettings = recipe.transfer_set
-    if settings.tokens is not None:
-        return settings.tokens, True
-    counts = [source.tokens or _tokens_in(Path(source.path)) for source in settings.sources]
-    counts += [settings.written.tokens] if settings.written else []
-    if all(counts):
-        return sum(counts), True
-    wanted = [stage.tokens for stage in recipe.stages if isinstance(stage, DistillStage)]
-    return max([sum(counts), *wanted]), False
-
-
-def _tokens_in(path: Path) -> int:
-    """About how many tokens a local file or folder of text has; 0 where it isn't here."""
-    files = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else []
-    return sum(_plain_bytes(file) for file in files if file.is_file()) // 4
-
-
-def _plain_bytes(file: Path) -> int:
-    """Of a text that may be compressed, which makes English about a third as long."""
-    return file.stat().st_size * (3 if file.suffix in (".gz", ".zst") else 1)
 
 
 def _row(
@@ -473,20 +442,6 @@ def _written(recipe: Recipe, teacher: TeacherFacts, machine: Machine) -> Iterato
     )
 
 
-def _repeats(recipe: Recipe) -> Iterator[str]:
-    """Stages that read little written text too often."""
-    settings = recipe.transfer_set
-    if settings.written is None or settings.sources:
-        return
-    for stage in recipe.stages:
-        times = stage.tokens / settings.written.tokens if isinstance(stage, DistillStage) else 0
-        if times > MOST_REPEATS:
-            yield (
-                f"{stage.name} reads the {settings.written.tokens:,} tokens that the teacher "
-                f"writes {times:.0f} times; raise transfer_set.written.tokens"
-            )
-
-
 def _warnings(
     recipe: Recipe,
     teacher: TeacherFacts,
@@ -504,8 +459,7 @@ def _warnings(
                 f"transfer_set.{key} {length:,} is more than the teacher's context of "
                 f"{context:,} tokens"
             )
-    yield from (told.removesuffix(".") for told in preflight.warnings(recipe))
-    yield from _repeats(recipe)
+    yield from (told.removesuffix(".") for told in preflight.warnings(recipe, teacher.shape))
     for row in rows:
         if row["least_processes"] is None:
             yield (

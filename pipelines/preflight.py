@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipelines.recipe import PruneStage, Recipe, TeacherStage
+from pipelines.estimate import steps_of
+from pipelines.recipe import CorrectStage, DistillStage, PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
 from reports import tasks
 from reports.settings import BenchmarkSettings
@@ -14,6 +16,11 @@ from students.shape import Shape
 from teachers.families import known_family
 from teachers.settings import SourceSettings, TeacherSettings
 
+MOST_REPEATS = 4
+"""Of one text, up to which reading it again is nearly as good as new text (Muennighoff et al. 2023,
+https://arxiv.org/abs/2305.16264)."""
+FEWEST_STEPS = 8
+"""Of an optimizer; with fewer, one or two of them at the full rate, a model hardly moves."""
 _FILE_ENDINGS = (".txt", ".jsonl", ".json", ".parquet", ".raw", ".gz", ".zst", ".gguf", ".md")
 
 
@@ -142,11 +149,87 @@ def check_paths(recipe: Recipe) -> None:
         )
 
 
-def warnings(recipe: Recipe) -> list[str]:
-    """What is no mistake for certain, but likely not meant; to be told when the run begins."""
+def warnings(recipe: Recipe, teacher: Shape | None) -> list[str]:
+    """What is no mistake for certain, but likely not meant; to be told when the run begins.
+
+    ``teacher``: its shape, where it is known by now.
+    """
     missing = missing_mirror(recipe.benchmark)
     told = [missing] if missing else []
-    return told + [w for source in recipe.transfer_set.sources for w in _without_effect(source)]
+    told += [w for source in recipe.transfer_set.sources for w in _without_effect(source)]
+    return [*told, *_little_calibration(recipe, teacher), *_few_steps(recipe), *_repeats(recipe)]
+
+
+def _little_calibration(recipe: Recipe, teacher: Shape | None) -> Iterator[str]:
+    """Cuts that look at fewer positions than the stream has directions to choose among."""
+    for stage, before, _ in _cuts(recipe, teacher) if teacher else ():
+        if stage.calibration_tokens < before.hidden_size:
+            yield (
+                f"{stage.name} looks at {stage.calibration_tokens:,} tokens of a model with "
+                f"{before.hidden_size:,} hidden dims: too few to choose and refit by; raise "
+                f"{stage.name}.calibration_tokens."
+            )
+
+
+def _few_steps(recipe: Recipe) -> Iterator[str]:
+    for stage in _trainings(recipe):
+        settings = stage.as_distillation() if isinstance(stage, CorrectStage) else stage
+        steps, tokens = steps_of(settings, recipe.transfer_set.window)
+        if steps < FEWEST_STEPS:
+            yield (
+                f"{stage.name} trains for {steps} {'step' if steps == 1 else 'steps'} of "
+                f"{tokens:,} tokens, which changes little; raise {stage.name}.tokens or lower "
+                f"{stage.name}.batch_tokens."
+            )
+
+
+def _repeats(recipe: Recipe) -> Iterator[str]:
+    """Stages that read the same text too often."""
+    tokens, known = transfer_set_tokens(recipe)
+    text = recipe.transfer_set
+    what, remedy = f"about {tokens:,} tokens of the transfer set", "name more text"
+    if text.written and not text.sources:
+        what = f"{text.written.tokens:,} tokens that the teacher writes"
+        remedy = "raise transfer_set.written.tokens"
+    for stage in _trainings(recipe) if known and tokens else ():
+        times = stage.tokens / tokens
+        if times > MOST_REPEATS:
+            yield (
+                f"{stage.name} reads the {what} {times:.0f} times, and more than {MOST_REPEATS} "
+                f"teach little; {remedy} or lower {stage.name}.tokens."
+            )
+
+
+def _trainings(recipe: Recipe) -> list[DistillStage | CorrectStage]:
+    return [stage for stage in recipe.stages if isinstance(stage, (DistillStage, CorrectStage))]
+
+
+def transfer_set_tokens(recipe: Recipe) -> tuple[int, bool]:
+    """Tokens of the transfer set, and whether the recipe or its files tell them.
+
+    A local text has about one token for four bytes. Where nothing tells, it is taken to be as
+    long as the longest distillation.
+    """
+    settings = recipe.transfer_set
+    if settings.tokens is not None:
+        return settings.tokens, True
+    counts = [source.tokens or _tokens_in(Path(source.path)) for source in settings.sources]
+    counts += [settings.written.tokens] if settings.written else []
+    if all(counts):
+        return sum(counts), True
+    wanted = [stage.tokens for stage in recipe.stages if isinstance(stage, DistillStage)]
+    return max([sum(counts), *wanted]), False
+
+
+def _tokens_in(path: Path) -> int:
+    """About how many tokens a local file or folder of text has; 0 where it isn't here."""
+    files = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else []
+    return sum(_plain_bytes(file) for file in files if file.is_file()) // 4
+
+
+def _plain_bytes(file: Path) -> int:
+    """Of a text that may be compressed, which makes English about a third as long."""
+    return file.stat().st_size * (3 if file.suffix in (".gz", ".zst") else 1)
 
 
 def _without_effect(source: SourceSettings) -> list[str]:
@@ -192,6 +275,12 @@ def check_shapes(recipe: Recipe, teacher: Shape) -> None:
     Raises:
         ShearlingError: with the problems of the first stage that does not fit.
     """
+    for _ in _cuts(recipe, teacher):
+        pass
+
+
+def _cuts(recipe: Recipe, teacher: Shape) -> Iterator[tuple[PruneStage, Shape, Shape]]:
+    """Each prune stage with the shape before and behind it; an error where it does not fit."""
     newest = teacher
     for stage in recipe.stages:
         if isinstance(stage, PruneStage):
@@ -203,6 +292,7 @@ def check_shapes(recipe: Recipe, teacher: Shape) -> None:
                 raise ShearlingError(
                     f"Stage {stage.name}: {error.what}", hint=error.hint
                 ) from error
+            yield stage, before, newest
 
 
 def check_tokenizers(recipe: Recipe) -> None:
@@ -241,6 +331,11 @@ def check_with_teacher(recipe: Recipe, artefact: Path) -> None:
     Raises:
         ShearlingError: the teacher is broken, or something does not fit it.
     """
+    from teachers.checkpoint import folder_format
+
+    local = Path(recipe.teacher.model).expanduser()
+    if local.is_dir() and folder_format(local) == "folder":
+        check_teacher(local)
     config = known_teacher_config(recipe, artefact)
     if config is None:
         return
@@ -257,7 +352,6 @@ def known_teacher_config(recipe: Recipe, artefact: Path) -> dict[str, Any] | Non
     local = Path(recipe.teacher.model).expanduser()
     config = artefact / "model" / "config.json"
     if local.is_dir() and folder_format(local) == "folder":
-        check_teacher(local)
         config = local / "config.json"
     elif local.is_file():  # a GGUF
         from teachers.gguf_file import llama_config

@@ -44,6 +44,7 @@ from shearling import (
     write_json,
     write_text,
 )
+from students.shape import Shape
 
 SCHEMA = 1
 ERROR_LOG = "error.log"
@@ -89,6 +90,13 @@ def check(recipe: Recipe, options: Options) -> list[Step]:
     preflight.check_tokenizers(recipe)
     preflight.check_tasks(recipe.benchmark)
     return steps
+
+
+def warnings(recipe: Recipe, steps: list[Step], options: Options) -> list[str]:
+    """What is likely not meant, as far as it can be told by now."""
+    artefact = Store(options.run / "store").artefact("teacher", steps[0].key)
+    config = preflight.known_teacher_config(recipe, artefact)
+    return preflight.warnings(recipe, Shape.from_config(config) if config else None)
 
 
 def decisions(
@@ -140,6 +148,7 @@ class _Run:
         self.planned = decisions(steps, options, verify_inputs=True, tell=display.line)
         self.steps = {step.name: step for step in steps}
         self.device = machine.pick_device(recipe.device)
+        self.told_warnings: set[str] = set()
         self.told_skipped: set[tuple[str, str]] = set()
 
     def go(self) -> None:
@@ -159,8 +168,7 @@ class _Run:
         try:
             with self.display:
                 self._tell_leftovers()
-                for warning in preflight.warnings(self.recipe):
-                    self.display.line(warning, style="yellow")
+                self._warn()
                 for step, decision in self.planned:
                     self._do(step, decision)
             _remove_old_stages(self.run / "stages", {step.stage for step in steps})
@@ -178,6 +186,13 @@ class _Run:
             what = f"Unexpected error: {type(error).__name__}: {error}"
             self.journal.end("failed", {"what": what, "hint": f"See {self.run / ERROR_LOG}."})
             raise
+
+    def _warn(self) -> None:
+        """Tell each warning once; some only the teacher's config allows."""
+        for warning in warnings(self.recipe, list(self.steps.values()), self.options):
+            if warning not in self.told_warnings:
+                self.display.line(warning, style="yellow")
+            self.told_warnings.add(warning)
 
     def _tell_leftovers(self) -> None:
         """Interrupted work under other settings is kept, for its settings may come back."""
@@ -202,6 +217,7 @@ class _Run:
         if step.name == "teacher" and decision.runs:
             # Its config is known now; what doesn't fit it ends the run early.
             preflight.check_with_teacher(self.recipe, self._artefact("teacher"))
+            self._warn()
             self._write_plan()
         if step.kind in ("benchmark", "transfer_set", "export"):
             self.journal.set_row(step.stage, state="done")

@@ -66,9 +66,8 @@ def run(
         from pipelines.crew import start_processes
 
         raise typer.Exit(start_processes(processes, sys.argv[1:]))
-    from pipelines.preflight import warnings
     from pipelines.recipe import load_recipe
-    from pipelines.runner import Options, check, decisions
+    from pipelines.runner import Options, check, decisions, warnings
 
     try:
         loaded = load_recipe(recipe, overrides or [])
@@ -86,14 +85,15 @@ def run(
     )
     if dry_run:
         with patience("looking at what is there"):
-            decided = decisions(check(loaded, options), options)
-            warned = warnings(loaded)
+            steps = check(loaded, options)
+            decided = decisions(steps, options)
+            warned = warnings(loaded, steps, options)
         if as_json:
-            steps = [
+            told = [
                 {"step": s.name, "kind": s.kind, "runs": d.runs, "reason": d.reason}
                 for s, d in decided
             ]
-            facts = {"schema": 1, "recipe": loaded.name, "steps": steps, "warnings": warned}
+            facts = {"schema": 1, "recipe": loaded.name, "steps": told, "warnings": warned}
             print_json(facts)
             return
         for step, decision in decided:

@@ -289,6 +289,7 @@ def test_what_is_likely_not_meant_is_told_before_a_run(
     recipe_file: Path, shearling: Shearling
 ) -> None:
     given = (recipe_file, "--set", "transfer_set.sources.0.split=test")
+    given += ("--set", "distill.batch_tokens=64")
     dry = ("run", *given, "--dry-run")
     (warning,) = json.loads(shearling(*dry, "--json").stdout)["warnings"]
     assert warning.startswith("transfer_set.sources.grammar.split: test has no effect")

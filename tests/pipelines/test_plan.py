@@ -12,7 +12,8 @@ import yaml
 from shearling_process import Shearling
 
 from pipelines.accelerators import accelerators, named_machine, this_machine
-from pipelines.plan import make_plan, teacher_facts, transfer_set_tokens
+from pipelines.plan import make_plan, teacher_facts
+from pipelines.preflight import transfer_set_tokens
 from pipelines.recipe import Recipe, check_recipe
 from shearling import ShearlingError, read_json
 from teachers.settings import TeacherSettings
@@ -24,6 +25,8 @@ def big(recipe_data: dict[str, Any]) -> dict[str, Any]:
     data = copy.deepcopy(recipe_data)
     data["teacher"]["model"] = "meta-llama/Llama-3.1-8B"
     data["transfer_set"]["window"] = 4096
+    data["transfer_set"]["sources"][0]["tokens"] = 10**9
+    data["stages"][0]["calibration_tokens"] = 8192
     data["stages"][0]["shape"] = "llama-3.2-3b"
     data["stages"][1] |= {"tokens": 10**9, "batch_tokens": 2**18, "precision": "bfloat16"}
     return data
@@ -153,7 +156,8 @@ def test_text_that_the_teacher_writes_is_planned(big: dict[str, Any]) -> None:
     assert writing["seconds"] > 8 * 1024 * 2 * 8.03e9 / 3350e9
     assert any("the recipe names no text, so the teacher writes 500,000" in a
                for a in plan["assumptions"])  # fmt: skip
-    assert "2000 times; raise transfer_set.written.tokens" in plan["warnings"][0]
+    assert "the 500,000 tokens that the teacher writes 2000 times" in plan["warnings"][0]
+    assert "raise transfer_set.written.tokens" in plan["warnings"][0]
 
 
 @pytest.mark.parametrize(

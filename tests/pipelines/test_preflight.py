@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from shearling_process import Shearling
 
 from pipelines.accelerators import named_machine
 from pipelines.machine import pick_device
@@ -22,7 +24,8 @@ from pipelines.stages import distill, transfer_set
 from pipelines.stages.context import Context
 from pipelines.tiny import make_tiny_llama
 from reports.settings import BenchmarkSettings
-from shearling import ShearlingError, silent
+from shearling import ShearlingError, read_json, silent
+from students.shape import Shape
 from teachers.settings import SourceSettings, TransferSetSettings
 
 
@@ -145,7 +148,8 @@ def test_keys_that_only_a_data_set_obeys_are_told(
 ) -> None:
     def told(**source: str) -> list[str]:
         given = {"sources": [{"name": "mine", **source}]}
-        return warnings(check_recipe({**recipe_data, "transfer_set": given}))
+        found = warnings(check_recipe({**recipe_data, "transfer_set": given}), None)
+        return [warning for warning in found if warning.startswith("transfer_set")]
 
     assert told(path=str(tiny_text), split="train") == []
     assert told(path="owner/texts", split="test", config="en") == []
@@ -156,6 +160,42 @@ def test_keys_that_only_a_data_set_obeys_are_told(
     assert told(path=str(tmp_path), format="dataset", split="test") == []
     (tmp_path / "state.json").write_text("{}")
     assert len(told(path=str(tmp_path), format="dataset", split="test")) == 1
+
+
+def test_settings_that_can_only_disappoint_are_told(recipe_data: dict[str, Any]) -> None:
+    teacher = Shape.from_config(read_json(Path(recipe_data["teacher"]["model"]) / "config.json"))
+
+    def told(correct: int = 20_000, text: int = 20_000, **changed: int) -> list[str]:
+        data = copy.deepcopy(recipe_data)
+        data["transfer_set"]["sources"][0]["tokens"] = text
+        prune, distill = data["stages"]
+        prune["calibration_tokens"] = changed.pop("calibration_tokens", teacher.hidden_size)
+        distill |= {"tokens": 80_000, **changed}
+        first = {"name": "correct", "kind": "correct", "tokens": correct, "batch_tokens": 1024}
+        return warnings(check_recipe({**data, "stages": [first, prune, distill]}), teacher)
+
+    assert told() == []
+    (few,) = told(calibration_tokens=teacher.hidden_size - 1)
+    assert "raise prune.calibration_tokens" in few
+    (epochs,) = told(tokens=2_000_000)
+    assert epochs.startswith("distill reads the about 20,000 tokens of the transfer set 100 times")
+    (step,) = told(tokens=1)
+    assert step.startswith("distill trains for 1 step of 256 tokens")
+    (steps,) = told(correct=2048)
+    assert steps.startswith("correct trains for 2 steps of 1,024 tokens")
+    (steps,) = told(correct=200_000, tokens=20_000)
+    assert steps.startswith("correct reads the about 20,000 tokens of the transfer set 10 times")
+
+
+def test_what_only_the_teachers_shape_tells_is_told_once(
+    recipe_file: Path, shearling: Shearling
+) -> None:
+    given = (recipe_file, "--set", "prune.calibration_tokens=1")
+    dry = json.loads(shearling("run", *given, "--dry-run", "--json").stdout)["warnings"]
+    assert any("too few to choose and refit by" in warning for warning in dry)
+    done = shearling("run", *given)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.replace("\n", " ").count("too few to choose and refit by") == 1
 
 
 def test_a_path_below_a_file(tmp_path: Path) -> None:
