@@ -88,6 +88,8 @@ class Cost:
     moments: tuple[Moment, ...]
     disk: float = 0.0
     """Bytes that stay."""
+    cached: float = 0.0
+    """Of these, what lies in the cache folder, for other runs too."""
     scratch: float = 0.0
     """Bytes on disk only while the stage runs."""
     flops: Mapping[str, float] = field(default_factory=dict)
@@ -592,13 +594,13 @@ def distill_cost(
             Moment(what="answer", device={name: size for name, size in during.items() if size})
         )
     flops = _distill_flops(teachers, student, settings, window, heldout_windows, steps, step_tokens)
-    tokens, disk = steps * step_tokens, float(parameters * dtype_bytes)
+    tokens, cached = steps * step_tokens, 0.0
     if not live:
         distinct = min(tokens, distinct_tokens or tokens)
         flops += distinct * sum(teacher.flops_per_token(window) for teacher in teachers)
-        disk += distinct * cache_bytes(settings) * len(teachers)
+        cached += distinct * cache_bytes(settings) * len(teachers)
         if settings.hidden.weight != 0 and teachers:  # of the first teacher, in 8 bits
-            disk += distinct * student.num_hidden_layers * hidden_bytes(teachers[0])
+            cached += distinct * student.num_hidden_layers * hidden_bytes(teachers[0])
         capture = {
             "weights": 4.0 * parameters,
             "teacher": float(width * max((t.parameters for t in teachers), default=0)),
@@ -611,7 +613,8 @@ def distill_cost(
     state = 4.0 * parameters + held["optimizer"] + held["average"]
     return Cost(
         moments=tuple(moments),
-        disk=disk,
+        disk=parameters * dtype_bytes + cached,
+        cached=cached,
         # The new checkpoint is whole before the old one goes; beside them lie the best weights,
         # and those that the old one names.
         scratch=2 * state

@@ -24,10 +24,9 @@ def reality_table(run: Run) -> Table | None:
         if stage is None:
             continue
         for label, names, show in _LOOKED_AT:
-            wanted = next(
-                (n for name in names if (n := _expected(planned, name)) is not None), None
-            )
-            if wanted is not None:
+            wanted = _wanted(planned, label, names)
+            unlike = stage.kind == "export" and label == "parameters"  # written, not measured
+            if wanted is not None and not unlike:
                 rows.append(_row(stage, label, wanted, _happened(stage, label), show))
     if not rows:
         return None
@@ -48,6 +47,16 @@ def _row(stage: Stage, label: str, wanted: float, was: float | None, show: Any) 
         cell(was, show),
         cell(share, lambda value: f"{value:.2f}"),
     ]
+
+
+def _wanted(planned: Data, label: str, names: tuple[str, ...]) -> float | None:
+    """What was planned, of the same things as ``_happened`` tells of."""
+    wanted = next((n for name in names if (n := _expected(planned, name)) is not None), None)
+    if label != "on disk" or wanted is None:
+        return wanted
+    # A record lists the stage's own files: none in the cache folder; and nothing is planned for a
+    # teacher that is only linked, so what it links to is no surprise.
+    return wanted - (_expected(planned, "cache_bytes") or 0.0) or None
 
 
 def _expected(planned: Data, name: str) -> float | None:

@@ -296,3 +296,6 @@ def test_an_export_stage_in_a_recipe(
     plan = read_json(folder / "plan.json")
     assert [row["name"] for row in plan["stages"]][-2:] == ["distill/benchmark", "taught"]
     assert "Plan against reality" in (folder / "report.html").read_text()
+    told = (folder / "report.md").read_text().partition("## Plan against reality")[2]
+    assert "| small | on disk |" in told
+    assert "| small | parameters |" not in told

@@ -140,6 +140,8 @@ def test_kept_hidden_states_take_their_disk(big: dict[str, Any]) -> None:
     kept = row(planned(big), "distill")
     distinct = (plain["disk_bytes"] - 2 * plain["parameters"]) / 60
     layers = kept["disk_bytes"] - plain["disk_bytes"]
+    assert kept["cache_bytes"] == kept["disk_bytes"] - 2 * kept["parameters"]
+    assert plain["cache_bytes"] + layers == kept["cache_bytes"]
     assert layers == pytest.approx(distinct * 28 * (4096 + 2 * 64), rel=1e-6)
 
 
@@ -276,5 +278,7 @@ def test_plan_measures_this_machine(recipe_file: Path, shearling: Shearling) -> 
     plan = json.loads(shearling("plan", recipe_file, "--json").stdout)
     assert plan["machine"]["source"] == "measured here"
     assert plan["total"]["seconds"] < 120
+    # However little a stage has to do, its libraries open first.
+    assert all(row(plan, name)["seconds"] >= 1 for name in ("prune", "distill"))
     assert isinstance(check_recipe(yaml.safe_load(recipe_file.read_text())), Recipe)
     assert shearling("plan", recipe_file, "--accelerator", "abacus").returncode == 2

@@ -432,6 +432,13 @@ def test_plan_and_reality_stand_side_by_side(run: Path) -> None:
     assert [cell.text for cell in table.rows[0]] == [
         "distill", "time", "5.0 s", "2.5 s", "0.50",
     ]  # fmt: skip
+    planned = {"name": "distill", "disk_bytes": 5000, "cache_bytes": 3000}
+    for cached, told in ((3000, "2.00 kB"), (0, "5.00 kB"), (5000, None)):
+        planned["cache_bytes"] = cached
+        write_json(run / "plan.json", {"stages": [planned]})
+        table = make_view(read_run(run), judge(read_run(run))).reality
+        found = table.rows[0][2].text if table else None
+        assert found == told
     for wrong in (None, [], {"stages": 3}, {"stages": [{"name": "distill", "seconds": "x"}]}):
         write_json(run / "plan.json", wrong)
         assert make_view(read_run(run), judge(read_run(run))).reality is None
