@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from pipelines.display import Display
 from pipelines.machine import package_versions
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runner import Options, run_recipe
+from pipelines.tables import tables
 from pipelines.tiny import make_tiny_llama, tiny_documents, write_documents, write_last_words
 from reports.compare import asked_as
 from shearling import ShearlingError, read_json, write_json
@@ -352,12 +352,11 @@ _STYLES = {
 
 def show(name: str, findings: list[Finding], console: Console) -> None:
     """Print the table, the verdict, and for a CI its summary."""
-    table = Table(title=name, title_justify="left", box=None, pad_edge=False)
-    for index, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="right" if 0 < index < 5 else "left", no_wrap=True)
-    for finding in findings:
-        table.add_row(*map(Text, finding.row()), style=_STYLES.get(finding.verdict, ""))
-    console.print(table)
+    columns = {c: "right" if 0 < index < 5 else "left" for index, c in enumerate(_COLUMNS)}
+    styles = [_STYLES.get(finding.verdict, "") for finding in findings]
+    rows = [finding.row() for finding in findings]
+    console.print(Text(name, style="bold"))
+    console.print(*tables(columns, rows, width=console.width, styles=styles), sep="\n")
     failed = [finding for finding in findings if finding.fails]
     verdict = f"{name}: {len(failed)} of {len(findings)} numbers got worse than allowed"
     if failed:

@@ -1,44 +1,102 @@
-"""Tables that commands print: the families of Llamas, and the plan of a recipe."""
+"""Tables that commands print: the families of Llamas, the plan of a recipe, regressions.
+
+A terminal may be 80 columns wide. A number that is cut there says nothing, or something wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
 from pipelines.display import format_bytes, format_seconds
+from reports import words
+
+Cell = str | int
+"""A text, or a count, which is written short where the table is too wide."""
+_GAP = 2
+_FOLDED = 20
+"""To how narrow a column a text may be folded."""
 
 
-def _table(columns: Mapping[str, str], title: str = "") -> Table:
-    """A plain table; ``columns`` maps headings to ``left`` or ``right``."""
-    table = Table(title=Text(title) if title else None, title_justify="left", box=None)
-    for name, side in columns.items():
-        table.add_column(name, justify="right" if side == "right" else "left", no_wrap=True)
+def tables(
+    columns: Mapping[str, str],
+    rows: Sequence[Sequence[Cell]],
+    *,
+    width: int,
+    styles: Sequence[str] = (),
+) -> list[Table]:
+    """The rows as a table in which every number is whole.
+
+    Where it is wider than ``width``, texts are folded and counts written short; what is too wide
+    even then comes in a further table below, which begins with the first column again. ``columns``
+    maps headings to ``left``, for text, or ``right``, for numbers; ``styles`` has one for each row.
+    """
+    names = list(columns)
+    written = _written(names, rows, lambda count: f"{count:,}")
+    if sum(map(_width, written)) + _GAP * (len(names) - 1) > width:
+        written = _written(names, rows, words.count)
+    least = [
+        min(_width(column), _FOLDED) if columns[name] == "left" else _width(column)
+        for name, column in zip(names, written, strict=True)
+    ]
+    least[0] = min(_width(written[0]), width // 2)  # a folded name is hard to read
+    parts = _parts(least, width)
+    return [_table(columns, [written[index] for index in part], styles) for part in parts]
+
+
+def _written(
+    names: Sequence[str], rows: Sequence[Sequence[Cell]], count: Callable[[int], str]
+) -> list[list[str]]:
+    """Each column as text, its heading first."""
+    texts = [[count(cell) if isinstance(cell, int) else cell for cell in row] for row in rows]
+    return [list(column) for column in zip(names, *texts, strict=True)]
+
+
+def _width(column: Sequence[str]) -> int:
+    return max(map(cell_len, column))
+
+
+def _parts(widths: Sequence[int], width: int) -> list[list[int]]:
+    """Which columns stand in which table; the first stands in all."""
+    parts = [[0]]
+    for index in range(1, len(widths)):
+        needed = sum(widths[i] + _GAP for i in parts[-1]) + widths[index]
+        if needed > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(index)
+    return parts
+
+
+def _table(
+    columns: Mapping[str, str], written: Sequence[Sequence[str]], styles: Sequence[str]
+) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0))
+    for heading, *_ in written:
+        if columns[heading] == "right":
+            table.add_column(heading, justify="right", no_wrap=True)
+        else:
+            table.add_column(heading, overflow="fold")
+    for index, row in enumerate(zip(*(column[1:] for column in written), strict=True)):
+        table.add_row(*map(Text, row), style=styles[index] if styles else None)
     return table
 
 
 # --- families -----------------------------------------------------------------------------------
 
 
-def families_summary(rows: Sequence[Mapping[str, Any]]) -> Table:
+def families_summary(rows: Sequence[Mapping[str, Any]], *, width: int) -> list[Table]:
     """One line a model: what a person compares."""
-    table = _table(
-        {
-            "name": "left",
-            **dict.fromkeys(
-                ("parameters", "layers", "hidden", "heads", "FFN", "vocabulary"), "right"
-            ),
-            **dict.fromkeys(("context", "RoPE"), "right"),
-            "embeddings": "left",
-            "tokenizer": "left",
-        }
-    )
-    for row in rows:
-        table.add_row(
+    numbers = ("parameters", "layers", "hidden", "heads", "FFN", "vocabulary", "context", "RoPE")
+    columns = {"name": "left", **dict.fromkeys(numbers, "right")}
+    columns |= {"embeddings": "left", "tokenizer": "left"}
+    found = [
+        (
             row["name"],
-            f"{row['parameters']:,}",
+            row["parameters"],
             str(row["layers"]),
             str(row["hidden"]),
             f"{row['heads']}/{row['key_value_heads']}x{row['head_dim']}",
@@ -49,7 +107,9 @@ def families_summary(rows: Sequence[Mapping[str, Any]]) -> Table:
             "tied" if row["tied"] else "untied",
             row["tokenizer"].split(",")[0],
         )
-    return table
+        for row in rows
+    ]
+    return tables(columns, found, width=width)
 
 
 def _rope(row: Mapping[str, Any]) -> str:
@@ -80,34 +140,40 @@ def _shown(name: str, value: Any) -> str:
 # --- plan ---------------------------------------------------------------------------------------
 
 
-def plan_table(plan: Mapping[str, Any]) -> list[Table | Text]:
+def plan_table(plan: Mapping[str, Any], *, width: int) -> list[Table | Text]:
     """A plan as printed: the table, what decides the memory, totals, warnings."""
     teacher, total, machine = plan["teacher"], plan["total"], plan["machine"]
     head = (
         f"{plan['recipe']}: {teacher['model']}, {teacher['parameters']:,} parameters "
         f"(by {teacher['told_by']}), on {plan['processes']} x {machine['name']}"
     )
-    columns = ("parameters", "memory", "disk", "tokens", "FLOPs", "time", "processes")
-    table = _table({"stage": "left", **dict.fromkeys(columns, "right"), "peak": "left"})
-    for row in plan["stages"]:
-        table.add_row(
-            Text(row["name"]),
-            f"{row['parameters']:,}" if row["parameters"] else "",
+    numbers = ("parameters", "memory", "disk", "tokens", "FLOPs", "time", "processes")
+    columns = {"stage": "left", **dict.fromkeys(numbers, "right"), "peak": "left"}
+    rows = [
+        (
+            row["name"],
+            row["parameters"] or "",
             format_bytes(row["memory_bytes"]),
             format_bytes(row["disk_bytes"]) if row["disk_bytes"] else "",
-            f"{row['tokens']:,}" if row["tokens"] else "",
+            row["tokens"] or "",
             f"{row['flops']:.2g}" if row["flops"] else "",
             _duration(row["seconds"]),
             _processes(row),
             _peak(row),
         )
+        for row in plan["stages"]
+    ]
     lines = [
         f"In all: {_duration(total['seconds'])}, {total['flops']:.2g} FLOPs, at most "
         f"{format_bytes(total['memory_bytes'])} of memory in a process and "
         f"{format_bytes(total['disk_bytes'])} of disk.",
         "Assumed: " + "; ".join(plan["assumptions"]) + ".",
     ]
-    parts: list[Table | Text] = [Text(head, style="bold"), table, Text("\n".join(lines))]
+    parts: list[Table | Text] = [
+        Text(head, style="bold"),
+        *tables(columns, rows, width=width),
+        Text("\n".join(lines)),
+    ]
     parts += [Text(f"Warning: {warning}.", style="yellow") for warning in plan["warnings"]]
     return parts
 
@@ -129,6 +195,5 @@ def _processes(row: Mapping[str, Any]) -> str:
 def _peak(row: Mapping[str, Any]) -> str:
     """The moment of the peak and what fills it most."""
     largest = sorted(row["memory"].items(), key=lambda part: -part[1])[:2]
-    return f"{row['moment']}: " + ", ".join(
-        f"{name} {format_bytes(size)}" for name, size in largest
-    )
+    filled = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
+    return f"{row['moment']}: {filled}" if filled else str(row["moment"])

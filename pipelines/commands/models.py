@@ -35,7 +35,8 @@ def families(
     elif name is not None:
         make_console().print(families_lines(rows[0], training_table()), soft_wrap=True)
     else:
-        make_console().print(families_summary(rows))
+        console = make_console()
+        console.print(*families_summary(rows, width=console.width), sep="\n")
 
 
 def export(

@@ -92,5 +92,5 @@ def plan(
         print_json(made)
     else:
         console = make_console()
-        for part in plan_table(made):
+        for part in plan_table(made, width=console.width):
             console.print(part, highlight=False, soft_wrap=True)

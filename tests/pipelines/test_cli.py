@@ -481,6 +481,18 @@ def test_families_as_a_table_and_as_json(shearling: Shearling) -> None:
     assert {recipe["name"] for recipe in data["training_recipes"]} >= {"llama-1", "llama-2"}
 
 
+def test_families_are_whole_on_a_narrow_terminal(
+    shearling: Shearling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    printed = shearling("families").stdout
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= 80
+    for told in (" 405.9B ", " 128/8x128 ", " 128,256\n", " 500,000 x32 ", " SentencePiece BPE"):
+        assert told in printed
+    assert printed.count("llama-3.1-405b ") == 2  # a table, and the columns that go on below
+
+
 def test_one_familys_facts_come_with_their_sources(shearling: Shearling) -> None:
     printed = shearling("families", "llama-2-7b").stdout
     assert "training.warmup_steps               2,000" in printed

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
+from rich.table import Table
 from shearling_process import Shearling
 
 from pipelines.accelerators import accelerators, named_machine, this_machine
+from pipelines.display import format_bytes
 from pipelines.plan import make_plan, teacher_facts
 from pipelines.preflight import transfer_set_tokens
-from pipelines.recipe import Recipe, check_recipe
+from pipelines.recipe import Recipe, check_recipe, load_recipe
+from pipelines.tables import plan_table, tables
+from reports import words
 from shearling import ShearlingError, read_json
 from teachers.settings import TeacherSettings
 
@@ -272,6 +279,38 @@ def test_plan_prints_a_table_or_json(
     plan = json.loads(shearling(*arguments, "--json", "--set", "distill.tokens=2097152").stdout)
     assert row(plan, "distill")["tokens"] == 2097152
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_a_plan_is_whole_on_a_narrow_terminal(width: int) -> None:
+    recipe = load_recipe("llama-3.1-8b-to-3b")
+    facts = teacher_facts(recipe.teacher)
+    plan = make_plan(recipe, facts, named_machine("h100-sxm"), processes=8)
+    console = Console(file=StringIO(), width=width)
+    found = [part for part in plan_table(plan, width=width) if isinstance(part, Table)]
+    console.print(*found, sep="\n")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines)) <= width
+    printed = "\n".join(lines)
+    assert "…" not in printed
+    for row in plan["stages"]:
+        (numbers, memory) = [line for line in lines if line.startswith(f"{row['name']} ")]
+        for number in (row["parameters"], row["tokens"]):
+            assert not number or words.count(number) in numbers
+        assert format_bytes(row["memory_bytes"]) in numbers
+        assert row["moment"] in memory
+    assert re.search(r"^distill .* 7 h 41 min\b", printed, re.MULTILINE)
+    assert re.search(r"^distill .* 2\+", printed, re.MULTILINE)
+
+
+def test_a_long_name_is_folded_and_its_numbers_stay_whole() -> None:
+    console = Console(file=StringIO(), width=50)
+    rows = [("n" * 64, 123_456_789, "12 min 34 s")]
+    (table,) = tables({"name": "left", "tokens": "right", "time": "right"}, rows, width=50)
+    console.print(table)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "  123.5M  12 min 34 s" in printed
+    assert printed.count("n") == 64 + "name tokens min".count("n")
 
 
 def test_plan_measures_this_machine(recipe_file: Path, shearling: Shearling) -> None:

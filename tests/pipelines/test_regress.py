@@ -138,6 +138,23 @@ def test_the_summary_of_a_ci_run(
     assert "distill/wikitext2/word_perplexity: 50 -> 75" in out.getvalue()
 
 
+def test_a_regression_is_whole_on_a_narrow_terminal() -> None:
+    baseline = json.loads((BASELINES / "regress-smollm2.json").read_text())
+    now = {
+        name: Number(1.01 * known["value"], known["better"])
+        for name, known in baseline["numbers"].items()
+    }
+    out = StringIO()
+    findings = compare(baseline, now, set())
+    regress.show("regress-smollm2", findings, Console(file=out, width=80))
+    printed = out.getvalue()
+    assert "…" not in printed
+    for name, *told in (finding.row() for finding in findings):
+        lines = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
+        assert all(len(line) <= 80 for line in lines)
+        assert " ".join(line.removeprefix(name) for line in lines).split() == " ".join(told).split()
+
+
 def test_only_known_recipes(shearling: Shearling) -> None:
     done = shearling("regress", "--only", "regress-huge")
     assert done.returncode == 2
