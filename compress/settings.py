@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from shearling import ShearlingError
-from students.settings import Count, Settings
+from students.settings import MOST, Count, Settings
 from students.shape import Shape
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -143,6 +143,9 @@ Weight = Annotated[
 """A number, or {start: ..., end: ...}."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class HiddenLoss(Settings):
     """Match the student's hidden states with the teacher's, cut as the student was cut."""
 
@@ -162,7 +165,9 @@ class DistillSettings(Settings):
     """
 
     tokens: Count = Field(gt=0, description="Tokens of the transfer set that the student sees.")
-    batch_tokens: Count = Field(default=1024, gt=0, description="Tokens an optimizer step sees.")
+    batch_tokens: Count = Field(
+        default=1024, gt=0, le=10**9, description="Tokens an optimizer step sees."
+    )
     micro_batch_windows: int | None = Field(
         default=None,
         gt=0,
@@ -216,7 +221,7 @@ class DistillSettings(Settings):
     target_slots: int = Field(
         default=14, ge=2, le=256, description="Tokens a position that the cache keeps."
     )
-    teachers: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    teachers: dict[str, Annotated[float, Field(gt=0, le=MOST)]] = Field(
         default={},
         description="Weights of several teachers with one tokenizer: `teacher` and names of "
         "teacher stages. Their probabilities are mixed. By default the teacher alone.",
@@ -261,7 +266,7 @@ class DistillSettings(Settings):
         default=0.1, ge=0, le=1, description="Learning rate at the end, as a share of the peak."
     )
     warmup: float = Field(default=0.1, ge=0, le=1, description="Warm-up, as a share of all steps.")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's betas.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), description="AdamW's betas.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
         default=0.1, ge=0, description="Decoupled weight decay of matrices; norms have none."
@@ -379,7 +384,9 @@ class CorrectSettings(Settings):
     """
 
     tokens: Count = Field(gt=0, description="Tokens of the transfer set that the teacher reads.")
-    batch_tokens: Count = Field(default=8192, gt=0, description="Tokens an optimizer step sees.")
+    batch_tokens: Count = Field(
+        default=8192, gt=0, le=10**9, description="Tokens an optimizer step sees."
+    )
     micro_batch_windows: int | None = Field(
         default=None,
         gt=0,

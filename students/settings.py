@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-_COUNT = re.compile(r"(\d[\d_,]*(?:\.\d+)?(?:e\+?\d{1,2})?) ?([kmb]?)", re.IGNORECASE)
+_COUNT = re.compile(r"(\d[\d_,]{0,30}(?:\.\d+)?(?:e\+?\d{1,2})?) ?([kmb]?)", re.IGNORECASE)
 
 
 def read_count(given: object) -> int | None:
@@ -20,8 +20,8 @@ def read_count(given: object) -> int | None:
     if written is None:
         return None
     unit = 1000 ** " kmb".index(written[2].lower() or " ")
-    number = Decimal(re.sub("[_,]", "", written[1])) * unit
-    return int(number) if number % 1 == 0 else None
+    number = Fraction(re.sub("[_,]", "", written[1])) * unit
+    return int(number) if number.denominator == 1 else None
 
 
 def _as_count(given: Any) -> Any:
@@ -32,11 +32,25 @@ def _as_count(given: Any) -> Any:
 Count = Annotated[int, BeforeValidator(_as_count)]
 """A number of tokens, which a recipe may write as ``8k`` or ``1.5M`` too."""
 
+MOST_COUNT = 10**15
+"""More than there is of anything that a recipe counts; integers of 64 bits end not far above."""
+MOST = 10**9
+"""Of all other numbers; three of them multiplied still are a float32."""
+
 
 class Settings(BaseModel):
     """Base of all settings: immutable, unknown keys refused, every field described."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _within_bounds(cls, value: Any) -> Any:
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            most = MOST_COUNT if isinstance(number, int) else MOST
+            if isinstance(number, (int, float)) and abs(number) > most:
+                raise ValueError(f"should be at most {most:,}")
+        return value
 
 
 class ExportSettings(Settings):

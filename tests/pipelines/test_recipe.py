@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +291,53 @@ def test_tokens_may_be_written_short(recipe_file: Path, written: str, meant: int
     long = [f"{override.split('=')[0]}={meant}" for override in overrides]
     assert short == load_recipe(str(recipe_file), long)
     assert short.transfer_set.sources[0].tokens == meant
+
+
+def numbers_in(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every number in a recipe that is written out."""
+    items = data.items() if isinstance(data, dict) else enumerate(data)
+    for key, value in items:
+        if isinstance(value, (dict, list)):
+            yield from numbers_in(value, (*path, key))
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield (*path, key)
+
+
+def test_no_number_is_infinite_or_boundless(data: dict[str, Any]) -> None:
+    data["stages"][1] |= {"teachers": {"teacher": 2.0}, "forward_kl": {"start": 1, "end": 0.5}}
+    data["stages"][0]["ridge"] = 0.1
+    data["transfer_set"]["sources"][0]["weight"] = 1.0
+    whole = check_recipe(data).model_dump(mode="json")
+    paths = list(numbers_in(whole))
+    assert len(paths) > 40
+    for path in paths:
+        for wrong in (math.inf, -math.inf, math.nan, 10**24, 1e30):
+            changed = copy.deepcopy(whole)
+            place = changed
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = wrong
+            key = next(part for part in reversed(path) if isinstance(part, str))
+            assert key in mistakes(changed), (path, wrong)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("distill.clip=.inf", "distill.clip: should be a finite number, not inf"),
+        ("distill.betas=[2, 3]", "distill.betas.0: should be less than 1, not 2"),
+        ("distill.betas=[0.9, -1]", "distill.betas.1: should be greater than or equal to 0"),
+        ("distill.tokens=1e30", "should be at most 1,000,000,000,000,000"),
+        ("distill.tokens='" + "9" * 5000 + "'", "distill.tokens: "),
+        ("distill.micro_batch_windows='" + "9" * 5000 + "'", "distill.micro_batch_windows: "),
+        ("distill.batch_tokens=1e15", "should be less than or equal to 1000000000"),
+        ("distill.learning_rate=1e300", "should be at most 1,000,000,000"),
+    ],
+)
+def test_numbers_out_of_range(recipe_file: Path, override: str, message: str) -> None:
+    with pytest.raises(ShearlingError) as caught:
+        load_recipe(str(recipe_file), [override])
+    assert message in caught.value.what
 
 
 def test_mistakes_of_file_and_overrides_come_together(data: dict[str, Any], tmp_path: Path) -> None:
