@@ -83,7 +83,8 @@ def without_secrets(text: str) -> str:
 
 @contextmanager
 def disk_errors(where: Path) -> Iterator[None]:
-    """Turn the operating system's errors about a full or read-only disk into a ShearlingError."""
+    """Turn the operating system's errors about a disk that is full or read-only, and about places
+    where no folder can be, into a ShearlingError."""
     try:
         yield
     except Exception as error:
@@ -105,7 +106,23 @@ def disk_errors(where: Path) -> Iterator[None]:
                 f"Not allowed to use {refused}.",
                 hint="Change its permissions, or put the run elsewhere with --out DIR.",
             ) from error
+        if number in (errno.EEXIST, errno.ENOTDIR) or _nothing_can_be_made(where, error):
+            raise ShearlingError(
+                f"{where} can't be written: nothing can be made there, or a file is in the way.",
+                hint="Name another place with --out, or for the cache in SHEARLING_CACHE.",
+            ) from error
         raise
+
+
+def _nothing_can_be_made(where: Path, error: Exception) -> bool:
+    """Whether not even the folder could be made in which ``where`` was to be, as in /proc.
+
+    Of a file that is missing anywhere else this says nothing.
+    """
+    if not isinstance(error, FileNotFoundError) or not isinstance(error.filename, (str, Path)):
+        return False
+    missing, where = Path(error.filename).absolute(), where.absolute()
+    return missing == where or missing.parent in where.parents
 
 
 def sync(path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,19 +104,32 @@ def _memory() -> Finding:
 
 
 def _disk(name: str, folder: Path, wanted: float) -> Finding:
-    here = folder.expanduser().absolute()
-    here = next(path for path in (here, *here.parents) if path.is_dir())
+    folder = folder.expanduser().absolute()
+    here = next(path for path in (folder, *folder.parents) if path.exists())
+    elsewhere = "work in another folder"
+    if name == "disk for downloads":
+        elsewhere = "name another folder in SHEARLING_CACHE"
+    if not here.is_dir():
+        advice = f"Move it away, or {elsewhere}."
+        return Finding(name=name, state="error", found=f"{here} is no folder", advice=advice)
+    if not _can_be_written(here):
+        advice = f"Change its permissions, or {elsewhere}."
+        return Finding(name=name, state="error", found=f"{here} can't be written", advice=advice)
     free = shutil.disk_usage(here).free
     found = f"{format_bytes(free)} free at {here}"
-    if not os.access(here, os.W_OK):
-        advice = "Change its permissions, or work in another folder."
-        if name == "disk for downloads":
-            advice = "Change its permissions, or name another folder in SHEARLING_CACHE."
-        return Finding(name=name, state="error", found=f"{here} can't be written", advice=advice)
     if free < wanted:
         advice = f"Free some space: {format_bytes(wanted)} are wanted for the quickstart."
         return Finding(name=name, state="notice", found=found, advice=advice)
     return Finding(name=name, state="ok", found=found)
+
+
+def _can_be_written(folder: Path) -> bool:
+    """By trying, for permissions don't tell: root has all of them, and no file can be in /proc."""
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".shearling-"):
+            return True
+    except OSError:
+        return False
 
 
 def _processor() -> Iterator[Finding]:

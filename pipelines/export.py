@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.named import find_model, refuse_earlier
+from pipelines.preflight import check_parents
 from reports import words
 from reports.run_folder import earlier_settings
 from shearling import Progress, ShearlingError, disk_errors, folder_aside, silent
@@ -153,6 +154,7 @@ def export_model(
     """
     from teachers.checkpoint import import_teacher
 
+    check_parents(out)
     if out.exists():
         raise ShearlingError(
             f"{out} is already there.", hint="Name another folder with --out, or delete it."

@@ -98,9 +98,24 @@ def complain(what: str, hint: str) -> None:
 
 
 def download_cache() -> Path:
+    """The cache's folder, which is made here, for the first that writes into it may be anyone.
+
+    Raises:
+        ShearlingError: no folder can be there.
+    """
     from teachers.fetch import default_cache
 
-    return default_cache()
+    cache = default_cache()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+        raise ShearlingError(
+            f"The cache can't be at {cache}: {error.filename} is no place for a folder.",
+            hint="Name another folder in SHEARLING_CACHE.",
+        ) from error
+    except OSError:
+        pass  # not everything writes there; what does says what is wrong
+    return cache
 
 
 @contextmanager

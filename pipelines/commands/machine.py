@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from pipelines.terminal import JsonOption, download_cache, make_console, patience, print_json
+from pipelines.terminal import JsonOption, make_console, patience, print_json
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -18,9 +18,10 @@ def doctor(as_json: JsonOption = False) -> None:
     from rich.text import Text
 
     from pipelines.doctor import examine
+    from teachers.fetch import default_cache
 
     with patience("looking at this machine"):
-        found = examine(Path("runs"), download_cache())
+        found = examine(Path("runs"), default_cache())
     if as_json:
         print_json(found)
     else:

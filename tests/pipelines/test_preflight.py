@@ -24,7 +24,7 @@ from pipelines.stages import distill, transfer_set
 from pipelines.stages.context import Context
 from pipelines.tiny import make_tiny_llama
 from reports.settings import BenchmarkSettings
-from shearling import ShearlingError, read_json, silent
+from shearling import ShearlingError, disk_errors, read_json, silent
 from students.shape import Shape
 from teachers.settings import SourceSettings, TransferSetSettings
 
@@ -203,6 +203,46 @@ def test_a_path_below_a_file(tmp_path: Path) -> None:
     check_parents(tmp_path / "new" / "folder")
     with pytest.raises(ShearlingError, match="is a file"):
         check_parents(tmp_path / "file" / "new" / "folder")
+
+
+NOWHERE = ["file/x", *(["/proc/x"] if Path("/proc").is_dir() else [])]
+
+
+@pytest.mark.parametrize("out", NOWHERE)
+def test_a_place_where_nothing_can_be(
+    out: str, shearling: Shearling, recipe_file: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    for arguments in (
+        ("run", recipe_file),
+        ("init", "--teacher", tiny_llama),
+        ("export", tiny_llama, "--to", "hf"),
+    ):
+        done = shearling(*arguments, "--out", out)
+        assert done.returncode == 2, done.stderr
+        assert f"{out} can't be written" in done.stderr
+        assert "--out" in done.stderr
+
+
+@pytest.mark.parametrize("cache", ["file", *NOWHERE])
+def test_a_cache_where_no_folder_can_be(
+    cache: str, shearling: Shearling, recipe_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SHEARLING_CACHE", cache)
+    for command in ("run", "plan"):
+        done = shearling(command, recipe_file)
+        assert done.returncode == 2, done.stderr
+        assert f"The cache can't be at {cache}" in done.stderr
+        assert "SHEARLING_CACHE" in done.stderr
+
+
+def test_a_file_that_is_missing_elsewhere_is_a_fault_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), disk_errors(tmp_path / "out"):
+        (tmp_path / "out" / "inside").read_text()
+    with pytest.raises(FileNotFoundError), disk_errors(tmp_path / "out"):
+        (tmp_path / "other" / "file").read_text()
 
 
 def test_a_file_s_path_that_is_a_folder(tmp_path: Path) -> None:

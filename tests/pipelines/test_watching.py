@@ -244,6 +244,17 @@ def test_doctor_examines_this_machine(shearling: Shearling) -> None:
     assert "\x1b" not in shown.stdout
 
 
+def test_doctor_says_where_no_folder_can_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    nowhere = [tmp_path / "file", tmp_path / "file" / "x", Path("/proc/x")]
+    for place in nowhere[: 3 if Path("/proc").is_dir() else 2]:
+        found = {f["name"]: f for f in doctor.examine(tmp_path, place)["findings"]}
+        assert found["disk for runs"]["state"] != "error"
+        assert found["disk for downloads"]["state"] == "error", place
+        assert "SHEARLING_CACHE" in found["disk for downloads"]["advice"]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def requires(_: str) -> list[str]:
         return ["torch>=99", "no-such-package-here", 'pytest>=99; extra == "dev"']
