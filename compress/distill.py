@@ -318,6 +318,16 @@ def _shown(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if name not in hidden}
 
 
+def _too_high(settings: DistillSettings) -> str:
+    """What to lower where training diverges: first what no published recipe has above 1."""
+    suspects = ("embedding_learning_rate", "weight_decay")
+    unusual = [name for name in suspects if getattr(settings, name) > 1]
+    *names, last = [
+        f"{name} (now {getattr(settings, name):g})" for name in (*unusual, "learning_rate", "clip")
+    ]
+    return f"{', '.join(names)} or {last}"
+
+
 def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
     """Whether the step is to be left out: its loss is no number, or far above its mean.
 
@@ -338,9 +348,8 @@ def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
     settings, kept = course.settings, course.saved_step
     raise ShearlingError(
         what + (f" So it was in {course.skipped} steps in a row." if course.skipped > 1 else ""),
-        hint=f"Lower learning_rate (now {settings.learning_rate:g}) or clip (now "
-        f"{settings.clip:g}), or lengthen warmup (now {settings.warmup:g}), or set precision to "
-        "float32; with other settings the stage starts anew. "
+        hint=f"Lower {_too_high(settings)}, or lengthen warmup (now {settings.warmup:g}), or set "
+        "precision to float32; with other settings the stage starts anew. "
         + (
             f"With the same ones it goes on behind step {kept}, whose checkpoint was kept."
             if kept
@@ -430,7 +439,8 @@ def _evaluate_and_keep(course: Course, out: Path) -> dict[str, Any]:
             raise ShearlingError(
                 f"After step {course.step} the {said} on held-out text is {numbers[measure]}: "
                 "teacher or student has weights that are no numbers.",
-                hint="Set precision to float32, or lower learning_rate if training began.",
+                hint="Set precision to float32, or if training began lower "
+                f"{_too_high(course.settings)}.",
             )
         course.latest = {"step": course.step, **numbers}
         course.first = course.first or course.latest

@@ -13,6 +13,7 @@ from rich.table import Column
 from rich.text import Text
 
 from pipelines.journal import Pace
+from reports import words
 from shearling import without_secrets
 
 _SHRINKS = Column(no_wrap=True, overflow="ellipsis")
@@ -150,7 +151,7 @@ def format_bytes(size: float) -> str:
 
 def headline(scorecard: Mapping[str, Any]) -> str:
     """One line of a scorecard: its size and the first metric of each task."""
-    parts = [f"{(scorecard.get('parameters') or 0) / 1e6:,.1f}M parameters"]
+    parts = [f"{words.count(scorecard.get('parameters'))} parameters"]
     for task, metrics in scorecard.get("results", {}).items():
         for metric, number in list(metrics.items())[:1]:
             value, stderr = number.get("value"), number.get("stderr")

@@ -171,10 +171,11 @@ def _known_current(value: Any) -> dict[str, Any] | None:
     }
 
 
-def read_status(run: Path) -> dict[str, Any]:
-    """What `shearling status --json` prints: report.json's stages, true at this moment.
+def check_is_run(run: Path) -> None:
+    """The folder is one that `shearling run` wrote, whatever its files hold.
 
-    A run whose process is gone without a word (killed, power lost) is told as interrupted.
+    Raises:
+        ShearlingError: it isn't.
     """
     if not run.is_dir():
         raise ShearlingError(
@@ -186,11 +187,26 @@ def read_status(run: Path) -> dict[str, Any]:
             f"{run} is not a run: it has no {RUN_FILE}.",
             hint="Name the folder that `shearling run` wrote, as in runs/quickstart.",
         )
-    data = as_dict(read_json(run / RUN_FILE))
+
+
+def read_status(run: Path) -> dict[str, Any]:
+    """What `shearling status --json` prints: report.json's stages, true at this moment.
+
+    A run whose process is gone without a word (killed, power lost) is told as interrupted.
+
+    Raises:
+        ShearlingError: the folder is no run, or its run.json can't be used.
+    """
+    check_is_run(run)
+    hint = (
+        f"`shearling resume {run}` writes it anew; finished stages are kept. "
+        f"`shearling report {run}` shows them without it."
+    )
+    data = as_dict(read_json(run / RUN_FILE, hint=hint))
     if not isinstance(data.get("state"), str) or not isinstance(data.get("stages"), list):
         raise ShearlingError(
             f"{run / RUN_FILE} is damaged.",
-            hint=f"`shearling resume {run}` writes it anew; finished stages are kept.",
+            hint=hint,
         )
     state = data["state"]
     if state == "running" and lock_owner(run) is None:

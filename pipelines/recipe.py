@@ -32,7 +32,7 @@ from compress.settings import CorrectSettings, DistillSettings, PruneSettings
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError
 from students.search import read_budget
-from students.settings import Count, ExportSettings, Settings, read_count
+from students.settings import Count, ExportSettings, Settings, in_our_words, read_count
 from students.shape import PRESETS, Shape
 from teachers.families import training_recipe
 from teachers.settings import TeacherSettings, TransferSetSettings, WrittenSettings
@@ -125,7 +125,8 @@ class PruneStage(PruneSettings):
     @classmethod
     def _known_preset(cls, shape: Any) -> Any:
         if isinstance(shape, str) and shape not in PRESETS:
-            raise ValueError(f"no shape has the name {shape!r}{_nearest(shape, PRESETS)}")
+            near = _nearest(shape, PRESETS) or f"; shapes with names: {', '.join(PRESETS)}"
+            raise ValueError(f"no shape has the name {shape!r}{near}")
         return shape
 
     @model_validator(mode="after")
@@ -576,7 +577,7 @@ def _mistake(data: Mapping[str, Any], problem: dict[str, Any]) -> str:
     """One of pydantic's problems in our words."""
     location: tuple[str | int, ...] = problem["loc"]
     shown = _shown_location(data, location)
-    kind, message = problem["type"], problem["msg"]
+    kind, message = problem["type"], in_our_words(problem)
     if kind == "extra_forbidden":
         return f"{shown}: unknown key{_nearest(str(location[-1]), _known_keys(location))}"
     if kind == "missing":
@@ -585,7 +586,6 @@ def _mistake(data: Mapping[str, Any], problem: dict[str, Any]) -> str:
         given = problem["input"].get("kind") if isinstance(problem["input"], dict) else None
         near = _nearest(given, KINDS) if isinstance(given, str) else ""
         return f"{shown}.kind: must be one of {', '.join(KINDS)}{near}"
-    message = message.removeprefix("Value error, ").removeprefix("Input ")
     for word, ours in _WORDS.items():
         message = message.replace(word, ours)
     given = problem["input"]

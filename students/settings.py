@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,29 @@ MOST_COUNT = 10**15
 """More than there is of anything that a recipe counts; integers of 64 bits end not far above."""
 MOST = 10**9
 """Of all other numbers; three of them multiplied still are a float32."""
+
+
+_WANTED = {
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "int_from_float": "should be a whole number",
+    "int_parsing_size": "is too long a number",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "string_type": "should be a text",
+}
+"""What pydantic says longer, and with the names of Python's types."""
+
+
+def in_our_words(problem: Mapping[str, Any]) -> str:
+    """What one of pydantic's problems wants, without where it is and what was given."""
+    kind, message = problem["type"], str(problem["msg"])
+    if kind == "too_short":
+        least = problem["ctx"]["min_length"]
+        return f"needs at least {least} item{'s' if least > 1 else ''}"
+    return _WANTED.get(kind, message.removeprefix("Value error, ").removeprefix("Input "))
 
 
 class Settings(BaseModel):

@@ -61,13 +61,13 @@ def export(
 
     from pipelines.display import Display
     from pipelines.export import export_line, export_model
-    from students.settings import ExportSettings
+    from students.settings import ExportSettings, in_our_words
 
     try:
         settings = ExportSettings.model_validate({"to": to, "dtype": dtype, "quantise": quantise})
     except ValidationError as error:
         told = [
-            f"{'.'.join(map(str, problem['loc'])) or 'options'}: {problem['msg']}"
+            f"{''.join(f'--{part}: ' for part in problem['loc'])}{in_our_words(problem)}"
             for problem in error.errors()
         ]
         raise ShearlingError(

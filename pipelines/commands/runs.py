@@ -114,11 +114,11 @@ def resume(
 
     For when the command that began it is not at hand; the recipe's file may be gone.
     """
-    from pipelines.journal import read_status
+    from pipelines.journal import check_is_run
     from pipelines.recipe import load_recipe
     from pipelines.runner import Options
 
-    read_status(run)  # says what is wrong with a folder that is no run
+    check_is_run(run)
     again = shlex.join(["shearling", "resume", str(run)])
     options = Options(run=run.expanduser(), cache=download_cache(), again=again, verify=verify)
     _go(load_recipe(str(options.run / "recipe.yaml")), options)

@@ -473,13 +473,21 @@ def test_an_exploding_loss_stops_with_the_step_and_keeps_the_last_checkpoint(ben
         bench.run(
             tokens=32 * 8 * 60, learning_rate=50.0, warmup=0.5, clip=1e9, save_every_seconds=0
         )
-    assert "learning_rate" in caught.value.hint
+    assert "Lower learning_rate (now 50) or clip (now 1e+09), or" in caught.value.hint
     kept = sorted((bench.tmp_path / "out" / "resume").glob("step-*"))
     assert len(kept) == 1
     from safetensors.torch import load_file
 
     weights = load_file(kept[0] / "student.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("cause", [{"weight_decay": 1e8}, {"embedding_learning_rate": 1e8}])
+def test_a_divergence_names_first_what_is_unusual(bench: Bench, cause: dict[str, float]) -> None:
+    with pytest.raises(ShearlingError) as caught:
+        bench.run(tokens=32 * 8 * 20, warmup=0.0, evaluate_every=0, **cause)
+    (name,) = cause
+    assert f"ower {name} (now 1e+08), learning_rate (now " in caught.value.hint
 
 
 def test_an_exploding_loss_says_that_nothing_was_kept_where_nothing_was(bench: Bench) -> None:

@@ -469,6 +469,15 @@ def test_python_dash_m_is_the_same_command() -> None:
     assert done.stdout == f"shearling {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("parameters", "told"), [(49_440, "49.4k"), (134_515_008, "134.5M"), (None, "–")]
+)
+def test_a_headline_tells_small_models_too(parameters: int | None, told: str) -> None:
+    from pipelines.display import headline
+
+    assert headline({"parameters": parameters, "results": {}}) == f"{told} parameters"
+
+
 # --- families -----------------------------------------------------------------------------------
 
 

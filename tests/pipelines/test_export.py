@@ -299,3 +299,11 @@ def test_an_export_stage_in_a_recipe(
     told = (folder / "report.md").read_text().partition("## Plan against reality")[2]
     assert "| small | on disk |" in told
     assert "| small | parameters |" not in told
+
+
+def test_options_that_do_not_fit_are_told_in_our_words(shearling: Shearling) -> None:
+    quantised = shearling("export", "x", "--to", "hf", "--quantise", "q8_0", "--out", "y")
+    assert quantised.returncode == 2
+    assert "like that: quantise needs to: gguf; a Hugging Face folder is" in quantised.stderr
+    unknown = shearling("export", "x", "--to", "onnx", "--out", "y")
+    assert "like that: --to: should be 'hf' or 'gguf'." in unknown.stderr

@@ -331,13 +331,20 @@ def test_no_number_is_infinite_or_boundless(data: dict[str, Any]) -> None:
         ("distill.tokens='" + "9" * 5000 + "'", "distill.tokens: "),
         ("distill.micro_batch_windows='" + "9" * 5000 + "'", "distill.micro_batch_windows: "),
         ("distill.batch_tokens=1e15", "should be less than or equal to 1000000000"),
+        ("distill.tokens=abc", "distill.tokens: should be a whole number, not 'abc'\n"),
+        ("distill.tokens=1.5", "distill.tokens: should be a whole number, not 1.5\n"),
+        ("distill.clip=high", "distill.clip: should be a number, not 'high'\n"),
+        ("distill.compile=often", "distill.compile: should be true or false, not 'often'\n"),
+        ("teacher.model=5", "teacher.model: should be a text, not 5\n"),
+        ("stages=[]", "stages: needs at least 1 item\n"),
+        ("prune.shape=nope", "no shape has the name 'nope'; shapes with names: llama-3.2-3b, "),
         ("distill.learning_rate=1e300", "should be at most 1,000,000,000"),
     ],
 )
-def test_numbers_out_of_range(recipe_file: Path, override: str, message: str) -> None:
+def test_values_that_do_not_fit(recipe_file: Path, override: str, message: str) -> None:
     with pytest.raises(ShearlingError) as caught:
         load_recipe(str(recipe_file), [override])
-    assert message in caught.value.what
+    assert message in f"{caught.value.what}\n"
 
 
 def test_mistakes_of_file_and_overrides_come_together(data: dict[str, Any], tmp_path: Path) -> None:

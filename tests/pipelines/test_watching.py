@@ -227,6 +227,20 @@ def test_a_locked_run_refuses_what_differs(
     assert "is no file" in shearling(*arguments).stderr
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"state": 5}'])
+def test_a_damaged_journal_is_written_anew_by_resume(
+    content: str, run: Path, shearling: Shearling
+) -> None:
+    (run / "run.json").write_text(content)
+    told = shearling("status", run)
+    assert told.returncode == 2
+    assert f"`shearling resume {run}` writes it anew" in told.stderr
+    assert f"`shearling report {run}` shows" in told.stderr
+    resumed = shearling("resume", run)
+    assert resumed.returncode == 0, resumed.stderr
+    assert shearling("status", run).returncode == 0
+
+
 # --- doctor -------------------------------------------------------------------------------------
 
 
