@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -172,13 +173,28 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def parse_json(text: str) -> Any:
+    """Standard JSON: ``Infinity``, ``NaN`` and numbers too large for a float are a ValueError.
+
+    What is read in one place is written in another, where they would be refused."""
+
+    def refused(name: str) -> Any:
+        raise ValueError(f"{name} is no number of JSON")
+
+    def finite(number: str) -> float:
+        value = float(number)
+        return value if math.isfinite(value) else refused(number)
+
+    return json.loads(text, parse_constant=refused, parse_float=finite)
+
+
 def read_json(path: Path, *, hint: str = "Delete the file and run the stage again.") -> Any:
     """Read a JSON file; what can't be read is a ShearlingError that names the file.
 
     ``hint`` says what to do about one that is no JSON; the default is for files of a run.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ShearlingError(
             f"{path} does not exist.", hint="Check the path; `shearling status` lists a run."

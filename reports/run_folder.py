@@ -5,7 +5,6 @@ Only JSON, JSONL and YAML are opened, never a model.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from reports.liveness import lock_owner
-from shearling import ShearlingError, without_secrets
+from shearling import ShearlingError, parse_json, without_secrets
 
 Data = dict[str, Any]
 
@@ -312,7 +311,7 @@ def _read_json(path: Path, problems: list[str], *, required: bool = True) -> Dat
     if not text:
         return {}
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
@@ -337,7 +336,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[Data]:
     lines: list[Data] = []
     for text in _read_text(path, problems, required=False).splitlines():
         try:
-            line = json.loads(text)
+            line = parse_json(text)
         except (ValueError, RecursionError):
             continue
         if isinstance(line, dict):

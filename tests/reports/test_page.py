@@ -237,7 +237,10 @@ def test_a_run_with_something_missing_still_has_a_report(lost: str, run: Path) -
     assert read_json(run / "report.json")["schema"] == 1
 
 
-@pytest.mark.parametrize("content", [None, b'[1, "x", null]\n', b"\xff\x00\xfe" * 40])
+@pytest.mark.parametrize(
+    "content",
+    [None, b'[1, "x", null]\n', b"\xff\x00\xfe" * 40, b'{"a": Infinity}', b'{"a": 1e999}'],
+)
 @pytest.mark.parametrize("damaged", FILES)
 def test_a_run_with_a_damaged_file_still_has_a_report(
     damaged: str, content: bytes | None, run: Path
