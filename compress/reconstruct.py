@@ -51,18 +51,19 @@ class Moments:
         self,
         input_NI: Tensor,
         target_NO: Tensor,
-        weight_N: Tensor,
+        weight_N: Tensor | None,
         energy_N: Tensor | None = None,
     ) -> None:
-        """Take in positions; ``weight_N`` says how much each counts.
+        """Take in positions; ``weight_N`` says how much each counts, None that all count alike.
 
         ``energy_N`` is ‖y‖² of each where y is what a map makes of these targets later.
         """
-        weighted_NI = input_NI * weight_N[:, None]
+        weighted_NI = input_NI if weight_N is None else input_NI * weight_N[:, None]
         add_gram(self.gram_II, weighted_NI, input_NI)
         self.cross_IO.addmm_(weighted_NI.T, target_NO)
         energy_N = target_NO.square().sum(1) if energy_N is None else energy_N
-        self.target_energy += (energy_N * weight_N).sum(dtype=torch.float64)
+        energy_N = energy_N if weight_N is None else energy_N * weight_N
+        self.target_energy += energy_N.sum(dtype=torch.float64)
 
     def take(self, other: Moments) -> None:
         """Take in what another one holds."""
@@ -114,15 +115,15 @@ class SplitMoments:
         self,
         input_NI: Tensor,
         target_NO: Tensor,
-        weight_N: Tensor,
+        weight_N: Tensor | None,
         heldout_N: Tensor,
         energy_N: Tensor | None = None,
     ) -> None:
         """Take in positions; ``heldout_N`` is true where they are held out."""
         for part, chosen in ((self.fitted, ~heldout_N), (self.heldout, heldout_N)):
             if bool(chosen.any()):
-                energy = None if energy_N is None else energy_N[chosen]
-                part.add(input_NI[chosen], target_NO[chosen], weight_N[chosen], energy)
+                weight, energy = (None if x is None else x[chosen] for x in (weight_N, energy_N))
+                part.add(input_NI[chosen], target_NO[chosen], weight, energy)
 
     def rescale_inputs(self, scale: float) -> None:
         """As if every input had been multiplied by ``scale``."""
@@ -266,14 +267,13 @@ class RidgeFit:
             strength *= 10
 
 
-def scale_of_norm(student_ND: Tensor, teacher_ND: Tensor, weight_N: Tensor) -> tuple[float, float]:
+def scale_of_norm(student_ND: Tensor, teacher_ND: Tensor) -> tuple[float, float]:
     """Numerator and denominator of the factor c that best turns student into teacher.
 
-    c = Σ w ⟨student, teacher⟩ / Σ w ‖student‖²: an RMSNorm divides by the size of the channels
+    c = Σ ⟨student, teacher⟩ / Σ ‖student‖²: an RMSNorm divides by the size of the channels
     that are left, so its weights take the change of scale. Sums of batches add up.
     """
-    weighted = student_ND * weight_N[:, None]
-    return float((weighted * teacher_ND).sum()), float((weighted * student_ND).sum())
+    return float((student_ND * teacher_ND).sum()), float((student_ND * student_ND).sum())
 
 
 def final_norm_refit(

@@ -173,12 +173,9 @@ def take_survey(
         weights = read_layer(source, number, device)
         chooses = greedy and (wanted is None or number in wanted)
         layer = LayerSurvey(shape, target, weights, device, chooses, projects)
-        for rows in batches(stream_BTE):
-            before = stream_BTE[rows].to(device)
-            stream_BTE[rows] = layer.add(maths, before).to(stream_BTE)
-        for rows in batches(short_BTE):
-            before = short_BTE[rows].to(device)
-            short_BTE[rows] = layer.add(short_maths, before, opening=True).to(short_BTE)
+        for math, stream, opening in ((maths, stream_BTE, False), (short_maths, short_BTE, True)):
+            for rows in batches(stream):
+                stream[rows] = layer.add(math, stream[rows].to(device), opening).to(stream)
         if not bool(torch.isfinite(stream_BTE).all()):
             raise FloatingPointError(f"the teacher overflows in its layer {number}")
         scores = taylor[number] if taylor else layer.scores(settings.chosen_by)
@@ -253,7 +250,7 @@ class LayerSurvey:
         if greedy and target.intermediate_size < shape.intermediate_size:
             self.gram_FF = zeros(shape.intermediate_size, shape.intermediate_size)
 
-    def add(self, maths: LayerMath, before_BTE: Tensor, opening: bool = False) -> Tensor:
+    def add(self, maths: LayerMath, before_BTE: Tensor, opening: bool) -> Tensor:
         """Take in a batch; returns the stream behind the layer.
 
         Openings count where fits are foreseen, not in what a part is worth on ordinary text.

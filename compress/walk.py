@@ -211,7 +211,6 @@ class Walk:
                 _flat(self.slicer.kept(normed_BTE)),
                 _flat(normed_BTE * teacher[block.norm]),
                 targets,
-                torch.ones_like(before[..., 0]).flatten(),
                 track.heldout(rows).to(self.device),
             )
             written = track.teacher_math.linear(
@@ -331,8 +330,7 @@ class Walk:
         for track, rows in self._batches():
             before = self._read(track.teacher, rows)
             target_NE = _flat(normed(before, track.teacher_math.eps) * ends.norm_E)
-            counts_N = torch.ones_like(target_NE[:, 0])
-            moments.add(self._student_normed(track, rows), target_NE, counts_N)
+            moments.add(self._student_normed(track, rows), target_NE, None)
         return final_norm_refit(
             moments.gram_II,
             moments.cross_IO,
@@ -407,18 +405,17 @@ class InputFit:
         kept_ND: Tensor,
         read_NE: Tensor,
         targets: Sequence[Tensor],
-        weight_N: Tensor,
         heldout_N: Tensor,
     ) -> None:
         """Take in a batch: the student's stream divided by its size, the same of the teacher's
         in the student's dims, what the teacher's maps read, the wanted output of each map, and
-        how much each position counts."""
+        which positions judge."""
         input_ND = normed_ND * self.norm_D
-        energy_N = torch.zeros_like(weight_N)
+        energy_N = torch.zeros_like(input_ND[:, 0])
         for target, bias in zip(targets, self.biases, strict=True):
             energy_N += (target if bias is None else target - bias).square().sum(1)
-        self.moments.add(input_ND, read_NE, weight_N, heldout_N, energy_N)
-        shared, energy = scale_of_norm(input_ND, kept_ND * self.norm_D, weight_N)
+        self.moments.add(input_ND, read_NE, None, heldout_N, energy_N)
+        shared, energy = scale_of_norm(input_ND, kept_ND * self.norm_D)
         self._shared += shared
         self._energy += energy
 

@@ -451,16 +451,10 @@ def _warnings(
     rows: list[dict[str, Any]],
     processes: int,
 ) -> Iterator[str]:
-    settings, context = recipe.transfer_set, teacher.context
-    lengths = {"window": settings.window}
-    if settings.written and settings.written.length:
-        lengths["written.length"] = settings.written.length
-    for key, length in lengths.items():
+    context = teacher.context
+    for key, length in recipe.transfer_set.lengths.items():
         if context is not None and length > context:
-            yield (
-                f"transfer_set.{key} {length:,} is more than the teacher's context of "
-                f"{context:,} tokens"
-            )
+            yield f"{key} {length:,} is more than the teacher's context of {context:,} tokens"
     yield from (told.removesuffix(".") for told in preflight.warnings(recipe, teacher.shape))
     for row in rows:
         if row["least_processes"] is None:

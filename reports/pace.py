@@ -35,6 +35,16 @@ class Pace:
         """Whether there is a spread; earlier scorecards have none."""
         return self.low < self.high
 
+    @property
+    def is_noise(self) -> bool:
+        """Of a ratio: whether it may as well be 1."""
+        return self.low <= 1 <= self.high
+
+    @property
+    def range(self) -> str:
+        """Of a ratio: between what it lies, "1.27 to 1.40"."""
+        return f"{self.low:.2f} to {self.high:.2f}" if self.known else "measured once"
+
     def told(self) -> str:
         """Its spread, "1,010 to 1,090"; empty where that isn't known."""
         return f"{words.significant(self.low)} to {words.significant(self.high)}" * self.known

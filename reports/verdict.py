@@ -96,10 +96,9 @@ def _speed(run: Run, student: Stage) -> list[str]:
     ratio = faster(run, student)
     if ratio is None:
         return []
-    if ratio.low <= 1 <= ratio.high:
+    if ratio.is_noise:
         return ["the model writes about as fast as the teacher, within the noise of this machine"]
-    spread = f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio.known else "measured once"
-    return [f"the model writes {words.times(ratio.middle)} as fast ({spread})"]
+    return [f"the model writes {words.times(ratio.middle)} as fast ({ratio.range})"]
 
 
 def _perplexity(judgement: Judgement, student: Stage, teacher: Data) -> list[str]:
@@ -191,9 +190,8 @@ def headline_facts(run: Run, judgement: Judgement) -> list[tuple[str, str, str]]
     facts = [(words.percent(share), "of the parameters", words.count(card.get("parameters")))]
     ratio = faster(run, student)
     if ratio is not None:
-        spread = f"{ratio.low:.2f} to {ratio.high:.2f}" if ratio.known else "measured once"
-        noise = ", within noise" if ratio.low <= 1 <= ratio.high else ""
-        facts.append((f"{ratio.middle:.2f}×", "as fast at writing", spread + noise))
+        noise = ", within noise" if ratio.is_noise else ""
+        facts.append((f"{ratio.middle:.2f}×", "as fast at writing", ratio.range + noise))
     key = main_perplexity([teacher, card])
     for entry in judgement.comparisons.get(student.name, []):
         if (entry.task, entry.metric) == key and entry.difference is not None:

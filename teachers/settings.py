@@ -85,6 +85,9 @@ class SourceSettings(Settings):
         return self
 
 
+_WINDOW, _LENGTH = "transfer_set.window", "transfer_set.written.length"
+
+
 def _check_context(key: str, length: int, context: int) -> None:
     if length > context:
         raise ShearlingError(
@@ -138,7 +141,7 @@ class WrittenSettings(Settings):
         Raises:
             ShearlingError: they would be.
         """
-        _check_context("transfer_set.written.length", self.length or 0, context)
+        _check_context(_LENGTH, self.length or 0, context)
 
 
 class ClassifierSettings(Settings):
@@ -242,15 +245,20 @@ class TransferSetSettings(Settings):
         """Where text comes from, what the teacher writes being the last."""
         return (*self.sources, *([self.written] if self.written else []))
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """What the teacher will read at one time, by its key in a recipe."""
+        written = self.written.length if self.written else None
+        return {_WINDOW: self.window, **({_LENGTH: written} if written else {})}
+
     def check_context(self, context: int) -> None:
         """Windows and what is written are no longer than the teacher was made for.
 
         Raises:
             ShearlingError: one of them is.
         """
-        _check_context("transfer_set.window", self.window, context)
-        if self.written:
-            self.written.check_context(context)
+        for key, length in self.lengths.items():
+            _check_context(key, length, context)
 
     @model_serializer(mode="wrap")
     def _written_only_if_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

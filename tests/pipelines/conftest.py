@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,29 @@ def shearling(
         return subprocess.CompletedProcess(line, code, output.out, output.err)
 
     return run
+
+
+@pytest.fixture
+def bare_gguf(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a Llama's GGUF of this shape that has a header, an embedding and nothing else."""
+    import gguf
+    import numpy as np
+
+    def write(hidden: int, layers: int, neurons: int, context: int | None = None) -> Path:
+        path = tmp_path / "model.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_embedding_length(hidden)
+        writer.add_block_count(layers)
+        writer.add_head_count(4)
+        writer.add_feed_forward_length(neurons)
+        writer.add_layer_norm_rms_eps(1e-5)
+        if context is not None:
+            writer.add_context_length(context)
+        writer.add_tensor("token_embd.weight", np.zeros((384, hidden), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path
+
+    return write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -200,23 +201,8 @@ def test_an_unknown_teacher_is_refused(name: str) -> None:
     assert "shearling families" in caught.value.hint
 
 
-def test_a_gguf_is_read_from_its_header(tmp_path: Path) -> None:
-    import gguf
-
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_embedding_length(64)
-    writer.add_block_count(1)
-    writer.add_head_count(4)
-    writer.add_feed_forward_length(128)
-    writer.add_layer_norm_rms_eps(1e-5)
-    import numpy as np
-
-    writer.add_tensor("token_embd.weight", np.zeros((384, 64), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def test_a_gguf_is_read_from_its_header(bare_gguf: Callable[..., Path]) -> None:
+    path = bare_gguf(hidden=64, layers=1, neurons=128)
     facts = teacher_facts(TeacherSettings(model=str(path)))
     assert (facts.form, facts.shape.vocab_size, facts.shape.hidden_size) == ("gguf", 384, 64)
 

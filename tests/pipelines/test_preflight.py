@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +40,9 @@ def test_a_teacher_that_must_be_converted_is_not_refused_before(
 
 
 def test_a_ggufs_header_tells_what_does_not_fit_it(
-    recipe_data: dict[str, Any], tmp_path: Path
+    recipe_data: dict[str, Any], bare_gguf: Callable[..., Path], tmp_path: Path
 ) -> None:
-    import gguf
-    import numpy as np
-
-    path = tmp_path / "model.gguf"
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_embedding_length(32)
-    writer.add_block_count(4)
-    writer.add_head_count(4)
-    writer.add_feed_forward_length(64)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_context_length(64)
-    writer.add_tensor("token_embd.weight", np.zeros((384, 32), np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    path = bare_gguf(hidden=32, layers=4, neurons=64, context=64)
 
     def check(**text: int) -> None:
         settings = recipe_data["transfer_set"] | text
