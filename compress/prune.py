@@ -123,7 +123,7 @@ def prune(
         slicer = Slicer(
             teacher=source.shape,
             student=shape,
-            plan=choose(survey, shape),
+            plan=choose(survey, shape).to(place),
             coupling=derive_coupling(source.config),
         )
         ends = student_ends(
@@ -289,14 +289,15 @@ def _summary(
 def _sink_facts(walk: Walk) -> dict[str, Any]:
     """What became of the attention sink, at the layer where the teacher's is the largest."""
     largest = max(walk.errors, key=lambda error: error.get("sink", 0.0))
-    if "sink" not in largest:
+    size = largest.get("sink", 0.0)
+    if size <= MASSIVE:
         return {}
-    size, kept = largest["sink"], largest["sink_kept"]
-    lost = size > MASSIVE and not 1 / SINK_FACTOR < kept < SINK_FACTOR
+    kept = largest["sink_kept"]
     said = (
         f"Behind layer {largest['layer']} the teacher's first position is {size:.0f} times as "
         f"large as others, an attention sink, the student's {kept:.2g} times that: text in other "
         "windows than these may come out far worse. Give it more calibration_tokens, or cut "
         "fewer layers and neurons."
     )
+    lost = not 1 / SINK_FACTOR < kept < SINK_FACTOR
     return {"sink": size, "sink_kept": kept, "notes": [said] if lost else []}

@@ -35,6 +35,14 @@ class LayerSelection:
     key_value_heads: Tensor
     neurons: Tensor
 
+    def to(self, device: torch.device) -> LayerSelection:
+        """The same on ``device``."""
+        return LayerSelection(
+            heads=self.heads.to(device),
+            key_value_heads=self.key_value_heads.to(device),
+            neurons=self.neurons.to(device),
+        )
+
 
 def top(scores: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` largest scores, ascending; of equal ones the earlier stays."""
@@ -80,7 +88,7 @@ def rows_of_heads(heads: Tensor, channels_C: Tensor, head_dim: int) -> Tensor:
     return (heads[:, None] * head_dim + channels_C[None, :]).flatten()
 
 
-def rotary_channels(teacher_dim: int, head_dim: int) -> Tensor:
+def rotary_channels(teacher_dim: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
     """Channels of a head that keep the student's rotary embedding stock: [head_dim].
 
     Pair i of a head of C channels (channels i and i + C/2) turns with frequency base^(-2i/C).
@@ -95,7 +103,7 @@ def rotary_channels(teacher_dim: int, head_dim: int) -> Tensor:
             "frequencies would not be those of a stock model.",
             hint=f"Set shape.head_dim to {teacher_dim} or to it divided by a whole number.",
         )
-    first = torch.arange(0, teacher_dim // 2, teacher_dim // head_dim)
+    first = torch.arange(0, teacher_dim // 2, teacher_dim // head_dim, device=device)
     return torch.cat([first, first + teacher_dim // 2])
 
 
@@ -142,6 +150,18 @@ class Plan:
     def stream(self) -> Tensor:
         """How the stream is narrowed: numbers of dims, [D], or the basis, [D, E]."""
         return self.hidden if self.basis_DE is None else self.basis_DE
+
+    def to(self, device: torch.device) -> Plan:
+        """The same on ``device``: the walk cuts each batch of activations there."""
+        return Plan(
+            layers=self.layers,
+            hidden=self.hidden.to(device),
+            basis_DE=None if self.basis_DE is None else self.basis_DE.to(device),
+            chosen=[layer.to(device) for layer in self.chosen],
+            value_basis_KCc=[
+                None if basis is None else basis.to(device) for basis in self.value_basis_KCc
+            ],
+        )
 
 
 def choose(survey: Survey, shape: Shape) -> Plan:

@@ -47,14 +47,14 @@ class Slicer:
         if self.plan.basis_DE is None:
             return narrowed(norm_E, self.plan.hidden)
         size_D = (self.plan.basis_DE.square().to(norm_E) @ norm_E.square()).sqrt()
-        return size_D.clamp_min(_LEAST_NORM * float(size_D.mean()))
+        return torch.maximum(size_D, _LEAST_NORM * size_D.mean())
 
     def layer(self, number: int, teacher: LayerWeights) -> LayerWeights:
         """The student's layer ``number``, sliced and not yet refitted."""
         chosen, basis = self.plan.chosen[number], self.plan.value_basis_KCc[number]
         wide = self.teacher.head_dim
-        rotary = rotary_channels(wide, self.student.head_dim)
-        every = torch.arange(wide)
+        rotary = rotary_channels(wide, self.student.head_dim, chosen.heads.device)
+        every = torch.arange(wide, device=chosen.heads.device)
         kept = {HIDDEN: self.plan.stream, NEURONS: chosen.neurons}
         rotated = kept | {
             QUERY: rows_of_heads(chosen.heads, rotary, wide),
@@ -127,8 +127,8 @@ class Slicer:
             if basis is not None:
                 value = torch.einsum("nkc,kcd->nkd", value, basis.to(value))
             return value.flatten(1)
-        rows = rows_of_heads(heads, rotary_channels(wide, self.student.head_dim), wide)
-        target = output_NO[:, rows.to(output_NO.device)]
+        rotary = rotary_channels(wide, self.student.head_dim, heads.device)
+        target = output_NO[:, rows_of_heads(heads, rotary, wide)]
         if name == ATTENTION.inputs[0]:
             target = target * math.sqrt(self.student.head_dim / wide)
         return target

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from reports import words
 from reports.run_folder import Run, Stage, as_list, as_number
 
-_SINK = 10.0
-"""Times the other positions' size from which a first position counts as an attention sink."""
 _AXES = {
     "num_hidden_layers": "layers",
     "hidden_size": "hidden dimensions",
@@ -83,7 +81,7 @@ def remarks(cut: Cut) -> list[str]:
     size = as_number(cut.stage.summary.get("sink"))
     left = as_number(cut.stage.summary.get("sink_kept"))
     told_already = any("attention sink" in note for note in notes)
-    if size is None or left is None or size <= _SINK or told_already:
+    if size is None or left is None or told_already:
         return notes
     return [
         *notes,

@@ -25,6 +25,8 @@ from compress.layer import OPENING_EVERY, LayerMath, openings, read_layer
 from compress.prune import prune
 from compress.reconstruct import Moments, RidgeFit, SplitMoments, final_norm_refit, judging
 from compress.selection import (
+    LayerSelection,
+    Plan,
     check_rotary,
     choose_heads,
     choose_layers,
@@ -33,6 +35,7 @@ from compress.selection import (
     top,
 )
 from compress.settings import PruneSettings
+from compress.slicing import Slicer
 from compress.streams import Streams
 from pipelines.recipe import PruneStage
 from pipelines.tiny import make_tiny_llama
@@ -233,6 +236,33 @@ def test_every_second_rotary_pair_turns_as_a_stock_head_of_half_the_width(scaled
     torch.testing.assert_close(wide[kept], narrow, rtol=0, atol=0)
     with pytest.raises(ShearlingError, match="does not divide"):
         rotary_channels(128, 48)
+
+
+def test_all_that_cuts_a_layer_lies_where_the_layer_does(tiny_llama: Path) -> None:
+    """``meta`` stands for an accelerator: nothing of the CPU's may be mixed with what is there."""
+    source, place = Checkpoint(tiny_llama), torch.device("meta")
+    whole = source.shape
+    axes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    student = replace(whole, **axes, hidden_size=24, intermediate_size=40)
+    kept = LayerSelection(
+        heads=torch.arange(2), key_value_heads=torch.arange(1), neurons=torch.arange(40)
+    )
+    plan = Plan(
+        layers=[0],
+        hidden=torch.arange(24),
+        basis_DE=torch.eye(24, whole.hidden_size),
+        chosen=[kept],
+        value_basis_KCc=[torch.eye(whole.head_dim)[None, :, :4]],
+    )
+    coupling = derive_coupling(source.config)
+    slicer = Slicer(teacher=whole, student=student, plan=plan.to(place), coupling=coupling)
+    teacher = read_layer(source, 0, place)
+    cut_layer = slicer.layer(0, teacher)
+    said_NO = torch.empty(7, whole.query_size, device=place)
+    assert {weight.device for weight in cut_layer.values()} == {place}
+    assert cut_layer["self_attn.q_proj.weight"].shape == (8, 24)
+    assert slicer.target(0, "self_attn.q_proj", said_NO).shape == (7, 8)
+    assert slicer.kept(torch.empty(1, 7, whole.hidden_size, device=place)).shape == (1, 7, 24)
 
 
 def test_heads_that_would_turn_otherwise_are_refused() -> None:
@@ -1011,6 +1041,12 @@ def test_a_lost_attention_sink_is_told(sink: Path, tiny_transfer_set: Path, tmp_
     found = cut(sink, tmp_path / "cut", tiny_transfer_set, {"hidden_size": 24})
     assert found["sink_kept"] < 0.1
     assert ["an attention sink" in note for note in found["notes"]] == [True]
+
+
+def test_a_teacher_without_a_sink_is_told_of_none(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    assert "sink" not in cut(tiny_llama, tmp_path / "cut", tiny_transfer_set, {"hidden_size": 24})
 
 
 def test_one_false_sink_does_not_cost_the_true_one(
