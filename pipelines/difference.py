@@ -18,6 +18,7 @@ from rich.text import Text
 from pipelines.named import is_run, last_measured, refuse_earlier
 from reports import words
 from reports.compare import Comparison, compare_models, written_alike
+from reports.pace import READS, WRITES, Pace, measured_pace
 from reports.page import markdown_cell
 from reports.run_folder import Data, open_scorecard
 from shearling import ShearlingError
@@ -60,13 +61,13 @@ class Difference:
             if self.first.get(key) and self.second.get(key)
         ]
         for key, label in (
-            ("prefill_tokens_per_second", "tokens read a second"),
-            ("decode_tokens_per_second", "tokens written a second"),
+            (READS, "tokens read a second"),
+            (WRITES, "tokens written a second"),
             ("time_to_first_token_seconds", "seconds to the first token"),
         ):
-            speeds = [card["speed"].get(key) for card in (self.first, self.second)]
-            if all(isinstance(speed, int | float) and speed > 0 for speed in speeds):
-                told.append(f"{label}: " + " and ".join(words.significant(s) for s in speeds))
+            first, second = (measured_pace(card, key) for card in (self.first, self.second))
+            if first and second:
+                told.append(f"{label}: {_told(first)} and {_told(second)}")
         for entry in written_alike(self.first, self.second):
             alike = words.score("rouge_l", entry.rouge_l, entry.stderr)
             told.append(f"ROUGE-L of B's texts with A's on {entry.task}: {alike}")
@@ -75,6 +76,12 @@ class Difference:
             "Differences are paired over the same documents, ± standard error; within noise: "
             "p >= 0.05 after Holm's correction for all rows.",
         ]
+
+
+def _told(pace: Pace) -> str:
+    """A speed, and its quartiles where they are known: "410 (405 to 422)"."""
+    around = f" ({pace.told()})" if pace.known else ""
+    return f"{words.significant(pace.middle)}{around}"
 
 
 def _facts(card: Data) -> dict[str, Any]:

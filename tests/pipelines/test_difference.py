@@ -72,6 +72,17 @@ def test_a_clear_difference_is_called_worse(copas: tuple[Path, Path], shearling:
     assert "within noise" in shearling("diff", copas[0], copas[0]).stdout
 
 
+def test_speeds_are_told_with_their_quartiles(
+    copas: tuple[Path, Path], shearling: Shearling
+) -> None:
+    for path, middle in zip(copas, (400.0, 520.0), strict=True):
+        around = [middle - 10, middle + 10]
+        speed = {"decode_tokens_per_second": middle, "decode_tokens_per_second_quartiles": around}
+        write_json(path, {**read_json(path), "speed": speed})
+    said = shearling("diff", *copas).stdout
+    assert "tokens written a second: 400 (390 to 410) and 520 (510 to 530)" in said
+
+
 def test_a_run_stands_for_its_last_model_and_is_compared_with_its_teacher(
     measured_run: Path, shearling: Shearling
 ) -> None:
