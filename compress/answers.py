@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -49,6 +49,8 @@ from teachers.targets import HiddenCache, TargetCache, TargetFormat, WindowCache
 
 _SAMPLE_SEED = 0
 """Of the kept samples; not the run's seed, so runs of any seed share one cache."""
+_LOGIT_POSITIONS = 512
+"""Positions whose logits are in memory at once while a teacher is asked for kept targets."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +121,12 @@ class LiveAnswers:
 
     @torch.no_grad()
     def heldout(self, number: int, batch: Batch) -> LiveTargets:
-        """Hidden states are computed once and kept: a few megabytes."""
+        """Hidden states are computed once and kept in the host's memory: of large models with
+        long windows they are gigabytes."""
         if number not in self._heldout_NE:
-            self._heldout_NE[number] = self._ask(batch).hidden_NE
-        return LiveTargets(self._heldout_NE[number], head(self.inside.model))
+            self._heldout_NE[number] = self._ask(batch).hidden_NE.cpu()
+        hidden_NE = self._heldout_NE[number].to(batch.input_BT.device)
+        return LiveTargets(hidden_NE, head(self.inside.model))
 
     def _ask(self, batch: Batch) -> LiveTargets:
         found: LiveTargets = self.inside(
@@ -137,7 +141,7 @@ class CachedAnswers:
     def __init__(
         self,
         cache: TargetCache,
-        heldout_NE: list[Tensor],
+        heldout_NE: Mapping[int, Tensor],
         head_VE: Tensor,
         layers: HiddenCache | None,
     ) -> None:
@@ -154,9 +158,9 @@ class CachedAnswers:
         return SparseTargets(ids.to(device), weights.to(device), entropy.to(device), tail_N), kept
 
     def heldout(self, number: int, batch: Batch) -> LiveTargets:
-        absent = number >= len(self.heldout_NE)  # a batch in which nothing counts
-        hidden_NE = self.heldout_NE[0][:0] if absent else self.heldout_NE[number]
-        return LiveTargets(hidden_NE, self.head_VE)
+        nothing_NE = torch.empty(0, self.head_VE.shape[1])  # for a batch in which nothing counts
+        hidden_NE = self.heldout_NE.get(number, nothing_NE)
+        return LiveTargets(hidden_NE.to(self.head_VE.device), self.head_VE)
 
 
 class MixedAnswers:
@@ -327,9 +331,15 @@ def cached_answers(
         )
     facts |= cache.measured() | (layers.measured() if layers else {})
     positions = [batch.positions for batch in data.heldout()]
-    parts_NE = torch.split(heldout_NE.to(device), positions)
+    # In the host's memory, and only what this process is asked for: of large models with long
+    # windows all of it is gigabytes.
+    mine_NE = {
+        number: part_NE.clone() if processes() > 1 else part_NE
+        for number, part_NE in enumerate(torch.split(heldout_NE, positions))
+        if number % processes() == rank()
+    }
     head_VE = checkpoint.tensor(HEAD, precision.dtype).to(device)
-    return CachedAnswers(cache, list(parts_NE), head_VE, layers), facts
+    return CachedAnswers(cache, mine_NE, head_VE, layers), facts
 
 
 @contextmanager
@@ -373,7 +383,7 @@ def _capture(
     """Each process asks for its part of the windows; all make equally many passes."""
     passes = largest(-(-len(missing[rank() :: processes()]) // data.micro_windows))
 
-    def answer(windows: list[int]) -> Iterator[tuple[int, Tensor]]:
+    def answer(windows: list[int]) -> Iterator[tuple[int, Iterator[Tensor]]]:
         yield from _logits(inside, data, windows, precision)
         idle = passes - -(-len(windows) // data.micro_windows)
         for _ in range(idle):  # a split teacher needs every process in every pass
@@ -414,13 +424,15 @@ def _capture_hidden(
 @torch.no_grad()
 def _logits(
     inside: Inside, data: StepData, windows: list[int], precision: PrecisionChoice
-) -> Iterator[tuple[int, Tensor]]:
-    """The teacher's logits, a window at a time, [T, V], at every position."""
+) -> Iterator[tuple[int, Iterator[Tensor]]]:
+    """The teacher's logits at every position, a window at a time, in parts [n, V]: at once those
+    of a long window would be the largest thing in memory."""
     for batch in data.in_batches(windows):
         hidden_NE = inside(partial(trunk, batch=batch.counting_everywhere(), precision=precision))
-        hidden_BTE = hidden_NE.view(*batch.input_BT.shape, -1)
+        hidden_BTE, head_VE = hidden_NE.view(*batch.input_BT.shape, -1), head(inside.model)
         for number, hidden_TE in zip(batch.windows, hidden_BTE, strict=True):
-            yield number, hidden_TE @ head(inside.model).T
+            parts = torch.split(hidden_TE, _LOGIT_POSITIONS)
+            yield number, (part_NE @ head_VE.T for part_NE in parts)
 
 
 _HELDOUT = "heldout.safetensors"
@@ -443,7 +455,7 @@ def _keep_heldout(
 ) -> None:
     """Hidden states of the held-out windows, one after the other however they are batched."""
     hidden_NE = torch.cat(
-        [inside(partial(trunk, batch=batch, precision=precision)) for batch in data.heldout()]
+        [inside(partial(trunk, batch=batch, precision=precision)).cpu() for batch in data.heldout()]
     )
     if leads():
         save_hashed({"hidden": hidden_NE}, cache.folder / _HELDOUT)

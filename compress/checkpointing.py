@@ -204,6 +204,11 @@ def save_best(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:
     meet()
 
 
+def best_name(step: int) -> str:
+    """Where below a stage's folder `save_best` keeps the weights of ``step``."""
+    return f"resume/{_BEST.format(step)}" + (_WHOLE if processes() == 1 else "")
+
+
 def load_best(folder: Path, step: int) -> Group:
     """The weights that `save_best` kept for ``step``.
 

@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 
 from compress.answers import Taught, first_teacher, head, trunk
 from compress.checkpointing import (
-    TrainingState,
+    best_name,
     fill,
     load_best,
     load_checkpoint,
@@ -49,12 +49,21 @@ from compress.interrupts import StopRequest
 from compress.losses import LiveAnswer, LiveTargets, Targets
 from compress.on_policy import continued
 from compress.optimizers import set_learning_rate
-from compress.parallel import agreed, leader_says, leads, own_device, processes, total, whole
-from compress.saving import load_model, save_student
+from compress.parallel import (
+    agreed,
+    leader_says,
+    leads,
+    own_device,
+    processes,
+    put,
+    total,
+    whole,
+)
+from compress.saving import save_student
 from compress.schedule import warmup_then_cosine
 from compress.selection import mapping_fingerprint
 from compress.settings import DistillSettings, deciding
-from shearling import Progress, ShearlingError, disk_errors, sha256_of_json, silent
+from shearling import Progress, ShearlingError, disk_errors, sha256_of_json, silent, sync
 from teachers.checkpoint import Checkpoint
 from teachers.fetch import default_cache
 from teachers.transfer_set import TransferSet
@@ -65,9 +74,13 @@ _EXPLODED = 4.0
 """A loss this many times its running mean is taken for divergence, not for noise."""
 _NOTICEABLE = 0.1
 """A loss below this many nats a token is no divergence, however small it was before."""
+_NEAR = 0.25
+"""A held-out KL that is this small may grow several times over without divergence."""
 _RUNNING = 0.9
 _SETTLED = 10
 """Steps after which the running mean of the loss is trusted."""
+_SAVING_PART = 20
+"""Between two checkpoints lies this many times the seconds that the last one took."""
 _SPIKES_IN_A_ROW = 5
 """Steps that may be left out one after the other: more is divergence."""
 
@@ -122,8 +135,10 @@ def distill(
         checkpoint=checkpoint,
         progress=progress if leads() else silent,
     )
+    written = checkpoint.state["metrics_bytes"] if checkpoint else 0
+    del checkpoint  # a second student and optimizer, mapped from files that the next one replaces
     with disk_errors(out):
-        with StopRequest() as stop, _open_metrics(out, checkpoint) as metrics:
+        with StopRequest() as stop, _open_metrics(out, written) as metrics:
             _train(course, out, metrics, stop, identity, progress, on_metrics)
         # Not inside: no step follows that would look at `stop`, so Ctrl-C acts at once here.
         return _finish(course, student, out)
@@ -175,10 +190,12 @@ def _train(
             on_metrics(line)
 
     def save() -> None:
+        if leads():
+            sync(out / "metrics.jsonl")  # before the checkpoint that counts its bytes
         save_checkpoint(out / "resume", training_state(course, identity, metrics.tell()))
         course.saved_step = course.step
 
-    started, saved = time.monotonic() - course.seconds, time.monotonic()
+    started, saving = time.monotonic() - course.seconds, SavingTimes(settings.save_every_seconds)
     if course.step == 0:
         log(_evaluate_and_keep(course, out))
     while course.step < steps:
@@ -189,15 +206,34 @@ def _train(
         every = settings.evaluate_every
         if course.step == steps or (every and course.step % every == 0):
             log(_evaluate_and_keep(course, out))
-        due = leads() and time.monotonic() - saved >= settings.save_every_seconds
-        asked, due = agreed(stop.asked, due)
+        asked, due = agreed(stop.asked, leads() and saving.due())
         if asked or (due and course.step < steps):
             course.seconds = time.monotonic() - started
-            save()
-            saved = time.monotonic()
+            with saving:
+                save()
         if asked:
             raise KeyboardInterrupt
     course.seconds = time.monotonic() - started
+
+
+class SavingTimes:
+    """When a checkpoint is due: every so many seconds, or later where saving would take more than
+    a twentieth of the time (an 8B's state has 100 GB). Entered while one is saved."""
+
+    def __init__(self, every_seconds: float) -> None:
+        self.every = self._wait = every_seconds
+        self._since = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self._since >= self._wait
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        took, self._since = time.monotonic() - self._since, time.monotonic()
+        if self.every:  # 0 asks for one after every step
+            self._wait = max(self.every, _SAVING_PART * took)
 
 
 def train_step(course: Course) -> dict[str, Any]:
@@ -345,17 +381,29 @@ def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
     course.skipped += 1
     if course.settings.spikes == "skip" and course.skipped <= _SPIKES_IN_A_ROW:
         return True
-    settings, kept = course.settings, course.saved_step
     raise ShearlingError(
         what + (f" So it was in {course.skipped} steps in a row." if course.skipped > 1 else ""),
-        hint=f"Lower {_too_high(settings)}, or lengthen warmup (now {settings.warmup:g}), or set "
-        "precision to float32; with other settings the stage starts anew. "
-        + (
-            f"With the same ones it goes on behind step {kept}, whose checkpoint was kept."
-            if kept
-            else "No checkpoint had been written yet (see save_every_seconds)."
-        ),
+        hint=_after_divergence(course),
     )
+
+
+def _after_divergence(course: Course) -> str:
+    """What to change, what the same settings do, and what of the work is left."""
+    settings, saved = course.settings, course.saved_step
+    best = int(course.best["step"]) if course.best and settings.keep == "best" else 0
+    said = [
+        f"Lower {_too_high(settings)}, or lengthen warmup (now {settings.warmup:g}), or set "
+        "precision to float32; with other settings the stage starts anew.",
+        f"With the same ones it goes on behind step {saved}, whose checkpoint was kept."
+        if saved
+        else "No checkpoint had been written yet (see save_every_seconds).",
+    ]
+    if best:
+        said.append(
+            f"The weights of step {best}, the best on held-out text, lie in the stage's folder as "
+            f"{best_name(best)}."
+        )
+    return " ".join(said)
 
 
 def _what_is_wrong(course: Course, line: Mapping[str, Any], mean: float) -> str | None:
@@ -442,6 +490,12 @@ def _evaluate_and_keep(course: Course, out: Path) -> dict[str, Any]:
                 hint="Set precision to float32, or if training began lower "
                 f"{_too_high(course.settings)}.",
             )
+        if course.best and numbers[measure] > _EXPLODED * max(course.best[measure], _NEAR):
+            raise ShearlingError(
+                f"After step {course.step} the {said} on held-out text is {numbers[measure]:.3g}, "
+                f"after step {course.best['step']} it was {course.best[measure]:.3g}.",
+                hint=_after_divergence(course),
+            )
         course.latest = {"step": course.step, **numbers}
         course.first = course.first or course.latest
         if course.best is None or numbers[measure] < course.best[measure]:
@@ -472,17 +526,16 @@ def _adapt_mix(course: Course, found: Sequence[Comparison]) -> dict[str, Any]:
 # --- beginning and end ----------------------------------------------------------------------
 
 
-def _open_metrics(out: Path, checkpoint: TrainingState | None) -> TextIO:
-    """Open metrics.jsonl, cut to where the checkpoint was written; later lines come again."""
+def _open_metrics(out: Path, written: int) -> TextIO:
+    """Open metrics.jsonl, cut to the ``written`` bytes of a checkpoint; later lines come again."""
     if not leads():
         return open(os.devnull, "w", encoding="utf-8")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "metrics.jsonl"
-    path.touch()
-    metrics = path.open("r+", encoding="utf-8")
-    metrics.truncate(checkpoint.state["metrics_bytes"] if checkpoint else 0)
-    metrics.seek(0, 2)
-    return metrics
+    kept = path.read_bytes()[:written] if written and path.exists() else b""
+    with path.open("ab") as file:  # of a file that was damaged whole lines stay
+        file.truncate(kept.rfind(b"\n") + 1)
+    return path.open("a", encoding="utf-8")
 
 
 def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
@@ -493,7 +546,9 @@ def _finish(course: Course, student: Path, out: Path) -> dict[str, Any]:
         put_weights(course.student, course.average)
     kept = course.best if course.settings.keep == "best" else course.latest
     if kept["step"] == 0:  # the training only made it worse
-        put_weights(course.student, weights_of(load_model(student, torch.float32, course.device)))
+        start = Checkpoint(student)
+        for name, parameter in weights_of(course.student).items():
+            put(parameter, start.tensor(name, torch.float32))
     elif kept["step"] != course.step:
         best = load_best(out / "resume", int(kept["step"]))
         fill(dict(course.student.named_parameters()), best)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -235,13 +235,3 @@ def put(target: Tensor, source: Tensor) -> None:
             source.to(target.device), target.device_mesh, target.placements, src_data_rank=None
         )
     target.copy_(source)
-
-
-def whole_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All weights on the CPU of rank 0, gathered one at a time; elsewhere nothing is kept."""
-    found = {}
-    for name, weight in weights.items():
-        gathered = whole(weight)
-        if leads():
-            found[name] = gathered.cpu()
-    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
 
-from compress.parallel import leads, meet, processes, whole_weights
+from compress.parallel import leads, meet, processes, whole
 from shearling import ShearlingError, folder_aside
 from teachers.tokenizer import copy_tokenizer
 
@@ -28,25 +28,26 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> LlamaF
 def save_student(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
     """Save as a stock folder in ``source``'s dtype with its tokenizer, and open it again.
 
-    A split student is put together on rank 0, weight by weight.
+    A split student is put together on rank 0, weight by weight, in the dtype in which it is saved.
 
     Raises:
         ShearlingError: the saved model does not answer as the one in memory does.
     """
-    if processes() > 1:
-        gathered = whole_weights(dict(student.named_parameters()))
-        if leads():
-            together = load_model(source, torch.float32, torch.device("cpu"))
-            for name, parameter in together.named_parameters():
-                parameter.data = gathered.pop(name)
-            _save(together, source, folder)
-        meet()
-        return
-    _save(student, source, folder)
-
-
-def _save(student: LlamaForCausalLM, source: Path, folder: Path) -> None:
     dtype = AutoConfig.from_pretrained(source, local_files_only=True).dtype or torch.float32
+    if processes() == 1:
+        _save(student, source, folder, dtype)
+        return
+    together = load_model(source, dtype, torch.device("cpu")) if leads() else None
+    for name, weight in student.named_parameters():
+        gathered = whole(weight.detach())  # by all processes, whoever keeps it
+        if together is not None:
+            together.get_parameter(name).data = gathered.to("cpu", dtype)
+    if together is not None:
+        _save(together, source, folder, dtype)
+    meet()
+
+
+def _save(student: LlamaForCausalLM, source: Path, folder: Path, dtype: torch.dtype) -> None:
     student.eval()
     for parameter in student.parameters():  # not .to(dtype): RoPE's frequencies stay float32
         parameter.data = parameter.data.to(dtype)

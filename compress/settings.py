@@ -19,13 +19,23 @@ from students.shape import Shape
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Importance = Literal["greedy", "activation", "taylor", "magnitude"]
-CHANGE_NO_RESULT = frozenset({"save_every_seconds", "stream_memory_gb"})
-"""Settings that only say how safely or on how small a machine a stage works."""
+_HOW_SAFELY = frozenset({"save_every_seconds", "stream_memory_gb"})
+_HOW_LARGE = frozenset({"micro_batch_windows", "chunk_tokens", "gradient_checkpointing", "compile"})
+
+
+def without_effect(settings: Settings) -> frozenset[str]:
+    """Settings that only say how safely, how fast or on how small a machine a stage works.
+
+    Results depend on them by rounding at most, as on the number of processes, so a stage that ran
+    out of memory goes on with others. Text that a model writes is drawn a micro-batch at a time.
+    """
+    writes = getattr(settings, "on_policy", 0) != 0
+    return _HOW_SAFELY | (_HOW_LARGE - {"micro_batch_windows"} if writes else _HOW_LARGE)
 
 
 def deciding(settings: Settings, kind: type[Settings]) -> dict[str, Any]:
     """Those settings of ``kind`` on which results depend; not what a recipe calls its stage."""
-    return settings.model_dump(include=set(kind.model_fields) - CHANGE_NO_RESULT)
+    return settings.model_dump(include=set(kind.model_fields) - without_effect(settings))
 
 
 class PruneSettings(Settings):
@@ -309,7 +319,10 @@ class DistillSettings(Settings):
         description="Which weights become the stage's model: the best evaluated or the last.",
     )
     save_every_seconds: float = Field(
-        default=60.0, ge=0, description="Seconds between checkpoints; 0 saves after every step."
+        default=60.0,
+        ge=0,
+        description="Seconds between checkpoints, or twenty times what one takes if that is more; "
+        "0 saves after every step.",
     )
 
     @model_serializer(mode="wrap")
@@ -413,7 +426,10 @@ class CorrectSettings(Settings):
         description="Steps between evaluations on held-out windows; 0: at start and end only.",
     )
     save_every_seconds: float = Field(
-        default=60.0, ge=0, description="Seconds between checkpoints; 0 saves after every step."
+        default=60.0,
+        ge=0,
+        description="Seconds between checkpoints, or twenty times what one takes if that is more; "
+        "0 saves after every step.",
     )
 
     def as_distillation(self) -> DistillSettings:

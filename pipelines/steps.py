@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from compress.settings import CHANGE_NO_RESULT
+from compress.settings import without_effect
 from pipelines.recipe import DistillStage, Recipe, TeacherStage
 from pipelines.stages import benchmark, correct, distill, export, prune, teacher, transfer_set
 from pipelines.stages.distill import teacher_role
@@ -205,7 +205,7 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
             stage=stage.name,
             seeded=stage.kind != "teacher",
             # training: only what it stands for
-            leave_out=frozenset({"name", "kind", "training"}) | CHANGE_NO_RESULT,
+            leave_out=frozenset({"name", "kind", "training"}) | without_effect(stage),
             needs=needs,
             files=files,
         )

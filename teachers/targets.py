@@ -253,12 +253,22 @@ class WindowCache:
         shard, place = divmod(number, self._shard_windows)
         records: NDArray[Any] = self._shard(shard)[place]
         if self._checksums[number] != _checksum(records):
+            self._forget_damaged(shard)
             raise ShearlingError(
                 f"The targets of window {number} in {self.folder} are damaged or missing: "
                 "their checksum is wrong.",
-                hint=f"Delete {self.folder}; the teacher is asked again.",
+                hint="Start the same command again: the teacher is asked again for that window. If "
+                "this comes again, check the disk for errors.",
             )
         return records
+
+    def _forget_damaged(self, shard: int) -> None:
+        """Take all windows of a shard whose checksum is wrong for ones that are not there."""
+        first = shard * self._shard_windows
+        for place, records in enumerate(self._shard(shard)[: self._windows - first]):
+            kept = self._checksums[first + place]
+            if kept and kept != _checksum(records):
+                self._put(_CHECKSUMS, (first + place) * kept.nbytes, bytes(kept.nbytes))
 
     def _shard(self, number: int) -> np.memmap[Any, np.dtype[Any]]:
         if number not in self._shards:
@@ -378,8 +388,8 @@ def _checksum(records: NDArray[Any]) -> int:
     return zlib.crc32(records.tobytes()) | 1 << 32
 
 
-Answer = Callable[[list[int]], Iterable[tuple[int, Tensor]]]
-"""Gives (window number, logits [T, V] in any float dtype) for each window asked for."""
+Answer = Callable[[list[int]], Iterable[tuple[int, Iterable[Tensor]]]]
+"""Gives for each window asked for its number and its logits, in parts [n, V] in any float dtype."""
 
 
 def capture(
@@ -397,29 +407,34 @@ def capture(
     processes that fill a cache, each with its part of the windows, one ``measures``.
     """
     missing = cache.missing(windows)
-    for done, (number, logits_TV) in enumerate(answer(missing), start=1):
+    for done, (number, parts) in enumerate(answer(missing), start=1):
         offset_T = torch.from_numpy(
             1 - np.random.default_rng([seed, number, 5]).random(cache.window)
         )
-        packed, entropies, errors = [], [], []
-        for start in range(0, len(logits_TV), _ROWS):
-            rows = slice(start, start + _ROWS)
-            log_p_BV = logits_TV[rows, : cache.format.vocabulary].float().log_softmax(-1)
-            packed_BK, entropy_B = _summarise(log_p_BV, offset_T[rows], cache.format)
+        packed, entropies, errors, start = [], [], [], 0
+        for logits_BV in (rows_BV for part_NV in parts for rows_BV in torch.split(part_NV, _ROWS)):
+            log_p_BV = logits_BV[:, : cache.format.vocabulary].float().log_softmax(-1)
+            offset_B = offset_T[start : start + len(log_p_BV)]
+            packed_BK, entropy_B = _summarise(log_p_BV, offset_B, cache.format)
             packed.append(packed_BK)
             entropies.append(entropy_B)
             if measures and start < cache.unmeasured:
                 errors.append(measured_error(log_p_BV.cpu(), *unpack(packed_BK, cache.format)))
+            start += len(log_p_BV)
         cache.write(number, np.concatenate(packed), np.concatenate(entropies))
         if errors:
             error_T2 = torch.cat(errors)
             kl, tail = error_T2.mean(0).tolist()
             cache.measure(len(error_T2), {"kl_to_live": kl, "tail_mass": tail})
         progress("targets", done, len(missing))
+        if done % _FLUSHED == 0:
+            cache.flush()
     cache.flush()
     return len(missing)
 
 
+_FLUSHED = 1024
+"""Windows after which all is brought to the disk: no more is asked again after a power cut."""
 _ROWS = 64
 """Positions summarised at once: few enough for their distributions to stay in the cache."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from functools import reduce
 from itertools import pairwise
@@ -476,10 +477,21 @@ def test_an_exploding_loss_stops_with_the_step_and_keeps_the_last_checkpoint(ben
     assert "Lower learning_rate (now 50) or clip (now 1e+09), or" in caught.value.hint
     kept = sorted((bench.tmp_path / "out" / "resume").glob("step-*"))
     assert len(kept) == 1
-    from safetensors.torch import load_file
-
     weights = load_file(kept[0] / "student.safetensors")
     assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_a_held_out_loss_that_explodes_stops_and_names_the_best_weights(bench: Bench) -> None:
+    """Slow enough growth is never a jump of the loss above its running mean."""
+    with pytest.raises(
+        ShearlingError, match=r"the KL on held-out text is .*, after step \d+ it"
+    ) as c:
+        bench.run(tokens=32 * 8 * 400, learning_rate=2.0, warmup=1.0, evaluate_every=1, clip=1e9)
+    best = re.search(r"step (\d+), the best on held-out text, .* as (\S+)\.$", c.value.hint)
+    assert best, c.value.hint
+    kept = load_file(bench.tmp_path / "out" / best[2])
+    assert all(weight.isfinite().all() for weight in kept.values())
+    assert best[2] == f"resume/best-{int(best[1]):08d}.safetensors"
 
 
 @pytest.mark.parametrize("cause", [{"weight_decay": 1e8}, {"embedding_learning_rate": 1e8}])

@@ -24,9 +24,9 @@ from compress.checkpointing import (
     save_best,
     save_checkpoint,
 )
-from compress.distill import distill
+from compress.distill import SavingTimes, distill
 from compress.interrupts import StopRequest
-from compress.settings import DistillSettings
+from compress.settings import DistillSettings, without_effect
 from shearling import ShearlingError, read_json, sha256_of_json, write_json
 
 SETTINGS: dict[str, Any] = {
@@ -171,6 +171,80 @@ def test_what_a_recipe_calls_the_stage_changes_nothing(
         patch.setattr("compress.course.wide_products", lambda *_: True)
         distill(*folders, again)
     same(tmp_path, whole)
+
+
+def test_a_stage_that_needs_less_memory_goes_on(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """What a lack of memory is answered with changes results by rounding at most."""
+    folders = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set)
+    with pytest.raises(KeyboardInterrupt):
+        distill(*folders, DistillSettings(**SETTINGS), on_metrics=interrupt_after(3))
+    before = curve(tmp_path)
+    smaller = {"micro_batch_windows": 1, "gradient_checkpointing": True, "chunk_tokens": 16}
+    distill(*folders, DistillSettings(**SETTINGS, **smaller))
+    assert curve(tmp_path)[: len(before)] == before
+    assert curve(tmp_path)[-1]["step"] == 24
+
+
+def test_a_model_s_own_text_hangs_on_the_micro_batch() -> None:
+    """It is drawn a micro-batch at a time, so there the setting decides on results."""
+    assert "micro_batch_windows" in without_effect(DistillSettings(tokens=1))
+    writes = without_effect(DistillSettings(tokens=1, on_policy=0.5))
+    assert "micro_batch_windows" not in writes
+    assert "chunk_tokens" in writes
+
+
+@pytest.mark.parametrize("lost", [1, 700])
+def test_of_a_shortened_log_whole_lines_stay(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path, lost: int
+) -> None:
+    """Whatever befell the file, every line of it can be read and what is run anew is in it."""
+    arguments = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set, DistillSettings(**SETTINGS))
+    with pytest.raises(KeyboardInterrupt):
+        distill(*arguments, on_metrics=interrupt_after(3))
+    log = tmp_path / "metrics.jsonl"
+    os.truncate(log, log.stat().st_size - lost)
+    distill(*arguments)
+    assert b"\0" not in log.read_bytes()
+    assert [line["step"] for line in curve(tmp_path) if line["step"] > 3][-1] == 24
+
+
+def test_a_run_that_goes_on_lets_go_of_its_checkpoint(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """Mapped, the files of a checkpoint that was replaced would stay on the disk to the end."""
+    arguments = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set, DistillSettings(**SETTINGS))
+    with pytest.raises(KeyboardInterrupt):
+        distill(*arguments, on_metrics=interrupt_after(3))
+    mapped: list[str] = []
+
+    def look(line: dict[str, Any]) -> None:
+        if line["step"] == 10:
+            mapped.extend(Path("/proc/self/maps").read_text().splitlines())
+
+    distill(*arguments, on_metrics=look)
+    assert mapped
+    assert not [line for line in mapped if str(tmp_path) in line and "step-00000003" in line]
+
+
+def test_saving_never_takes_more_than_a_twentieth_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("compress.distill.time.monotonic", lambda: now[0])
+    usual, always = SavingTimes(60.0), SavingTimes(0.0)
+    now[0] = 59.0
+    assert (usual.due(), always.due()) == (False, True)
+    now[0] = 60.0
+    assert usual.due()
+    for saving in (usual, always):
+        with saving:
+            now[0] += 10.0  # an 8B's
+    now[0] += 189.0
+    assert (usual.due(), always.due()) == (False, True)
+    now[0] += 1.0 + 10.0  # the second was saved in the first one's wait
+    assert usual.due()
 
 
 def test_surpassed_weights_do_not_pile_up_between_checkpoints(

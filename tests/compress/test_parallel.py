@@ -50,7 +50,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "narrow": {"precision": "bfloat16"},
     "mix": {"adaptive_mix": 1.0},
     "padded": {"cross_entropy": 0.5},
+    "harmed": {"forward_kl": 0.0, "cross_entropy": 1.0},  # the student is the teacher
 }
+MODELS = {"padded": "padded", "harmed": "same"}
 UNTIED = ("untied", "muon", "wide")
 
 
@@ -91,7 +93,7 @@ class Runs:
         selection.write_text(json.dumps({"layers": [0, 2], "hidden": list(range(3, 27))}))
 
     def job(self, kind: str, out: str) -> dict[str, Any]:
-        models = "padded" if kind == "padded" else "untied" if kind in UNTIED else "tied"
+        models = MODELS.get(kind, "untied" if kind in UNTIED else "tied")
         teacher, student = self.models[models]
         named = {
             "teacher": teacher,
@@ -149,6 +151,7 @@ def runs(
     )
     models = {
         "tied": (tiny_llama, tiny_student),
+        "same": (tiny_llama, tiny_llama),
         "untied": (tiny_llama_untied, untied_student),
         "padded": (
             padded(tiny_llama, folder / "wide teacher", 41),
@@ -219,6 +222,17 @@ def test_what_comes_out_is_a_stock_model_with_its_tie(runs: Runs) -> None:
     summary = json.loads((runs.folder / "all-2" / "summary.json").read_text())
     assert summary["processes"] == 2
     assert summary["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_split_training_that_only_harms_gives_back_its_start(
+    runs: Runs, tiny_llama: Path
+) -> None:
+    weights, same = (
+        load_file(folder / "model.safetensors")
+        for folder in (runs.folder / "harmed-2" / "model", tiny_llama)
+    )
+    assert weights.keys() == same.keys()
+    assert all(torch.equal(weights[name], same[name]) for name in same)
 
 
 def test_the_cache_is_the_same_whoever_filled_it(runs: Runs) -> None:

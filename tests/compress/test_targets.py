@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -121,9 +121,12 @@ def test_the_default_takes_60_bytes_a_token_and_loses_little(vocabulary: int) ->
 # --- the cache -------------------------------------------------------------------------------
 
 
-def logits_of(windows: list[int]) -> Iterator[tuple[int, Tensor]]:
+Asked = Iterator[tuple[int, Iterable[Tensor]]]
+
+
+def logits_of(windows: list[int]) -> Asked:
     for number in windows:
-        yield number, distributions(rows=WINDOW, seed=number).log()
+        yield number, [distributions(rows=WINDOW, seed=number).log()]
 
 
 def cache(root: Path, kind: str = "sample", **identity: Any) -> TargetCache:
@@ -142,7 +145,7 @@ def test_order_and_interruption_change_nothing(tmp_path: Path) -> None:
     parts = cache(tmp_path / "parts")
     capture(parts, [7, 2], logits_of, seed=3)
 
-    def killed(windows: list[int]) -> Iterator[tuple[int, Tensor]]:
+    def killed(windows: list[int]) -> Asked:
         yield from logits_of(windows[:2])
         raise KeyboardInterrupt
 
@@ -184,7 +187,7 @@ def test_so_many_positions_are_measured_and_no_more(
 
 def test_a_teacher_that_says_nan_leaves_no_measure(tmp_path: Path) -> None:
     kept = cache(tmp_path, "top_k")
-    capture(kept, [0], lambda _: [(0, torch.full((WINDOW, VOCABULARY), torch.nan))], seed=3)
+    capture(kept, [0], lambda _: [(0, [torch.full((WINDOW, VOCABULARY), torch.nan)])], seed=3)
     assert kept.measured() == {}
 
 
@@ -217,7 +220,36 @@ def test_a_flipped_bit_and_a_missing_window_are_refused(tmp_path: Path) -> None:
     shard.write_bytes(bytes(damaged))
     with pytest.raises(ShearlingError, match="window 5") as caught:
         cache(tmp_path).read([4, 5])
-    assert str(kept.folder) in caught.value.hint
+    assert "same command again" in caught.value.hint
+
+
+def test_after_damage_only_what_is_damaged_is_asked_again(tmp_path: Path) -> None:
+    kept = cache(tmp_path)
+    capture(kept, range(WINDOWS), logits_of, seed=3)
+    before = [part.copy() for part in contents(kept, list(range(WINDOWS)))]
+    with (kept.folder / "shard-00000.bin").open("r+b") as shard:
+        for window in (2, 6):  # as a power cut leaves what had not reached the disk
+            shard.seek(window * WINDOW * kept.format.bytes_per_token)
+            shard.write(bytes(WINDOW * kept.format.bytes_per_token))
+    with pytest.raises(ShearlingError, match="window 6"):
+        cache(tmp_path).read([6])
+    again = cache(tmp_path)
+    assert again.missing(range(WINDOWS)) == [2, 6]
+    capture(again, range(WINDOWS), logits_of, seed=3)
+    for one, two in zip(before, contents(again, list(range(WINDOWS))), strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_logits_may_come_in_parts(tmp_path: Path) -> None:
+    def in_parts(windows: list[int]) -> Asked:
+        for number, (logits_TV,) in logits_of(windows):
+            yield number, torch.split(logits_TV, 5)
+
+    whole, parts = cache(tmp_path / "whole"), cache(tmp_path / "parts")
+    capture(whole, [0, 1], logits_of, seed=3)
+    capture(parts, [0, 1], in_parts, seed=3)
+    for one, two in zip(contents(whole, [0, 1]), contents(parts, [0, 1]), strict=True):
+        assert np.array_equal(one, two)
 
 
 def test_many_shards_are_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
