@@ -217,8 +217,7 @@ def test_a_removed_shard_of_the_teachers_answers(
     done = shearling("run", recipe_file, "--out", run, *other)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "checksum" in done.stderr
-    assert f"Delete {shard.parent}" in done.stderr
-    shutil.rmtree(shard.parent)
+    assert "Start the same command again" in done.stderr
     assert shearling("run", recipe_file, "--out", run, *other).returncode == 0
     done = shearling("run", recipe_file, "--out", run, *kept)
     assert "distill: not run again: done before" in done.stdout
