@@ -190,11 +190,16 @@ def save_best(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:
     """Keep the weights of the best evaluation so far, and beside them only those that the last
     checkpoint names: they are what a killed run goes on from."""
     name = _BEST.format(step)
+    parts, whole = folder / name, folder / f"{name}{_WHOLE}"
+    # What another number of processes kept for this step, before a kill, would be taken for these.
     if processes() > 1:
-        with _shared_folder(folder / name) as aside:
+        with _shared_folder(parts) as aside:
             _save_group(aside, "student", weights)
+        if leads():
+            whole.unlink(missing_ok=True)
     else:
-        save_hashed(weights, folder / f"{name}{_WHOLE}")
+        save_hashed(weights, whole)
+        shutil.rmtree(parts, ignore_errors=True)
     if leads():
         checkpoints = sorted(folder.glob("step-*"))
         needed = {name, *(path.name for path in checkpoints)}

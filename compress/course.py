@@ -224,8 +224,14 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def update_average(average: Mapping[str, Tensor], model: nn.Module, decay: float) -> None:
-    """average ← decay · average + (1 - decay) · weights."""
+def update_average(average: Mapping[str, Tensor], model: nn.Module, most: float, step: int) -> None:
+    """average ← decay · average + (1 - decay) · weights, behind ``step`` steps (from 0).
+
+    The decay rises with the steps up to ``most``, as min(most, (1 + step) / (10 + step)): else the
+    average of a short run would be the weights that it began with. (TensorFlow's
+    ExponentialMovingAverage.)
+    """
+    decay = min(most, (1 + step) / (10 + step))
     for name, parameter in model.named_parameters():
         average[name].lerp_(parameter, 1 - decay)
 

@@ -262,7 +262,7 @@ def train_step(course: Course) -> dict[str, Any]:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if course.average is not None and not skipped:
-        update_average(course.average, student, settings.ema)
+        update_average(course.average, student, settings.ema, course.step)
 
     course.step += 1
     line["tokens_per_second"] = round(course.data.step_tokens / (time.perf_counter() - started), 2)

@@ -36,7 +36,8 @@ def continued(
 ) -> Batch:
     """The batch with the second half of a share of its windows written by ``writer``.
 
-    A window whose document ends just there is left as it is. ``seed`` decides which windows are
+    A window whose document ends just there, or which has there what isn't to be learnt (another's
+    turn of a conversation), is left as it is. ``seed`` decides which windows are
     taken and what is written, so a run that goes on writes the same; it is written in the
     ``precision`` in which it is read. Rows of the writer's head from ``vocabulary`` on are
     padding, which it never writes.
@@ -44,9 +45,11 @@ def continued(
     half = batch.input_BT.shape[1] // 2
     drawn = torch.Generator().manual_seed(_one_number(seed))
     chosen_B = torch.rand(len(batch.input_BT), generator=drawn) < share
-    goes_on_B = (batch.positions_BT[:, half] > 0).cpu()
+    if half == 0:
+        return batch
+    goes_on_B = (batch.positions_BT[:, half] > 0).cpu() & batch.mask_BT[:, half - 1]
     rows_R = torch.nonzero(chosen_B & goes_on_B).flatten().tolist()
-    if not rows_R or half == 0:
+    if not rows_R:
         return batch
     padding = list(range(vocabulary or writer.config.vocab_size, writer.config.vocab_size))
     drawn_from = _one_number([*seed, 1])

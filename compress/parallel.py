@@ -180,7 +180,8 @@ def open_split(
 
     No process ever holds more than its part, one whole layer and the embeddings. Weights wider
     than the matrix products' dtype are gathered in that, at half the traffic: autocast would
-    narrow them anyway. Gradients are added in the weights' own dtype.
+    narrow matrices anyway, and norms' gains are rounded once more. Gradients are added in the
+    weights' own dtype.
     """
     checkpoint = Checkpoint(folder)
     with torch.device("meta"):

@@ -287,7 +287,7 @@ class DistillSettings(Settings):
         ge=0,
         lt=1,
         description="Decay of a running average of the weights, which is then what is evaluated "
-        "and kept; 0 is off.",
+        "and kept; less in the first steps. 0 is off.",
     )
 
     precision: Precision = Field(

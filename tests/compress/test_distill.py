@@ -232,6 +232,15 @@ def test_every_option_learns(bench: Bench, options: dict[str, Any]) -> None:
     assert end[name] < 0.9 * start[name]
 
 
+def test_an_average_of_few_steps_is_not_the_start(bench: Bench) -> None:
+    """With 0.9999 from the first step on it would be 0.998 of it after twenty."""
+    options = {"tokens": 32 * 8 * 20, "keep": "last"}
+    _, plain = bench.run("plain", **options)
+    _, averaged = bench.run("averaged", **options, ema=0.9999)
+    start, end = averaged["heldout_start"]["heldout_kl"], averaged["heldout_end"]["heldout_kl"]
+    assert start - end > 0.5 * (start - plain["heldout_end"]["heldout_kl"])
+
+
 def test_the_learning_rate_rises_and_falls_to_its_share(bench: Bench) -> None:
     out, _ = bench.run(tokens=32 * 8 * 10, warmup=0.3, final_learning_rate=0.1)
     rates = [line["learning_rate"] for line in steps(out)]
@@ -402,6 +411,24 @@ def test_the_student_s_own_text_counts_up_to_its_end_and_has_no_labels(
     surprise = -taken[rows, :, 0][counted].mean()
     entropy = torch.distributions.Categorical(logits=said[rows, half - 1 : -1][counted]).entropy()
     assert surprise == pytest.approx(entropy.mean().item(), rel=0.15)
+
+
+def test_nobody_writes_another_s_turn(bench: Bench) -> None:
+    """Where only answers are learnt, a window that has a question there is left as it is."""
+    from compress.on_policy import continued
+
+    student = LlamaForCausalLM.from_pretrained(bench.student)
+    ids_BT = torch.randint(3, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    places_BT = torch.arange(16).expand(4, 16)
+    learnt_BT = torch.ones(4, 16, dtype=torch.bool)
+    learnt_BT[1, 6:12] = learnt_BT[2, 8] = False
+    batch = make_batch(ids_BT, places_BT, torch.device("cpu"), [0, 1, 2, 3], learnt_BT)
+    precision = PrecisionChoice(name="float32", reason="the test's")
+    found = continued(student, batch, share=1.0, temperature=1.0, seed=[0], precision=precision)
+    asked_for = batch.mask_BT[:, 7]
+    assert asked_for.tolist().count(False) > 0
+    assert torch.equal((found.input_BT != ids_BT).any(-1), asked_for)
+    assert torch.equal(found.mask_BT[~asked_for], batch.mask_BT[~asked_for])
 
 
 def test_a_run_on_the_student_s_own_text_learns(bench: Bench) -> None:

@@ -320,6 +320,16 @@ def checkpoint_at(step: int) -> TrainingState:
     return TrainingState(step=step, state={"best_step": 2}, tensors=tensors)
 
 
+def test_the_best_weights_are_those_that_were_kept_last(tmp_path: Path) -> None:
+    """Several processes kept parts for a step, were killed, and one went on from before it."""
+    parts = tmp_path / "best-00000004" / "student"
+    parts.mkdir(parents=True)
+    save_best(tmp_path, 4, {"weight": torch.ones(2)})
+    kept = load_best(tmp_path, 4)
+    assert not isinstance(kept, Path)
+    assert kept["weight"].tolist() == [1, 1]
+
+
 def test_a_newer_checkpoint_replaces_the_older_and_leftovers(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, checkpoint_at(1))
     (tmp_path / ".step-00000002.partial-x").mkdir()
