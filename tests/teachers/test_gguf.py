@@ -298,12 +298,29 @@ def test_llama3s_tokenizer_survives_gguf(
         "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
         "tokenizer.ggml.bos_token_id": 128000,
         "tokenizer.ggml.eos_token_id": 128009,
+        "tokenizer.ggml.add_bos_token": False,  # as this tokenizer.json has it
     }
     save_tokenizer(llama_tokenizer(Gguf(Path("llama3"), metadata)), tmp_path)
     ours, theirs = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(folder)
     assert len(ours) == 128256
     for text in [*nasty, "<|eot_id|>\n<|start_header_id|>user"]:
         assert ours(text).input_ids == theirs(text).input_ids
+
+
+@pytest.mark.parametrize(
+    ("pre", "adds"),
+    [("llama3", True), ("llama-v3", True), ("llama-bpe", True), ("gpt-2", False)],
+)
+def test_llama3s_texts_begin_with_bos_unless_the_file_says_they_do_not(
+    plain: Path, pre: str, adds: bool
+) -> None:
+    """Many files don't have the key: the original's configuration did not have it."""
+    silent = {**read_gguf(plain).metadata, "tokenizer.ggml.pre": pre}
+    assert "tokenizer.ggml.add_bos_token" not in silent
+    said = {"tokenizer.ggml.add_bos_token": not adds}
+    for metadata, begins in ((silent, adds), (silent | said, not adds)):
+        tokenizer = llama_tokenizer(Gguf(plain, metadata))
+        assert (tokenizer("A lamb").input_ids[0] == tokenizer.bos_token_id) is begins
 
 
 @pytest.mark.parametrize(
