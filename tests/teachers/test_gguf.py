@@ -22,7 +22,7 @@ from shearling import ShearlingError
 from students.gguf_layout import llama3_rope_factors
 from teachers.checkpoint import import_teacher, open_checkpoint
 from teachers.fetch import PackagedFile, fetch
-from teachers.gguf_file import convert
+from teachers.gguf_file import convert, llama_config
 from teachers.gguf_header import Gguf, read_gguf
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer
 from teachers.layout import halves_apart
@@ -264,6 +264,30 @@ def test_rope_factors_are_those_of_transformers(factor: float, head_dim: int) ->
     ours = llama3_rope_factors(500000.0, head_dim, factor, 1.0, 4.0, 8192)
     plain = 500000.0 ** -(np.arange(0, head_dim, 2) / head_dim)
     assert np.allclose(plain / ours, inverse.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "factor"),
+    [
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.type": "linear", "scale_linear": 2.0}, 2.0),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, None),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scale_linear": 1.0}, None),
+        ({}, None),
+    ],
+)
+def test_linear_scaling_is_read_under_all_the_names_it_had(
+    plain: Path, metadata: dict[str, Any], factor: float | None
+) -> None:
+    """As llama.cpp's loader does: a factor without a type is linear, 0 and 1 scale nothing."""
+    header = read_gguf(plain)
+    header.metadata.update({f"llama.rope.{key}": value for key, value in metadata.items()})
+    rope = llama_config(header).rope_parameters
+    assert rope["rope_type"] == ("default" if factor is None else "linear")
+    assert rope.get("factor") == factor
 
 
 # --- tokenizers ---
