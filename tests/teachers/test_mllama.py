@@ -12,10 +12,12 @@ from shapes import llama3_rope
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 from vision import SMALL_VISION
 
-from shearling import ShearlingError
+from shearling import ShearlingError, read_json, write_json
 from teachers.checkpoint import import_teacher, open_checkpoint
 from teachers.settings import TeacherSettings
-from teachers.tokenizer import copy_tokenizer, load_tokenizer
+from teachers.tokenizer import copy_tokenizer, load_tokenizer, token_count
+
+IMAGE = "<|image|>"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,39 @@ def vision_model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     )
     folder = tmp_path_factory.mktemp("mllama") / "model"
     MllamaForConditionalGeneration(config).eval().save_pretrained(folder)
-    copy_tokenizer(tiny_llama, folder)
+    add_image(tiny_llama, folder)
     return folder
+
+
+def add_image(source: Path, folder: Path) -> None:
+    """The tokenizer as it is released: ``<|image|>`` has a number that the text has no row for."""
+    tokenizer = load_tokenizer(source)
+    image = {"content": IMAGE, "special": True, "normalized": False, "lstrip": False}
+    image |= {"rstrip": False, "single_word": False}
+    number = len(tokenizer)
+    tokenizer.save_pretrained(folder)
+    data = read_json(folder / "tokenizer.json")
+    data["added_tokens"].append({"id": number, **image})
+    write_json(folder / "tokenizer.json", data)
+    config = read_json(folder / "tokenizer_config.json")
+    config["added_tokens_decoder"] = {str(number): image}
+    config["additional_special_tokens"] = [IMAGE]
+    write_json(folder / "tokenizer_config.json", config)
+    write_json(folder / "added_tokens.json", {IMAGE: number})
+    write_json(folder / "special_tokens_map.json", {"additional_special_tokens": [image]})
+    assert token_count(load_tokenizer(folder)) == number + 1
+
+
+def test_the_tokenizer_has_no_token_that_the_text_has_no_row_for(
+    vision_model: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    import_teacher(TeacherSettings(model=str(vision_model)), tmp_path / "out", cache=tmp_path)
+    teacher = tmp_path / "out/model"
+    ours, theirs = load_tokenizer(teacher), load_tokenizer(tiny_llama)
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.special_tokens_map == theirs.special_tokens_map
+    assert ours("<|endoftext|>A lamb").input_ids == theirs("<|endoftext|>A lamb").input_ids
+    assert not [file for file in teacher.glob("*.json") if IMAGE in file.read_text()]
 
 
 def test_the_text_tower_has_the_logits_of_the_vision_model(
