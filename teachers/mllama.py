@@ -19,7 +19,16 @@ from transformers import LlamaConfig, MllamaConfig
 
 from shearling import Progress, ShearlingError, silent
 from students.shape import Shape
-from teachers.layout import AGAIN, EMBEDDING, HEAD, as_llama, misfit, model_type, tensor_problems
+from teachers.layout import (
+    AGAIN,
+    EMBEDDING,
+    HEAD,
+    as_llama,
+    check_tied,
+    misfit,
+    model_type,
+    tensor_problems,
+)
 from teachers.tokenizer import copy_tokenizer, drop_tokens, load_tokenizer
 from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
@@ -69,11 +78,12 @@ class TextTower:
         self.weights = WeightFiles(weight_files(folder))
         numbers = {old: new for new, old in enumerate(layers)}
         found = {target: name for name in self.weights.names() if (target := _name(name, numbers))}
-        if self.config.tie_word_embeddings:
-            found.pop(HEAD, None)
+        copy = found.pop(HEAD, None) if self.config.tie_word_embeddings else None
         self._stored = found
         self.shapes = {target: self._shape(target) for target in found}
         self._check()
+        if copy is not None:
+            check_tied(folder, self.tensor(EMBEDDING), self.weights.tensor(copy))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Without the rows of the embedding that stand for the image."""

@@ -229,6 +229,26 @@ def test_an_old_checkpoints_frequencies_and_a_tied_copy_of_the_head_do_no_harm(c
     assert open_checkpoint(copy)
 
 
+@pytest.mark.parametrize("layout", [lambda folder: None, to_bin])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(
+    copy: Path, layout: Callable[[Path], None]
+) -> None:
+    """transformers gives such a model the head of the file, a tied student would lose it."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][3, 5] += 1
+
+    edit_weights(copy, add)
+    layout(copy)
+    with pytest.raises(ShearlingError, match="not its embedding") as caught:
+        open_checkpoint(copy)
+    assert "Set tie_word_embeddings to false" in str(caught.value.hint)
+    edit_config(copy, tie_word_embeddings=False)
+    head = open_checkpoint(copy).tensor("lm_head.weight")
+    assert torch.equal(head, reference(copy)["lm_head.weight"])
+
+
 def test_biases_that_the_config_mentions_are_part_of_the_model(tmp_path: Path) -> None:
     from pipelines.tiny import make_tiny_llama
 

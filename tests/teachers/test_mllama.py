@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,22 @@ def test_older_and_newer_names_are_known(vision_model: Path, tmp_path: Path, pre
     save_file(renamed, folder / "model.safetensors")
     facts = import_teacher(TeacherSettings(model=str(folder)), tmp_path / "out", cache=tmp_path)
     assert facts["shape"]["num_hidden_layers"] == 4
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_tied_vision_model_may_carry_its_matrix_twice_but_not_two(
+    vision_model: Path, tmp_path: Path, times: int
+) -> None:
+    folder = Path(shutil.copytree(vision_model, tmp_path / "tied"))
+    config = read_json(folder / "config.json")
+    config["text_config"]["tie_word_embeddings"] = True
+    write_json(folder / "config.json", config)
+    tensors = load_file(folder / "model.safetensors")
+    head, embedding = (f"language_model.{n}.weight" for n in ("lm_head", "model.embed_tokens"))
+    tensors[head] = times * tensors[embedding][: len(tensors[head])]
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ShearlingError, match="not its embedding") if times > 1 else nullcontext():
+        import_teacher(TeacherSettings(model=str(folder)), tmp_path / "out", cache=tmp_path)
 
 
 def test_a_vision_model_without_its_text_is_refused(vision_model: Path, tmp_path: Path) -> None:
