@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from pipelines.tiny import make_tiny_llama
@@ -80,6 +81,14 @@ def test_a_document_is_the_teachers_own_words_after_a_random_token(
     surprise = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None].clamp(min=0))[counted]
     entropy = torch.distributions.Categorical(logits=logits[counted]).entropy()
     assert surprise.mean() == pytest.approx(entropy.mean().item(), rel=0.1)
+
+
+def test_a_teacher_in_bin_writes_the_same(author: Author, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "bin"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    again = Author(folder, written(batch=64), WINDOW, seed=3, device="cpu")
+    assert np.array_equal(again.write(0), author.write(0))
 
 
 def test_a_document_ends_where_the_teacher_ends_it(author: Author) -> None:
