@@ -212,7 +212,8 @@ def _refuse_features(checkpoint: Checkpoint) -> None:
         problems.append(f"it is a {named}; a LlamaForCausalLM is needed")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         problems.append(f"hidden_act {config['hidden_act']!r}: only silu is supported")
-    if config.get("partial_rotary_factor") not in (None, 1, 1.0):
+    # transformers gathers it there, wherever config.json says it.
+    if checkpoint.config.rope_parameters.get("partial_rotary_factor") not in (None, 1):
         problems.append("partial_rotary_factor: rotary embedding on a part of the head")
     if config.get("auto_map"):
         problems.append("auto_map: it brings code of its own, which is never run")

@@ -24,6 +24,8 @@ from teachers.settings import TeacherSettings
 from teachers.tokenizer import copy_tokenizer, load_tokenizer
 from teachers.weights import is_finite
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
 
 @pytest.fixture
 def copy(tiny_llama: Path, tmp_path: Path) -> Path:
@@ -187,6 +189,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(copy: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"attention_bias": True}, "q_proj.bias"),
         ({"num_hidden_layers": 10**12}, "1,000,000,000,000 layers"),
@@ -200,6 +203,11 @@ def test_what_a_stock_llama_can_not_hold_is_refused_by_name(
     with pytest.raises(ShearlingError) as caught:
         open_checkpoint(copy)
     assert named in caught.value.what
+
+
+def test_a_rotary_embedding_on_all_of_the_head_may_be_named(copy: Path) -> None:
+    edit_config(copy, rope_parameters={**LINEAR, "partial_rotary_factor": 1.0})
+    assert open_checkpoint(copy)
 
 
 @pytest.mark.parametrize(
