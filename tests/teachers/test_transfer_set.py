@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def test_every_format_gives_the_same_set(tokenizer: Path, tmp_path: Path) -> Non
         "a.jsonl.zst": {},
         "a.feather": {},
         "stream.arrow": {},
+        "B.JSONL.GZ": {},
+        "B.JSONL.ZST": {},
         "renamed": {"format": "jsonl"},
         "folder": {},
     }
@@ -132,6 +135,8 @@ def test_every_format_gives_the_same_set(tokenizer: Path, tmp_path: Path) -> Non
     pa.feather.write_feather(table, tmp_path / "a.feather")
     with pa.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as stream:
         stream.write_table(table, max_chunksize=50)
+    for ending in ("jsonl.gz", "jsonl.zst"):
+        shutil.copyfile(tmp_path / f"a.{ending}", tmp_path / f"B.{ending.upper()}")
     (tmp_path / "renamed").write_text(lines)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "1.jsonl").write_text("".join(lines.splitlines(True)[:50]))
