@@ -150,6 +150,24 @@ def test_every_format_gives_the_same_set(tokenizer: Path, tmp_path: Path) -> Non
     assert all(facts["sources"][0]["documents"] == 120 for facts in hashes.values())
 
 
+def test_a_token_s_number_may_be_beyond_how_many_there_are(
+    tokenizer: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Few tokens, the last one with a number that 16 bits don't hold."""
+    folder, last = Path(shutil.copytree(tokenizer, tmp_path / "gaps")), 1 << 16
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    numbers = data["model"]["vocab"]
+    before, numbers["Ġthe"] = numbers["Ġthe"], last
+    path.write_text(json.dumps(data))
+    _, close = build(tokenizer, tmp_path / "close", source(tiny_text))
+    facts, far = build(folder, tmp_path / "far", source(tiny_text))
+    assert facts["vocabulary"] == last + 1
+    tokens = close.tokens.astype(int)
+    assert (tokens == before).any()
+    assert np.array_equal(far.tokens, np.where(tokens == before, last, tokens))
+
+
 def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     texts = tiny_documents(400)
     path = tmp_path / "a.txt"
