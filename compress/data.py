@@ -121,8 +121,7 @@ def vocabulary_of(folders: Sequence[Path], text: TransferSet) -> int:
     """How many tokens there are that all models have a row for.
 
     Rows beyond the tokens are padding: nothing ever trained them, so what they say is of no
-    account. The text tells how many tokens its tokenizer has, the first model's tokenizer whether
-    numbers are left out among them.
+    account. The text tells how many tokens its tokenizer had, the first model's how many it has.
     """
     first = folders[0]
     tokens = token_count(load_tokenizer(first)) if has_tokenizer(first) else 0

@@ -229,7 +229,7 @@ def _tokens_in(path: Path) -> int:
 
 def _plain_bytes(file: Path) -> int:
     """Of a text that may be compressed, which makes English about a third as long."""
-    return file.stat().st_size * (3 if file.suffix in (".gz", ".zst") else 1)
+    return file.stat().st_size * (3 if file.suffix.lower() in (".gz", ".zst") else 1)
 
 
 def _without_effect(source: SourceSettings) -> list[str]:

@@ -33,6 +33,7 @@ from teachers.layout import (
     AGAIN,
     EMBEDDING,
     HEAD,
+    check_tied,
     expected_tensors,
     listed,
     misfit,
@@ -160,8 +161,9 @@ class Checkpoint:
 def open_checkpoint(folder: Path | str, *, values: bool = True) -> Checkpoint:
     """A validated Checkpoint: a stock Llama, all tensors there, whole, finite.
 
-    ``values=False`` leaves out the look at every weight for NaN and infinity, so that only
-    headers are read. What was found finite once is remembered by path, size and time.
+    ``values=False`` leaves out the look at every weight for NaN and infinity, and at a tied
+    model's copy of its head, so that only headers are read. What was found finite once is
+    remembered by path, size and time.
 
     Raises:
         ShearlingError: naming all that is missing or wrong.
@@ -171,6 +173,7 @@ def open_checkpoint(folder: Path | str, *, values: bool = True) -> Checkpoint:
     _check_tensors(checkpoint)
     if values:
         _check_values(checkpoint)
+        _check_tie(checkpoint)
     return checkpoint
 
 
@@ -209,7 +212,8 @@ def _refuse_features(checkpoint: Checkpoint) -> None:
         problems.append(f"it is a {named}; a LlamaForCausalLM is needed")
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         problems.append(f"hidden_act {config['hidden_act']!r}: only silu is supported")
-    if config.get("partial_rotary_factor") not in (None, 1, 1.0):
+    # transformers gathers it there, wherever config.json says it.
+    if checkpoint.config.rope_parameters.get("partial_rotary_factor") not in (None, 1):
         problems.append("partial_rotary_factor: rotary embedding on a part of the head")
     if config.get("auto_map"):
         problems.append("auto_map: it brings code of its own, which is never run")
@@ -274,6 +278,12 @@ def _check_values(checkpoint: Checkpoint) -> None:
         )
     for file in unknown:
         _memory().put(file, "finite", True)
+
+
+def _check_tie(checkpoint: Checkpoint) -> None:
+    weights = checkpoint.weights
+    if checkpoint.shape.tie_word_embeddings and HEAD in weights.infos:
+        check_tied(checkpoint.folder, weights.tensor(EMBEDDING), weights.tensor(HEAD))
 
 
 def _memory() -> FileMemory:

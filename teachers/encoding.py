@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from shearling import Progress, ShearlingError, disk_errors, silent
 from teachers.conversations import ChatTemplate
 from teachers.readers import Document
+from teachers.tokenizer import token_count
 
 _BATCH_CHARACTERS = 1 << 21  # text tokenised at once; the tokenizer shares it among all cores
 
@@ -55,7 +56,7 @@ class Encoder:
                 hint="Convert it to tokenizer.json; transformers does so on save_pretrained.",
             )
         self.eos: int = tokenizer.eos_token_id
-        self.vocabulary: int = len(tokenizer)
+        self.vocabulary: int = token_count(tokenizer)
         self._tokenizer, self._folder = tokenizer, folder
         self._backend: Any = tokenizer.backend_tokenizer
         self._backend.no_truncation()

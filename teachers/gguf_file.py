@@ -105,14 +105,15 @@ def _architecture_problems(gguf: Gguf) -> list[str]:
 def _rope_parameters(gguf: Gguf, head_dim: int) -> dict[str, Any]:
     meta = gguf.metadata
     base = _shortest_float32(meta.get("llama.rope.freq_base", 10000.0))
-    scaling = meta.get("llama.rope.scaling.type", "none")
     if ROPE_FACTORS in gguf.tensors:
         return _llama3_rope(gguf, base, head_dim)
-    if scaling == "none":
+    # As llama.cpp reads them: the factor's old name, linear where no type is given, and 0 for none.
+    factor = meta.get("llama.rope.scaling.factor", meta.get("llama.rope.scale_linear", 0.0))
+    scaling = meta.get("llama.rope.scaling.type", "linear")
+    if scaling == "none" or (scaling == "linear" and factor in (0, 1)):
         return {"rope_type": "default", "rope_theta": base}
     if scaling == "linear":
-        factor = _shortest_float32(meta.get("llama.rope.scaling.factor", 1.0))
-        return {"rope_type": "linear", "rope_theta": base, "factor": factor}
+        return {"rope_type": "linear", "rope_theta": base, "factor": _shortest_float32(factor)}
     raise refusal(gguf.path, f"RoPE scaling of the kind {scaling!r}")
 
 

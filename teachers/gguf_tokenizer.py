@@ -7,9 +7,9 @@ that "a  12" gets other ids, and without Llama 3's ``ignore_merges``.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers import processors as post_processors
@@ -38,16 +38,26 @@ def _llama3_split() -> Any:
     )
 
 
-# tokenizer.ggml.pre -> how text is split before merging, and whether a piece that is a token is
-# taken whole (tiktoken's way). As in llama.cpp's llama-vocab.cpp.
-PRE_TOKENIZERS: Mapping[str, tuple[Any, bool]] = {
-    "gpt-2": (_gpt2_split, False),
-    "smollm": (_digits_split, False),
-    "starcoder": (_digits_split, False),
-    "refact": (_digits_split, False),
-    "llama-bpe": (_llama3_split, True),
-    "llama3": (_llama3_split, True),
-    "llama-v3": (_llama3_split, True),
+class PreTokenizer(NamedTuple):
+    """What llama.cpp knows of a tokenizer by the name of its rule."""
+
+    split: Callable[[], Any]
+    """Makes what cuts text into the pieces that are merged."""
+    ignore_merges: bool = False
+    """A piece that is a token is taken whole (tiktoken's way)."""
+    adds_bos: bool = False
+    """Texts begin with BOS where the file does not say whether they do."""
+
+
+# tokenizer.ggml.pre -> its rule, as in llama.cpp's llama-vocab.cpp.
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    "gpt-2": PreTokenizer(_gpt2_split),
+    "smollm": PreTokenizer(_digits_split),
+    "starcoder": PreTokenizer(_digits_split),
+    "refact": PreTokenizer(_digits_split),
+    "llama-bpe": PreTokenizer(_llama3_split, ignore_merges=True, adds_bos=True),
+    "llama3": PreTokenizer(_llama3_split, ignore_merges=True, adds_bos=True),
+    "llama-v3": PreTokenizer(_llama3_split, ignore_merges=True, adds_bos=True),
 }
 _CONTROL, _USER_DEFINED = 3, 4
 _SPECIAL_KEYS = {
@@ -73,9 +83,10 @@ def llama_tokenizer(gguf: Gguf) -> PreTrainedTokenizerFast:
         raise refusal(gguf.path, "it carries no tokenizer")
     kind = meta.get("tokenizer.ggml.model")
     if kind == "gpt2":
-        backend = _byte_level_bpe(gguf)
+        rule = _pre_tokenizer(gguf)
+        backend, adds_bos = _byte_level_bpe(gguf, rule), rule.adds_bos
     elif kind == "llama":
-        backend = _sentencepiece_bpe(gguf)
+        backend, adds_bos = _sentencepiece_bpe(gguf), True
     else:
         raise refusal(gguf.path, f"its tokenizer is of the kind {kind!r}")
     types = meta.get("tokenizer.ggml.token_type") or [1] * len(tokens)
@@ -85,8 +96,7 @@ def llama_tokenizer(gguf: Gguf) -> PreTrainedTokenizerFast:
             added = [AddedToken(token, normalized=False, special=special)]
             _ = backend.add_special_tokens(added) if special else backend.add_tokens(added)
     special_tokens = {name: tokens[i] for name, i in special_ids(meta).items()}
-    adds_bos = meta.get("tokenizer.ggml.add_bos_token", kind == "llama")
-    if adds_bos and "bos_token" in special_tokens:
+    if meta.get("tokenizer.ggml.add_bos_token", adds_bos) and "bos_token" in special_tokens:
         bos = special_tokens["bos_token"]
         backend.post_processor = post_processors.TemplateProcessing(
             single=[bos, "$A"],
@@ -113,22 +123,26 @@ def _vocabulary(gguf: Gguf) -> dict[str, int]:
     return vocabulary
 
 
-def _byte_level_bpe(gguf: Gguf) -> Tokenizer:
-    pre, vocabulary = gguf.metadata.get("tokenizer.ggml.pre"), _vocabulary(gguf)
+def _pre_tokenizer(gguf: Gguf) -> PreTokenizer:
+    pre = gguf.metadata.get("tokenizer.ggml.pre")
     if not isinstance(pre, str) or pre not in PRE_TOKENIZERS:
         raise refusal(
             gguf.path,
             f"its tokenizer splits text by the rule {pre!r}; known are "
             + ", ".join(PRE_TOKENIZERS),
         )
+    return PRE_TOKENIZERS[pre]
+
+
+def _byte_level_bpe(gguf: Gguf, rule: PreTokenizer) -> Tokenizer:
+    vocabulary = _vocabulary(gguf)
     merges = [tuple(m.split(" ", 1)) for m in gguf.metadata.get("tokenizer.ggml.merges", ())]
     unknown = [m for m in merges if len(m) != 2 or m[0] + m[1] not in vocabulary]
     unknown += [m for m in merges if not all(part in vocabulary for part in m)]
     if unknown:
         raise refusal(gguf.path, f"a tokenizer whose merge {unknown[0]} makes no token")
-    split, ignore_merges = PRE_TOKENIZERS[pre]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = split()
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=rule.ignore_merges))
+    tokenizer.pre_tokenizer = rule.split()
     tokenizer.decoder = decoders.ByteLevel()
     # ByteLevel as post-processor only mends offsets; without it they would include the space.
     tokenizer.post_processor = post_processors.ByteLevel(trim_offsets=False)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig
 
 from shearling import ShearlingError, read_json
 from students.shape import Shape
+from teachers.weights import are_equal
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 """The tensors outside the layers; a tied model's head is its embedding."""
@@ -120,6 +121,23 @@ def misfit(folder: Path, problems: Sequence[str], what: str = "weights") -> Shea
         + "\n".join(f"  - {problem}" for problem in problems),
         hint=AGAIN,
     )
+
+
+def check_tied(folder: Path, embedding_VD: Tensor, head_VD: Tensor) -> None:
+    """A tied model may carry its matrix twice, but not two matrices.
+
+    Two are not tied by transformers 5, and were by version 4: they would be two models.
+
+    Raises:
+        ShearlingError: the head is not the embedding.
+    """
+    if not are_equal(embedding_VD, head_VD):
+        raise ShearlingError(
+            f"{folder} has an {HEAD} that is not its embedding, but its config.json ties the two "
+            "(tie_word_embeddings: true).",
+            hint="Set tie_word_embeddings to false in its config.json. If the model was trained "
+            f"as a tied one, leave {HEAD} out of its files instead.",
+        )
 
 
 def halves_apart(rows: Tensor, heads: int) -> Tensor:

@@ -33,7 +33,7 @@ from teachers.families import FAMILIES, Family
 from teachers.gguf_tokenizer import save_tokenizer
 from teachers.layout import halves_apart, tensor_problems
 from teachers.meta_tokenizer import END_OF_TURN, meta_tokenizer
-from teachers.weights import load_state, save_shards
+from teachers.weights import are_equal, load_state, save_shards
 
 _AGAIN = "Download the model again, all files of its folder."
 _PART = re.compile(r"consolidated(?:\.(\d+))?\.pth")
@@ -61,7 +61,6 @@ _LAYER = {
     "feed_forward.w2.weight": "mlp.down_proj.weight",
 }
 _CUT_BY_COLUMNS = (".wo.weight", ".w2.weight")
-_SAMPLED_ROWS = 64
 _COMPUTED = "rope.freqs"  # Llama 1 and 2 carry the frequencies along
 _TEXT = "text_model."  # what the text weights of a vision model are called
 _OF_VISION = ("vision_model.", "text_model.cross_attention_layers.", "text_model.learnable_")
@@ -171,19 +170,8 @@ class MetaRelease:
         if "output.weight" not in self.parts[0]:
             return True
         return all(
-            _same(part["output.weight"], part["tok_embeddings.weight"]) for part in self.parts
+            are_equal(part["output.weight"], part["tok_embeddings.weight"]) for part in self.parts
         )
-
-
-def _same(one_VD: Tensor, other_VD: Tensor) -> bool:
-    """Whether two mapped matrices are equal; some rows tell of most that they aren't.
-
-    All of Llama 3's two tables would be 2 GB to read, only to learn that they differ.
-    """
-    if one_VD.shape != other_VD.shape:
-        return False
-    some = slice(None, None, max(1, len(one_VD) // _SAMPLED_ROWS))
-    return torch.equal(one_VD[some], other_VD[some]) and torch.equal(one_VD, other_VD)
 
 
 def meta_config(release: MetaRelease) -> LlamaConfig:

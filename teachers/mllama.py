@@ -2,8 +2,8 @@
 
 Between the layers of a text model Mllama puts layers that attend to an image. The text layers
 were kept frozen when it was trained, so they are those of Llama 3.1 8B and 70B; without an image
-the other layers are passed over. They are left out, and so are the vision model and the eight
-rows of the embedding that stand for the image.
+the other layers are passed over. They are left out, and so are the vision model, the eight rows of
+the embedding that stand for the image, and its token.
 """
 
 from __future__ import annotations
@@ -19,8 +19,17 @@ from transformers import LlamaConfig, MllamaConfig
 
 from shearling import Progress, ShearlingError, silent
 from students.shape import Shape
-from teachers.layout import AGAIN, EMBEDDING, HEAD, as_llama, misfit, model_type, tensor_problems
-from teachers.tokenizer import copy_tokenizer
+from teachers.layout import (
+    AGAIN,
+    EMBEDDING,
+    HEAD,
+    as_llama,
+    check_tied,
+    misfit,
+    model_type,
+    tensor_problems,
+)
+from teachers.tokenizer import copy_tokenizer, drop_tokens, load_tokenizer
 from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
 _LAYER = re.compile(r"(?:model\.)?language_model\.(?:model\.)?layers\.(\d+)\.(.+)")
@@ -69,11 +78,12 @@ class TextTower:
         self.weights = WeightFiles(weight_files(folder))
         numbers = {old: new for new, old in enumerate(layers)}
         found = {target: name for name in self.weights.names() if (target := _name(name, numbers))}
-        if self.config.tie_word_embeddings:
-            found.pop(HEAD, None)
+        copy = found.pop(HEAD, None) if self.config.tie_word_embeddings else None
         self._stored = found
         self.shapes = {target: self._shape(target) for target in found}
         self._check()
+        if copy is not None:
+            check_tied(folder, self.tensor(EMBEDDING), self.weights.tensor(copy))
 
     def _shape(self, name: str) -> tuple[int, ...]:
         """Without the rows of the embedding that stand for the image."""
@@ -103,8 +113,16 @@ def convert(folder: Path, out: Path, *, progress: Progress = silent) -> None:
     tower = TextTower(folder)
     out.mkdir(parents=True, exist_ok=True)
     tower.config.save_pretrained(out)
-    copy_tokenizer(folder, out)
+    _copy_tokenizer(folder, out, tower.config.vocab_size)
     names = tower.names()
     tensors = ((name, tower.tensor(name)) for name in names)
     sizes = [tower.bytes(name) for name in names]
     save_shards(tensors, sizes, out, what="text tower", progress=progress)
+
+
+def _copy_tokenizer(folder: Path, out: Path, rows: int) -> None:
+    """The tokenizer without ``<|image|>``, which the text has no row for."""
+    copy_tokenizer(folder, out)
+    added = load_tokenizer(folder).get_added_vocab()
+    if beyond := {token for token, number in added.items() if number >= rows}:
+        drop_tokens(out, beyond)

@@ -16,6 +16,6 @@ def dtype_on(device: str) -> torch.dtype:
 def open_model(folder: Path, device: str) -> LlamaForCausalLM:
     """A frozen model from a Hugging Face folder, on the device."""
     model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(
-        folder, dtype=dtype_on(device), local_files_only=True, use_safetensors=True
+        folder, dtype=dtype_on(device), local_files_only=True
     )
     return model.to(device).eval().requires_grad_(False)

@@ -105,9 +105,10 @@ def documents(path: Path, kind: str, settings: SourceSettings) -> Iterator[Docum
 def _open(path: Path) -> IO[bytes]:
     """A file's bytes, decompressed by its ending."""
     try:
-        if path.name.endswith(".gz"):
+        ending = path.suffix.lower()
+        if ending == ".gz":
             return io.BufferedReader(gzip.open(path, "rb"), 1 << 20)
-        if path.name.endswith(".zst"):
+        if ending == ".zst":
             return _open_zstd(path)
         return path.open("rb", 1 << 20)
     except FileNotFoundError as error:

@@ -21,7 +21,16 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
 from shearling import Progress, ShearlingError, silent
 from students.shape import Shape
-from teachers.layout import AGAIN, HEAD, as_llama, misfit, model_type, tensor_problems
+from teachers.layout import (
+    AGAIN,
+    EMBEDDING,
+    HEAD,
+    as_llama,
+    check_tied,
+    misfit,
+    model_type,
+    tensor_problems,
+)
 from teachers.tokenizer import check_same_tokenizer, copy_companions
 from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
@@ -96,11 +105,12 @@ class Relative:
             for layer in range(self.config.num_hidden_layers):
                 name = f"model.layers.{layer}.self_attn.o_proj.bias"
                 self.shapes.setdefault(name, (self.config.hidden_size,))
-        if self.config.tie_word_embeddings:
-            self.shapes.pop(HEAD, None)
+        copy = self.shapes.pop(HEAD, None) if self.config.tie_word_embeddings else None
         shape = Shape.from_config(self.config)
         if problems := tensor_problems(shape, self.shapes, "config.json says"):
             raise misfit(folder, problems)
+        if copy is not None:
+            check_tied(folder, self.weights.tensor(EMBEDDING), self.weights.tensor(HEAD))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, size in self.shapes.items():

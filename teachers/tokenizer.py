@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from shearling import ShearlingError, disk_errors, sha256_of_file
+from shearling import ShearlingError, disk_errors, read_json, sha256_of_file, write_json
+from teachers.layout import AGAIN
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,7 +43,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ShearlingError(
             f"The tokenizer in {folder} can't be read: {error}",
-            hint="Download or copy the model again.",
+            hint=AGAIN,
         ) from error
     return tokenizer
 
@@ -123,3 +125,26 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         for name in TOKENIZER_FILES:
             if (source / name).is_file():
                 shutil.copyfile(source / name, target / name)
+
+
+def drop_tokens(folder: Path, tokens: set[str]) -> None:
+    """Take tokens out of a tokenizer's files, wherever they are listed or named."""
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        if path.suffix == ".json" and path.is_file():
+            write_json(path, _without(read_json(path, hint=AGAIN), tokens))
+
+
+def _without(data: Any, tokens: set[str]) -> Any:
+    """JSON without the entries whose key, value or ``content`` is one of the tokens."""
+
+    def kept(value: Any) -> bool:
+        named = value.get("content") if isinstance(value, dict) else value
+        return not (isinstance(named, str) and named in tokens)
+
+    if isinstance(data, dict):
+        left = {key: value for key, value in data.items() if key not in tokens and kept(value)}
+        return {key: _without(value, tokens) for key, value in left.items()}
+    if isinstance(data, list):
+        return [_without(value, tokens) for value in data if kept(value)]
+    return data

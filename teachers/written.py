@@ -111,9 +111,13 @@ class Author:
 
     @cached_property
     def words(self) -> NDArray[np.int64]:
-        """The tokens that text is made of: all but special ones and padding of the vocabulary."""
-        vocabulary = min(len(self.tokenizer), self.config.vocab_size)
-        return np.setdiff1d(np.arange(vocabulary), special_tokens(self.tokenizer))
+        """The tokens that text is made of: all but special ones.
+
+        Rows that are no token are none of them: padding, and numbers that were left out.
+        """
+        numbers = np.array(list(self.tokenizer.get_vocab().values()), np.int64)
+        numbers = numbers[numbers < self.config.vocab_size]
+        return np.setdiff1d(numbers, special_tokens(self.tokenizer))
 
     @cached_property
     def never(self) -> list[int]:

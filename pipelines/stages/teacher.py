@@ -7,7 +7,7 @@ from typing import Any
 from pipelines.stages.context import Context
 from teachers.settings import TeacherSettings
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 RESUMABLE = False
 
 

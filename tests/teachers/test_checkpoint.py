@@ -24,6 +24,8 @@ from teachers.settings import TeacherSettings
 from teachers.tokenizer import copy_tokenizer, load_tokenizer
 from teachers.weights import is_finite
 
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+
 
 @pytest.fixture
 def copy(tiny_llama: Path, tmp_path: Path) -> Path:
@@ -187,6 +189,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(copy: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ({"attention_bias": True}, "q_proj.bias"),
         ({"num_hidden_layers": 10**12}, "1,000,000,000,000 layers"),
@@ -200,6 +203,11 @@ def test_what_a_stock_llama_can_not_hold_is_refused_by_name(
     with pytest.raises(ShearlingError) as caught:
         open_checkpoint(copy)
     assert named in caught.value.what
+
+
+def test_a_rotary_embedding_on_all_of_the_head_may_be_named(copy: Path) -> None:
+    edit_config(copy, rope_parameters={**LINEAR, "partial_rotary_factor": 1.0})
+    assert open_checkpoint(copy)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +235,26 @@ def test_an_old_checkpoints_frequencies_and_a_tied_copy_of_the_head_do_no_harm(c
 
     edit_weights(copy, add)
     assert open_checkpoint(copy)
+
+
+@pytest.mark.parametrize("layout", [lambda folder: None, to_bin])
+def test_a_tied_model_with_a_head_of_its_own_is_refused(
+    copy: Path, layout: Callable[[Path], None]
+) -> None:
+    """transformers gives such a model the head of the file, a tied student would lose it."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][3, 5] += 1
+
+    edit_weights(copy, add)
+    layout(copy)
+    with pytest.raises(ShearlingError, match="not its embedding") as caught:
+        open_checkpoint(copy)
+    assert "Set tie_word_embeddings to false" in str(caught.value.hint)
+    edit_config(copy, tie_word_embeddings=False)
+    head = open_checkpoint(copy).tensor("lm_head.weight")
+    assert torch.equal(head, reference(copy)["lm_head.weight"])
 
 
 def test_biases_that_the_config_mentions_are_part_of_the_model(tmp_path: Path) -> None:

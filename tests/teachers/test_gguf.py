@@ -22,7 +22,7 @@ from shearling import ShearlingError
 from students.gguf_layout import llama3_rope_factors
 from teachers.checkpoint import import_teacher, open_checkpoint
 from teachers.fetch import PackagedFile, fetch
-from teachers.gguf_file import convert
+from teachers.gguf_file import convert, llama_config
 from teachers.gguf_header import Gguf, read_gguf
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer
 from teachers.layout import halves_apart
@@ -266,6 +266,30 @@ def test_rope_factors_are_those_of_transformers(factor: float, head_dim: int) ->
     assert np.allclose(plain / ours, inverse.numpy(), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("metadata", "factor"),
+    [
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scaling.factor": 4.0, "scale_linear": 2.0}, 4.0),
+        ({"scaling.type": "linear", "scale_linear": 2.0}, 2.0),
+        ({"scaling.type": "linear", "scaling.factor": 0.0}, None),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scale_linear": 1.0}, None),
+        ({}, None),
+    ],
+)
+def test_linear_scaling_is_read_under_all_the_names_it_had(
+    plain: Path, metadata: dict[str, Any], factor: float | None
+) -> None:
+    """As llama.cpp's loader does: a factor without a type is linear, 0 and 1 scale nothing."""
+    header = read_gguf(plain)
+    header.metadata.update({f"llama.rope.{key}": value for key, value in metadata.items()})
+    rope = llama_config(header).rope_parameters
+    assert rope["rope_type"] == ("default" if factor is None else "linear")
+    assert rope.get("factor") == factor
+
+
 # --- tokenizers ---
 
 
@@ -298,12 +322,29 @@ def test_llama3s_tokenizer_survives_gguf(
         "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in merges],
         "tokenizer.ggml.bos_token_id": 128000,
         "tokenizer.ggml.eos_token_id": 128009,
+        "tokenizer.ggml.add_bos_token": False,  # as this tokenizer.json has it
     }
     save_tokenizer(llama_tokenizer(Gguf(Path("llama3"), metadata)), tmp_path)
     ours, theirs = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(folder)
     assert len(ours) == 128256
     for text in [*nasty, "<|eot_id|>\n<|start_header_id|>user"]:
         assert ours(text).input_ids == theirs(text).input_ids
+
+
+@pytest.mark.parametrize(
+    ("pre", "adds"),
+    [("llama3", True), ("llama-v3", True), ("llama-bpe", True), ("gpt-2", False)],
+)
+def test_llama3s_texts_begin_with_bos_unless_the_file_says_they_do_not(
+    plain: Path, pre: str, adds: bool
+) -> None:
+    """Many files don't have the key: the original's configuration did not have it."""
+    silent = {**read_gguf(plain).metadata, "tokenizer.ggml.pre": pre}
+    assert "tokenizer.ggml.add_bos_token" not in silent
+    said = {"tokenizer.ggml.add_bos_token": not adds}
+    for metadata, begins in ((silent, adds), (silent | said, not adds)):
+        tokenizer = llama_tokenizer(Gguf(plain, metadata))
+        assert (tokenizer("A lamb").input_ids[0] == tokenizer.bos_token_id) is begins
 
 
 @pytest.mark.parametrize(

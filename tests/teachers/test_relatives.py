@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,22 @@ def test_others_are_refused_with_what_is_unlike(kind: str, why: str, tmp_path: P
     assert "'mistral' or 'qwen2'" in str(told.value.hint)
     with pytest.raises(ShearlingError, match=why):
         teacher_facts(TeacherSettings(model=str(tmp_path / "model")))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_tied_relative_may_carry_its_matrix_twice_but_not_two(
+    relative: Path, tmp_path: Path, times: int
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(relative / "model.safetensors")
+    copy_tokenizer(relative, tmp_path)
+    config = read_json(relative / "config.json")
+    write_json(tmp_path / "config.json", {**config, "tie_word_embeddings": True})
+    weights["lm_head.weight"] = times * weights["model.embed_tokens.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ShearlingError, match="not its embedding") if times > 1 else nullcontext():
+        brought_in(tmp_path, tmp_path / "in")
 
 
 def test_a_missing_tensor_is_named(relative: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def test_every_format_gives_the_same_set(tokenizer: Path, tmp_path: Path) -> Non
         "a.jsonl.zst": {},
         "a.feather": {},
         "stream.arrow": {},
+        "B.JSONL.GZ": {},
+        "B.JSONL.ZST": {},
         "renamed": {"format": "jsonl"},
         "folder": {},
     }
@@ -132,6 +135,8 @@ def test_every_format_gives_the_same_set(tokenizer: Path, tmp_path: Path) -> Non
     pa.feather.write_feather(table, tmp_path / "a.feather")
     with pa.ipc.new_stream(tmp_path / "stream.arrow", table.schema) as stream:
         stream.write_table(table, max_chunksize=50)
+    for ending in ("jsonl.gz", "jsonl.zst"):
+        shutil.copyfile(tmp_path / f"a.{ending}", tmp_path / f"B.{ending.upper()}")
     (tmp_path / "renamed").write_text(lines)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "1.jsonl").write_text("".join(lines.splitlines(True)[:50]))
@@ -143,6 +148,24 @@ def test_every_format_gives_the_same_set(tokenizer: Path, tmp_path: Path) -> Non
     }
     assert len({facts["sha256"] for facts in hashes.values()}) == 1
     assert all(facts["sources"][0]["documents"] == 120 for facts in hashes.values())
+
+
+def test_a_token_s_number_may_be_beyond_how_many_there_are(
+    tokenizer: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    """Few tokens, the last one with a number that 16 bits don't hold."""
+    folder, last = Path(shutil.copytree(tokenizer, tmp_path / "gaps")), 1 << 16
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    numbers = data["model"]["vocab"]
+    before, numbers["Ġthe"] = numbers["Ġthe"], last
+    path.write_text(json.dumps(data))
+    _, close = build(tokenizer, tmp_path / "close", source(tiny_text))
+    facts, far = build(folder, tmp_path / "far", source(tiny_text))
+    assert facts["vocabulary"] == last + 1
+    tokens = close.tokens.astype(int)
+    assert (tokens == before).any()
+    assert np.array_equal(far.tokens, np.where(tokens == before, last, tokens))
 
 
 def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:

@@ -18,10 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from pipelines.tiny import make_tiny_llama
-from shearling import ShearlingError, read_json
+from shearling import ShearlingError, read_json, write_json
 from teachers.settings import (
     CleanSettings,
     SourceSettings,
@@ -80,6 +81,29 @@ def test_a_document_is_the_teachers_own_words_after_a_random_token(
     surprise = -logits.log_softmax(-1).gather(-1, ids[:, 1:, None].clamp(min=0))[counted]
     entropy = torch.distributions.Categorical(logits=logits[counted]).entropy()
     assert surprise.mean() == pytest.approx(entropy.mean().item(), rel=0.1)
+
+
+def test_a_teacher_in_bin_writes_the_same(author: Author, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "bin"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    again = Author(folder, written(batch=64), WINDOW, seed=3, device="cpu")
+    assert np.array_equal(again.write(0), author.write(0))
+
+
+def test_what_is_no_token_is_never_written(tiny_llama: Path, tmp_path: Path) -> None:
+    """Padding of the vocabulary, and numbers that its tokenizer leaves out."""
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "gaps"))
+    data = read_json(folder / "tokenizer.json")
+    numbers = data["model"]["vocab"]
+    last = max(numbers, key=lambda token: numbers[token])
+    before, numbers[last] = numbers[last], numbers[last] + 9
+    write_json(folder / "tokenizer.json", data)
+    config = read_json(folder / "config.json")
+    write_json(folder / "config.json", {**config, "vocab_size": numbers[last] + 5})
+    words = Author(folder, written(), WINDOW, seed=3, device="cpu").words.tolist()
+    assert words[-1] == numbers[last]
+    assert not set(words) & set(range(before, numbers[last]))
 
 
 def test_a_document_ends_where_the_teacher_ends_it(author: Author) -> None:
