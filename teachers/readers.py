@@ -60,6 +60,35 @@ def format_of(path: Path) -> str | None:
     return FORMATS_BY_ENDING.get(Path(name).suffix)
 
 
+def is_data_set(settings: SourceSettings) -> bool:
+    """Whether a source is something for ``datasets``, and not files.
+
+    Without a stated format, what is not on this disk is taken for a data set's name only if it
+    does not look like a file's.
+    """
+    local = Path(settings.path).expanduser()
+    if settings.format == "dataset" or (local / "state.json").is_file():
+        return True
+    plain = settings.format == "auto" and not settings.path.startswith(("pypi:", ".", "/", "~"))
+    named = plain and format_of(Path(settings.path)) is None and settings.path.count("/") <= 1
+    return named and not local.exists()
+
+
+def local_files(settings: SourceSettings) -> list[Path]:
+    """The files on this disk that make a source what it is; none if it isn't here.
+
+    Raises:
+        ShearlingError: as `source_files`.
+    """
+    path = Path(settings.path).expanduser()
+    if not path.exists():
+        return []
+    if not is_data_set(settings):
+        return [file for file, _ in source_files(path, settings)]
+    # Which of its files `datasets` opens is its own affair.
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
 def source_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
     """The files of a source with their formats, in the order of their names.
 
