@@ -213,20 +213,34 @@ def _title(item: Any) -> str | None:
     return title if isinstance(title, str) else None
 
 
+def _whole_characters(text: str) -> str:
+    """``text`` with U+FFFD for each half of a surrogate pair.
+
+    JSON can spell one out (an emoji that was cut in two), and nothing can be done with it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def _document(
     item: Any, settings: SourceSettings, where: str, title: str | None = None
 ) -> Document:
     """A record as a document: its text, or the conversation that it holds."""
     title = title or _title(item)
+    title = _whole_characters(title) if title else title
     if settings.messages is None:
-        return Document(_field(item, settings, where), title)
+        return Document(_whole_characters(_field(item, settings, where)), title)
     if not isinstance(item, Mapping) or settings.messages not in item:
         there = f"; there is: {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
         raise ShearlingError(
             f"{where} has no field {settings.messages!r}.",
             hint=f"Set `messages` of the source {settings.name!r}{there}.",
         )
-    turns = read_turns(item[settings.messages], where)
+    said = read_turns(item[settings.messages], where)
+    turns = tuple((_whole_characters(role), _whole_characters(text)) for role, text in said)
     return Document("\n\n".join(content for _, content in turns), title, turns)
 
 

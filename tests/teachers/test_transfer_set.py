@@ -425,6 +425,26 @@ def test_a_damaged_set_is_refused(tokenizer: Path, tiny_text: Path, tmp_path: Pa
 # --- text that can't be read ---
 
 
+@pytest.mark.parametrize("tokens", [None, 900])
+def test_half_a_surrogate_pair_ends_no_run(
+    tokenizer: Path, tmp_path: Path, tokens: int | None
+) -> None:
+    texts = [*tiny_documents(100), "A lamb \ud83d and \U0001f411 \udc11"]
+    path = write_jsonl(tmp_path / "a.jsonl", texts, title="\ud83d")
+    settings_ = source(path, tokens=tokens, reserve=True)
+    facts, _ = build(tokenizer, tmp_path / "set", settings_)
+    assert facts["sources"][0]["documents"] > 10
+    *_, last = documents(path, "jsonl", settings_)
+    assert last == ("A lamb \ufffd and \U0001f411 \ufffd", "\ufffd", None)
+    chat = [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "What?"}]
+    path.write_text(json.dumps({"m": chat}))
+    (read,) = documents(path, "jsonl", source(path, messages="m"))
+    assert (read.text, read.turns) == (
+        "\ufffd\n\nWhat?",
+        (("user", "\ufffd"), ("assistant", "What?")),
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
