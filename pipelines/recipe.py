@@ -196,8 +196,11 @@ def published_training(stage: Mapping[str, Any]) -> dict[str, Any]:
     }
     found = {name: value for name, value in told.items() if value is not None}
     if "warmup" not in stage:
-        tokens = stage.get("tokens")
-        batch = stage.get("batch_tokens", DistillSettings.model_fields["batch_tokens"].default)
+        default = DistillSettings.model_fields["batch_tokens"].default
+        tokens, batch = (
+            read_count(given) or given
+            for given in (stage.get("tokens"), stage.get("batch_tokens", default))
+        )
         if isinstance(tokens, int) and isinstance(batch, int) and batch > 0:  # else told elsewhere
             steps = max(1, round(tokens / batch))
             if published.warmup_steps > steps // 2:

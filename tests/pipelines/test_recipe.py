@@ -151,6 +151,17 @@ def test_a_published_training_recipe_by_name(data: dict[str, Any]) -> None:
     assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+@pytest.mark.parametrize("tokens", [2 * 10**9, "2B", "2_000M", "2e9"])
+@pytest.mark.parametrize("batch", [100_000, "100k"])
+def test_the_published_warm_up_holds_however_tokens_are_written(
+    data: dict[str, Any], tokens: int | str, batch: int | str
+) -> None:
+    data["stages"][1] |= {"training": "llama-2", "tokens": tokens, "batch_tokens": batch}
+    assert check_recipe(data).stages[1].warmup == 0.1  # 2,000 of 20,000 steps
+    data["stages"][1]["tokens"] = "2M"
+    assert "this stage has 20 in all" in mistakes(data)
+
+
 @pytest.mark.parametrize(
     ("training", "message"),
     [
