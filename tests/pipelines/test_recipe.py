@@ -230,6 +230,23 @@ def test_paths_count_from_the_recipe_then_from_here(
     recipe = load_recipe("recipes/r.yaml")
     assert recipe.teacher.model == str(folder / "near")
     assert recipe.transfer_set.sources[0].path == "far.txt"
+    (tmp_path / "far.txt").write_text("text")
+    assert load_recipe("recipes/r.yaml").transfer_set.sources[0].path == str(tmp_path / "far.txt")
+    (tmp_path / "here").mkdir()
+    recipe = load_recipe("recipes/r.yaml", ["teacher.model=./here"])
+    assert recipe.teacher.model == str(tmp_path / "here")
+
+
+def test_a_linked_text_keeps_its_ending(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the hub's cache, where snapshots link to files that are named by their hashes."""
+    (tmp_path / "0a1b2c").write_text("text")
+    (tmp_path / "text.txt").symlink_to("0a1b2c")
+    data["transfer_set"]["sources"][0]["path"] = "./text.txt"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("r.yaml").transfer_set.sources[0].path == str(tmp_path / "text.txt")
 
 
 def test_the_name_is_the_files_by_default(data: dict[str, Any], tmp_path: Path) -> None:
