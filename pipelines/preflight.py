@@ -14,7 +14,7 @@ from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.families import known_family
-from teachers.readers import local_files
+from teachers.readers import is_data_set, local_files
 from teachers.settings import SourceSettings, TeacherSettings
 
 MOST_REPEATS = 4
@@ -140,6 +140,11 @@ def check_paths(recipe: Recipe) -> None:
             problems.append(f"{where} is an empty folder")
         elif source.format != "dataset" and _looks_local(source.path) and not path.exists():
             problems.append(f"{where} does not exist")
+        if source.sha256 is not None and (path.is_dir() or is_data_set(source)):
+            problems.append(
+                f"transfer_set.sources.{source.name}.sha256 is of one file, and {source.path} is "
+                "none; remove it"
+            )
     problems += _mirror_problems(recipe.benchmark)
     if problems:
         raise ShearlingError(

@@ -177,9 +177,14 @@ def _text(path: Path, settings: SourceSettings) -> Iterator[Document]:
             size += len(part)
             blank = not part.strip()
             if size >= _LONGEST_PIECE or (blank and size >= _PIECE_CHARACTERS):
-                yield Document("".join(piece).strip("\n"))
+                yield _joined(piece, None, settings)
                 piece, size = [], 0
-    yield Document("".join(piece).strip("\n"))
+    yield _joined(piece, None, settings)
+
+
+def _joined(lines: list[str], title: str | None, settings: SourceSettings) -> Document:
+    text = "".join(lines)
+    return Document(detokenize(text) if settings.detokenize else text.strip("\n"), title)
 
 
 def _field(item: Any, settings: SourceSettings, where: str) -> str:
@@ -232,7 +237,8 @@ def _document(
     title = title or _title(item)
     title = _whole_characters(title) if title else title
     if settings.messages is None:
-        return Document(_whole_characters(_field(item, settings, where)), title)
+        text = _whole_characters(_field(item, settings, where))
+        return Document(detokenize(text) if settings.detokenize else text, title)
     if not isinstance(item, Mapping) or settings.messages not in item:
         there = f"; there is: {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
         raise ShearlingError(
@@ -370,7 +376,7 @@ def _wikitext(path: Path, settings: SourceSettings) -> Iterator[Document]:
         if pending is not None:
             if not line.strip():
                 if "".join(lines).strip():
-                    yield _article(lines, title, settings)
+                    yield _joined(lines, title, settings)
                 lines, title = [], pending.strip(" =\n")
             lines.append(pending)
             pending = None
@@ -381,18 +387,13 @@ def _wikitext(path: Path, settings: SourceSettings) -> Iterator[Document]:
         before = line
     if pending is not None:
         lines.append(pending)
-    yield _article(lines, title, settings)
-
-
-def _article(lines: list[str], title: str | None, settings: SourceSettings) -> Document:
-    text = "".join(lines)
-    return Document(detokenize(text) if settings.detokenize else text.strip("\n"), title)
+    yield _joined(lines, title, settings)
 
 
 _UNSPACED = (
     (re.compile(r" @([-,.])@ "), r"\1"),
     (re.compile(r"=(?: =)+"), lambda match: match.group().replace(" ", "")),
-    (re.compile(r" ([,.;:!?%)\]}])(?=\s)"), r"\1"),
+    (re.compile(r" ([,.;:!?%)\]}])(?=\s|\Z)"), r"\1"),
     (re.compile(r"([(\[{$£€]) "), r"\1"),
     (re.compile(r'" ([^"\n]*?) "'), r'"\1"'),
     (re.compile(r" ('(?:s|t|m|d|re|ve|ll)|n't)\b"), r"\1"),

@@ -64,7 +64,9 @@ class SourceSettings(Settings):
         gt=0,
         description="Instead of tokens: its part of the mix, relative to the other weights.",
     )
-    sha256: str | None = Field(default=None, description="Expected SHA-256 of the file.")
+    sha256: str | None = Field(
+        default=None, description="Expected SHA-256, where the source is one file."
+    )
     detokenize: bool = Field(
         default=False,
         description="Undo WikiText's spaces around punctuation and its @-@, @,@ and @.@.",
@@ -82,6 +84,8 @@ class SourceSettings(Settings):
             raise ValueError("loss: answers needs messages, the column with conversations")
         if self.messages is not None and self.format in ("text", "wikitext"):
             raise ValueError(f"messages can't be read from the format {self.format}")
+        if self.messages is not None and self.detokenize:
+            raise ValueError("detokenize is for texts, and messages names conversations")
         return self
 
 
@@ -297,6 +301,11 @@ class TransferSetSettings(Settings):
             if bare:
                 raise ValueError(f"to share tokens, each source needs a weight: {bare[0]}")
             fixed = sum(s.tokens or 0 for s in sources)
-            if any(s.weight for s in sources) and fixed >= self.tokens:
+            if not any(s.weight for s in sources):
+                raise ValueError(
+                    "tokens is shared by sources with a weight, and there are none; remove it, or "
+                    "give sources a weight instead of their tokens"
+                )
+            if fixed >= self.tokens:
                 raise ValueError(f"tokens: nothing is left of it after the sources' own {fixed}")
         return self

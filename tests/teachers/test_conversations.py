@@ -255,3 +255,5 @@ def test_settings_that_do_not_fit_together() -> None:
         SourceSettings(name="a", path="a.jsonl", loss="answers")
     with pytest.raises(ValueError, match="can't be read from the format text"):
         SourceSettings(name="a", path="a.txt", messages="m", format="text")
+    with pytest.raises(ValueError, match="detokenize is for texts"):
+        SourceSettings(name="a", path="a.jsonl", messages="m", detokenize=True)

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from pipelines.tiny import make_tiny_llama, tiny_documents
 from shearling import ShearlingError
 from teachers.heldout import is_reserved
-from teachers.readers import detokenize, documents
+from teachers.readers import dataset_documents, detokenize, documents
 from teachers.settings import SourceSettings, TransferSetSettings
 from teachers.transfer_set import TransferSet, _positions, build_transfer_set
 
@@ -298,6 +298,8 @@ def test_a_mix_that_does_not_add_up_is_refused() -> None:
         )
     with pytest.raises(ValueError, match="not both"):
         source("a", "a", weight=1, tokens=5)
+    with pytest.raises(ValueError, match="shared by sources with a weight, and there are none"):
+        TransferSetSettings(sources=(source("a", "a", tokens=9),), tokens=9)
 
 
 def test_heldout_text_comes_from_many_documents(tokenizer: Path, tmp_path: Path) -> None:
@@ -352,6 +354,21 @@ def test_wikitext_is_detokenised_if_asked(tmp_path: Path) -> None:
     assert "The dog's tail doesn't wag." in found[0].text
     assert "\n== History ==\n" in found[0].text
     assert found[1].text == "= Second =\n\nMore text; here."
+
+
+def test_texts_of_every_format_are_detokenised_if_asked(tmp_path: Path) -> None:
+    text = "It cost 1 @,@ 000 , or so ( about ) ."
+    write_jsonl(tmp_path / "a.jsonl", [text])
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "a.jsonl", [text])
+    (tmp_path / "a.txt").write_text(text)
+    pq.write_table(pa.table({"text": [text]}), tmp_path / "a.parquet")
+    for name, kind in (("a.jsonl", "jsonl"), ("a.txt", "text"), ("a.parquet", "parquet")):
+        path = tmp_path / name
+        (found,) = documents(path, kind, source(path, detokenize=True))
+        assert found.text == "It cost 1,000, or so (about)."
+    asked = source(tmp_path / "set", format="dataset", detokenize=True)
+    assert [d.text for d in dataset_documents(asked, seed=0)] == ["It cost 1,000, or so (about)."]
 
 
 @given(st.text(alphabet=" @-,.=()\"s'n t\nab", max_size=60))
@@ -507,6 +524,11 @@ def test_a_folder_without_text(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "folder" / "a.csv").write_text("x")
     with pytest.raises(ShearlingError, match="no file with text"):
         build(tokenizer, tmp_path / "set", source(tmp_path / "folder"))
+
+
+def test_a_hash_of_what_is_not_one_file_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShearlingError, match="owner/texts is a data set, not one file"):
+        build(tokenizer, tmp_path / "set", source("owner/texts", sha256="0" * 64))
 
 
 def test_reserving_needs_titles(tokenizer: Path, tiny_text: Path, tmp_path: Path) -> None:
