@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+import itertools
 import json
+import operator
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -35,8 +37,11 @@ _COMPRESSED = (".gz", ".zst")
 _PIECE_CHARACTERS = 4096
 _LONGEST_PIECE = 1 << 16
 _LONGEST_LINE = 1 << 26
+_LAST_CHARACTER = re.compile(rb"[\xc0-\xff][\x80-\xbf]*\Z")
+"""Of more than one byte, at the end of a part of a line, where it may be cut."""
 _LARGEST_JSON = 1 << 30
-"""Bytes of a .json file, which is read whole; a small compressed one may hold endless spaces."""
+"""Characters of what is read whole: a .json file, a line of JSONL. A small compressed one may hold
+endless spaces."""
 _ROWS = 16
 """Rows of a table that become Python objects at a time: each may hold a whole book, many times."""
 
@@ -154,17 +159,25 @@ def _open_zstd(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends. What is not UTF-8 is an error with the line's number."""
+    """Numbered lines with their ends; one longer than `_LONGEST_LINE` bytes comes in parts.
+
+    What is not UTF-8 is an error with the line's number.
+    """
+    number, begun, rest = 1, 0, b""
     with _open(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+        while part := rest + file.readline(_LONGEST_LINE):
+            rest = b""
+            if len(part) >= _LONGEST_LINE and (last := _LAST_CHARACTER.search(part, len(part) - 4)):
+                part, rest = part[: last.start()], last[0]
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, part.decode("utf-8" if begun or number > 1 else "utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ShearlingError(
                     f"{path}, line {number} is not UTF-8: byte "
-                    f"0x{line[error.start]:02x} at position {error.start + 1}.",
+                    f"0x{part[error.start]:02x} at position {begun + error.start + 1}.",
                     hint="Convert it, for example: iconv -f latin1 -t utf-8 OLD > NEW.",
                 ) from error
+            number, begun = (number + 1, 0) if part.endswith(b"\n") else (number, begun + len(part))
 
 
 def _text(path: Path, settings: SourceSettings) -> Iterator[Document]:
@@ -251,38 +264,44 @@ def _document(
 
 
 def _jsonl(path: Path, settings: SourceSettings) -> Iterator[Document]:
-    for number, line in _lines(path):
+    for number, parts in itertools.groupby(_lines(path), operator.itemgetter(0)):
+        where = f"{path}, line {number}"
+        hint = "Each line of a .jsonl file holds one JSON object."
+        line = _whole((text for _, text in parts), where, hint)
         if not line.strip():
             continue
         try:
             item = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ShearlingError(
-                f"{path}, line {number} is not JSON: {error}",
-                hint="Each line of a .jsonl file holds one JSON object.",
+                f"{where} is not JSON: {error}",
+                hint=hint,
             ) from error
-        yield _document(item, settings, f"{path}, line {number}")
+        yield _document(item, settings, where)
 
 
-def _whole(path: Path, settings: SourceSettings) -> str:
+def _whole(parts: Iterable[str], where: str, hint: str) -> str:
     """All of a text, if it isn't too large for that."""
-    parts, size = [], 0
-    for _, line in _lines(path):
-        parts.append(line)
-        size += len(line)
+    found, size = [], 0
+    for part in parts:
+        found.append(part)
+        size += len(part)
         if size > _LARGEST_JSON:
             raise ShearlingError(
-                f"{path} holds more than {_LARGEST_JSON:,} characters, too much to read at once.",
-                hint="Write one object a line: the format jsonl is read line by line "
-                f"(`format` of the source {settings.name!r}).",
+                f"{where} holds more than {_LARGEST_JSON:,} characters, too much to read at once.",
+                hint=hint,
             )
-    return "".join(parts)
+    return "".join(found)
 
 
 def _json(path: Path, settings: SourceSettings) -> Iterator[Document]:
     """A list of objects, or an object whose keys are titles."""
+    by_line = (
+        "Write one object a line: the format jsonl is read line by line "
+        f"(`format` of the source {settings.name!r})."
+    )
     try:
-        data = json.loads(_whole(path, settings))
+        data = json.loads(_whole((line for _, line in _lines(path)), str(path), by_line))
     except (ValueError, RecursionError) as error:
         raise ShearlingError(
             f"{path} is not JSON: {error}",
