@@ -217,6 +217,8 @@ def _field(item: Any, settings: SourceSettings, where: str) -> str:
             f"{', '.join(map(str, item))}.",
         )
     text = item[settings.field]
+    if text is None:
+        return ""  # an empty document, which is counted and told as such
     if not isinstance(text, str):
         raise ShearlingError(
             f"{where}: the field {settings.field!r} holds a value of type {type(text).__name__}, "

@@ -442,6 +442,26 @@ def test_a_damaged_set_is_refused(tokenizer: Path, tiny_text: Path, tmp_path: Pa
 # --- text that can't be read ---
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.arrow", "set"])
+def test_a_null_is_an_empty_document(tokenizer: Path, tmp_path: Path, name: str) -> None:
+    rows = [{"text": text} for text in [*tiny_documents(100), None, "three"]]
+    table, path = pa.Table.from_pylist(rows), tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(table, path)
+    elif name == "a.arrow":
+        pa.feather.write_feather(table, path)
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
+    else:
+        path = path / "a.jsonl" if name == "set" else path
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    form = "dataset" if name == "set" else "auto"
+    facts, _ = build(tokenizer, tmp_path / "out", source(tmp_path / name, format=form))
+    assert facts["sources"][0]["documents"] == 101
+    assert facts["notes"] == ["text: 1 empty documents were left out."]
+
+
 @pytest.mark.parametrize("tokens", [None, 900])
 def test_half_a_surrogate_pair_ends_no_run(
     tokenizer: Path, tmp_path: Path, tokens: int | None
