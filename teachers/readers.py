@@ -32,16 +32,16 @@ FORMATS_BY_ENDING = {
 }
 _COMPRESSED = (".gz", ".zst")
 
-# A plain text file says nothing of documents, so it is cut at blank lines into pieces of about a
-# thousand tokens: enough context to learn from, and enough pieces to shuffle and hold out.
+# A plain text file says nothing of documents, so by default it is cut at blank lines into pieces of
+# about a thousand tokens: enough context to learn from, and enough pieces to shuffle and hold out.
 _PIECE_CHARACTERS = 4096
 _LONGEST_PIECE = 1 << 16
 _LONGEST_LINE = 1 << 26
 _LAST_CHARACTER = re.compile(rb"[\xc0-\xff][\x80-\xbf]*\Z")
 """Of more than one byte, at the end of a part of a line, where it may be cut."""
 _LARGEST_JSON = 1 << 30
-"""Characters of what is read whole: a .json file, a line of JSONL. A small compressed one may hold
-endless spaces."""
+"""Characters of what is read whole: a .json file, a line of JSONL, a text that is one document.
+A small compressed one may hold endless spaces."""
 _ROWS = 16
 """Rows of a table that become Python objects at a time: each may hold a whole book, many times."""
 
@@ -100,6 +100,17 @@ def source_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]
     Raises:
         ShearlingError: a folder without readable files, or an ending that says no format.
     """
+    files = _kinds_of_files(path, settings)
+    if settings.documents == "files" and all(kind != "text" for _, kind in files):
+        raise ShearlingError(
+            f"The source {settings.name!r} ({path}) has no plain text, whose files could be "
+            "documents.",
+            hint="Remove `documents` from the source; in tables each row is a document.",
+        )
+    return files
+
+
+def _kinds_of_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
     forced = None if settings.format == "auto" else settings.format
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -181,6 +192,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _text(path: Path, settings: SourceSettings) -> Iterator[Document]:
+    if settings.documents == "files":
+        hint = f"Set `documents` of the source {settings.name!r} to pieces."
+        yield _joined([_whole((line for _, line in _lines(path)), str(path), hint)], None, settings)
+        return
     piece: list[str] = []
     size = 0
     for _, line in _lines(path):

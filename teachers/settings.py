@@ -43,6 +43,11 @@ class SourceSettings(Settings):
             "raw WikiText into its articles; dataset calls datasets.load_dataset.",
         )
     )
+    documents: Literal["pieces", "files"] = Field(
+        default="pieces",
+        description="What of plain text (.txt, .md) is a document: a piece of about 4,096 "
+        "characters, cut at a blank line, or the whole file.",
+    )
     field: str = Field(default="text", description="The column that holds the text.")
     messages: str | None = Field(
         default=None,
@@ -86,7 +91,16 @@ class SourceSettings(Settings):
             raise ValueError(f"messages can't be read from the format {self.format}")
         if self.messages is not None and self.detokenize:
             raise ValueError("detokenize is for texts, and messages names conversations")
+        plain = self.format in ("auto", "text") and self.messages is None
+        if self.documents == "files" and not plain:
+            raise ValueError("documents: files is for plain text (format: text); remove it")
         return self
+
+    @model_serializer(mode="wrap")
+    def _documents_only_if_files(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So the key of a set of pieces is what it was before there was a choice."""
+        data: dict[str, Any] = handler(self)
+        return {name: v for name, v in data.items() if name != "documents" or v != "pieces"}
 
 
 _WINDOW, _LENGTH = "transfer_set.window", "transfer_set.written.length"

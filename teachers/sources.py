@@ -35,11 +35,11 @@ class Source:
         if self.rereadable:
             path = fetch(settings.path, sha256=settings.sha256, cache=cache)
             self.files = source_files(path, settings)
-        elif settings.sha256 is not None:
+        elif settings.sha256 is not None or settings.documents == "files":
             raise ShearlingError(
-                f"The source {settings.name!r} has a sha256, and {settings.path} is a data set, "
-                "not one file.",
-                hint="Remove `sha256` from the source.",
+                f"The source {settings.name!r} has `sha256` or `documents`, and {settings.path} is "
+                "a data set, not files of text.",
+                hint="Remove them from the source.",
             )
 
     def __iter__(self) -> Iterator[Document]:

@@ -154,6 +154,33 @@ def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) ->
     assert "\n\n".join(pieces) == "\n\n".join(texts)
 
 
+def test_a_file_is_one_document_if_asked(tokenizer: Path, tmp_path: Path) -> None:
+    texts, folder = tiny_documents(300), tmp_path / "texts"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.txt").write_text("\n\n".join(texts[number::3]))
+    asked = source(folder, documents="files")
+    path = folder / "7.txt"
+    (whole,) = documents(path, "text", asked)
+    assert whole.text == path.read_text()
+    pieces, _ = build(tokenizer, tmp_path / "pieces", source(folder))
+    files, _ = build(tokenizer, tmp_path / "files", asked)
+    assert pieces["sources"][0]["documents"] > files["sources"][0]["documents"] == 30
+    assert "documents" not in source(folder).model_dump()  # keys of earlier runs hold
+    assert SourceSettings(**asked.model_dump()) == asked
+
+
+def test_documents_are_files_of_plain_text_only(tokenizer: Path, tmp_path: Path) -> None:
+    for more in ({"format": "jsonl"}, {"messages": "m"}):
+        with pytest.raises(ValueError, match="documents: files is for plain text"):
+            source("a", documents="files", **more)
+    with pytest.raises(ShearlingError, match="owner/texts is a data set, not files"):
+        build(tokenizer, tmp_path / "set", source("owner/texts", documents="files"))
+    path = write_jsonl(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(ShearlingError, match="has no plain text"):
+        build(tokenizer, tmp_path / "set", source(path, documents="files"))
+
+
 def test_a_line_without_end_does_not_become_one_huge_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("word " * 50_000)
@@ -547,7 +574,7 @@ def test_a_folder_without_text(tokenizer: Path, tmp_path: Path) -> None:
 
 
 def test_a_hash_of_what_is_not_one_file_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShearlingError, match="owner/texts is a data set, not one file"):
+    with pytest.raises(ShearlingError, match="owner/texts is a data set, not files"):
         build(tokenizer, tmp_path / "set", source("owner/texts", sha256="0" * 64))
 
 
