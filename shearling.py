@@ -63,10 +63,12 @@ def _os_error_number(error: Exception) -> int | None:
     return int(named[1]) if named else None
 
 
+# Not folders that are called hf_something, nor words behind "bearer": a recipe is read again.
 _SECRETS = (
-    (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "hf_***"),
+    (re.compile(r"(?<![\w/])hf_[A-Za-z0-9]{30,}"), "hf_***"),
     (re.compile(r"(://)[^/@\s\"']+@"), r"\1***@"),
-    (re.compile(r"(?i)\b(bearer|token=|api[_-]?key=)(\s*)[\w.~+/-]{8,}"), r"\1\2***"),
+    (re.compile(r"(?i)\b(bearer\s+)[\w.~+/-]{20,}"), r"\1***"),
+    (re.compile(r"(?i)\b((?:token|api[_-]?key)=\s*)[\w.~+/-]{8,}"), r"\1***"),
 )
 _SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 

@@ -14,6 +14,7 @@ from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.families import known_family
+from teachers.readers import is_data_set, local_files
 from teachers.settings import SourceSettings, TeacherSettings
 
 MOST_REPEATS = 4
@@ -139,6 +140,11 @@ def check_paths(recipe: Recipe) -> None:
             problems.append(f"{where} is an empty folder")
         elif source.format != "dataset" and _looks_local(source.path) and not path.exists():
             problems.append(f"{where} does not exist")
+        if source.sha256 is not None and (path.is_dir() or is_data_set(source)):
+            problems.append(
+                f"transfer_set.sources.{source.name}.sha256 is of one file, and {source.path} is "
+                "none; remove it"
+            )
     problems += _mirror_problems(recipe.benchmark)
     if problems:
         raise ShearlingError(
@@ -213,7 +219,7 @@ def transfer_set_tokens(recipe: Recipe) -> tuple[int, bool]:
     settings = recipe.transfer_set
     if settings.tokens is not None:
         return settings.tokens, True
-    counts = [source.tokens or _tokens_in(Path(source.path)) for source in settings.sources]
+    counts = [source.tokens or _tokens_in(source) for source in settings.sources]
     counts += [settings.written.tokens] if settings.written else []
     if all(counts):
         return sum(counts), True
@@ -221,10 +227,9 @@ def transfer_set_tokens(recipe: Recipe) -> tuple[int, bool]:
     return max([sum(counts), *wanted]), False
 
 
-def _tokens_in(path: Path) -> int:
+def _tokens_in(source: SourceSettings) -> int:
     """About how many tokens a local file or folder of text has; 0 where it isn't here."""
-    files = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else []
-    return sum(_plain_bytes(file) for file in files if file.is_file()) // 4
+    return sum(_plain_bytes(file) for file in local_files(source)) // 4
 
 
 def _plain_bytes(file: Path) -> int:

@@ -196,8 +196,11 @@ def published_training(stage: Mapping[str, Any]) -> dict[str, Any]:
     }
     found = {name: value for name, value in told.items() if value is not None}
     if "warmup" not in stage:
-        tokens = stage.get("tokens")
-        batch = stage.get("batch_tokens", DistillSettings.model_fields["batch_tokens"].default)
+        default = DistillSettings.model_fields["batch_tokens"].default
+        tokens, batch = (
+            read_count(given) or given
+            for given in (stage.get("tokens"), stage.get("batch_tokens", default))
+        )
         if isinstance(tokens, int) and isinstance(batch, int) and batch > 0:  # else told elsewhere
             steps = max(1, round(tokens / batch))
             if published.warmup_steps > steps // 2:
@@ -288,6 +291,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     resolve_paths(data, path.parent)
     data.setdefault("name", path.stem)
     mistakes = [m for m in (apply_override(data, text) for text in overrides) if m]
+    resolve_paths(data, Path())  # so `resume` finds them from everywhere
     return check_recipe(data, where=reference, mistakes=mistakes)
 
 
@@ -384,16 +388,16 @@ def _too_big(data: Any) -> bool:
 
 
 def resolve_paths(data: dict[str, Any], folder: Path) -> None:
-    """Make paths that exist beside the recipe file absolute; all others count from the cwd.
+    """Make paths that exist in ``folder`` absolute; a linked file keeps its own name.
 
     Works in place on unchecked data, so it touches only what has the expected form.
     """
     for owner, key in _path_slots(data):
         value = owner[key]
         if isinstance(value, str) and "\0" not in value and not Path(value).is_absolute():
-            beside = folder / value
-            if value and beside.exists():
-                owner[key] = str(beside.resolve())
+            inside = folder / value
+            if value and inside.exists():
+                owner[key] = str(inside.parent.resolve() / inside.name)
 
 
 def _path_slots(data: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -23,6 +23,8 @@ from reports.hub import NO_ANSWER, worth_another_try
 from reports.tasks import mirror_file
 from shearling import without_secrets
 from students.settings import Settings
+from teachers.readers import local_files
+from teachers.settings import TeacherSettings
 
 STAGES: dict[str, ModuleType] = {
     "teacher": teacher,
@@ -132,11 +134,11 @@ class _Builder:
         self.steps[step.name] = step
 
 
-def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step]:
+def build_steps(recipe: Recipe, fingerprint: Callable[..., str]) -> list[Step]:
     """All steps of a recipe in the order in which they run.
 
-    ``fingerprint`` hashes a local file or folder. Names of stages and the folder of the mirror are
-    not part of a key: renaming and moving repeat no work.
+    ``fingerprint`` hashes a local file, or files of a folder (`FileHashes.fingerprint`). Names of
+    stages and the folder of the mirror are not part of a key: renaming and moving repeat no work.
     """
     builder = _Builder(recipe.seed)
     builder.add(
@@ -144,9 +146,8 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
         recipe.teacher,
         stage="teacher",
         seeded=False,
-        files=_hashes({"teacher.model": recipe.teacher.model}, fingerprint),
+        files=_model_hash("teacher", recipe.teacher, fingerprint),
     )
-    sources = {f"transfer_set.sources.{s.name}.path": s.path for s in recipe.transfer_set.sources}
     mirror = _mirror_files(recipe, fingerprint)
     clean = recipe.transfer_set.clean
     # What is taken out of the text then depends on the questions.
@@ -157,7 +158,7 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
         stage="transfer_set",
         also={"benchmark_tasks": list(recipe.benchmark.tasks)} if cleared else None,
         needs={"teacher": "teacher"},
-        files=_hashes(sources, fingerprint) | (mirror if cleared else {}),
+        files=_text_hashes(recipe, fingerprint) | (mirror if cleared else {}),
     )
 
     def measure(stage: str) -> None:
@@ -195,7 +196,7 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
         files = {}
         if isinstance(stage, TeacherStage):
             needs = {}
-            files = _hashes({f"{stage.name}.model": stage.model}, fingerprint)
+            files = _model_hash(stage.name, stage, fingerprint)
         if isinstance(stage, DistillStage):
             others = [name for name in stage.teachers if name != "teacher"]
             needs |= {teacher_role(name): name for name in others}
@@ -239,13 +240,40 @@ def _forget_places(slice_: dict[str, Any]) -> None:
                 owner[name] = f"(here) {ending}".strip()
 
 
-def _hashes(paths: Mapping[str, str], fingerprint: Callable[[Path], str]) -> dict[str, str]:
-    """Hashes of those paths that are on this disk; packages and hub ids are pinned by name."""
-    local = {where: Path(path).expanduser() for where, path in paths.items()}
-    return {where: fingerprint(path) for where, path in local.items() if path.exists()}
+def _model_hash(
+    owner: str, settings: TeacherSettings, fingerprint: Callable[..., str]
+) -> dict[str, str]:
+    """The hash of a teacher that is on this disk; a hub id is pinned by its name."""
+    path = Path(settings.model).expanduser()
+    if not path.exists():
+        return {}
+    files = _model_files(path) if path.is_dir() else None
+    return {f"{owner}.model": fingerprint(path, files)}
 
 
-def _mirror_files(recipe: Recipe, fingerprint: Callable[[Path], str]) -> dict[str, str]:
+def _model_files(folder: Path) -> list[Path]:
+    """What a teacher is read from: a folder's own files, and Meta's tokenizer above it."""
+    files = [file for file in folder.iterdir() if file.is_file()]
+    above = folder.parent / "tokenizer.model"
+    if above.is_file() and not (folder / above.name).is_file():
+        from teachers.meta_format import is_meta_folder
+
+        files += [above] if is_meta_folder(folder) else []
+    return files
+
+
+def _text_hashes(recipe: Recipe, fingerprint: Callable[..., str]) -> dict[str, str]:
+    """Hashes of those sources that are on this disk; the others are pinned by their names."""
+    return {
+        f"transfer_set.sources.{source.name}.path": fingerprint(
+            Path(source.path).expanduser(), files
+        )
+        for source in recipe.transfer_set.sources
+        if (files := local_files(source))
+    }
+
+
+def _mirror_files(recipe: Recipe, fingerprint: Callable[..., str]) -> dict[str, str]:
     """Hashes of the mirror's files for the recipe's tasks; one that appears later is measured."""
     folder = Path(recipe.benchmark.mirror or "").expanduser()
     if not recipe.benchmark.mirror or not folder.is_dir():

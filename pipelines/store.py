@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +182,15 @@ class FileHashes:
     def __init__(self, cache: Path) -> None:
         self._memory = FileMemory(cache)
 
-    def fingerprint(self, path: Path) -> str:
-        """One hash over a local file, or over the files directly in a folder."""
-        files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-        digests = {f.name if path.is_dir() else "": self._memory.sha256(f) for f in files}
-        return sha256_of_json(digests)
+    def fingerprint(self, path: Path, files: Iterable[Path] | None = None) -> str:
+        """One hash over a local file, or over ``files`` of a folder: by default those directly
+        in it."""
+        if not path.is_dir():
+            return sha256_of_json({"": self._memory.sha256(path)})
+        if files is None:
+            files = [file for file in path.iterdir() if file.is_file()]
+        names = {Path(os.path.relpath(file, path)).as_posix(): file for file in files}
+        return sha256_of_json({name: self._memory.sha256(f) for name, f in names.items()})
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

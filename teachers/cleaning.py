@@ -125,7 +125,7 @@ class _SourceShards:
         self._flush(lines)
 
     def _line(self, document: Document, tokens: int) -> bytes:
-        text = document.text.encode("utf-8", "replace").decode()  # lone surrogates
+        text = document.text
         number = self.shards.documents
         self._taken += 1
         self._bytes += len(text)

@@ -20,24 +20,27 @@ _DATE = "26 Jul 2024"
 
 
 def read_turns(value: Any, where: str) -> tuple[Turn, ...]:
-    """A column's value as turns; anything but a list of {role, content} is told with its place."""
+    """A column's value as turns; none if it, or what one of them says, is null.
+
+    Anything else but a list of {role, content} is told with its place.
+    """
+    hint = 'A conversation is [{"role": "user", "content": "..."}, ...].'
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise ShearlingError(f"{where} holds no list of messages.", hint=hint)
     turns = []
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        for message in value:
-            if isinstance(message, Mapping):
-                role, content = message.get("role"), message.get("content")
-                if isinstance(role, str) and isinstance(content, str):
-                    turns.append((role, content))
-                    continue
-            break
-        else:
-            return tuple(turns)
-    raise ShearlingError(
-        f"{where}: message {len(turns) + 1} is no object with a text as `role` and as `content`."
-        if turns or isinstance(value, list)
-        else f"{where} holds no list of messages.",
-        hint='A conversation is [{"role": "user", "content": "..."}, ...].',
-    )
+    for number, message in enumerate(value, 1):
+        fields = message if isinstance(message, Mapping) else {}
+        role, content = fields.get("role"), fields.get("content", 0)
+        if not (isinstance(role, str) and isinstance(content, str | None)):
+            raise ShearlingError(
+                f"{where}: message {number} is no object with a text as `role` and as `content`.",
+                hint=hint,
+            )
+        turns.append((role, content))
+    said = [(role, content) for role, content in turns if content is not None]
+    return tuple(said) if len(said) == len(turns) else ()
 
 
 class ChatTemplate:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import importlib
 import io
+import itertools
 import json
+import operator
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -30,13 +32,16 @@ FORMATS_BY_ENDING = {
 }
 _COMPRESSED = (".gz", ".zst")
 
-# A plain text file says nothing of documents, so it is cut at blank lines into pieces of about a
-# thousand tokens: enough context to learn from, and enough pieces to shuffle and hold out.
+# A plain text file says nothing of documents, so by default it is cut at blank lines into pieces of
+# about a thousand tokens: enough context to learn from, and enough pieces to shuffle and hold out.
 _PIECE_CHARACTERS = 4096
 _LONGEST_PIECE = 1 << 16
 _LONGEST_LINE = 1 << 26
+_LAST_CHARACTER = re.compile(rb"[\xc0-\xff][\x80-\xbf]*\Z")
+"""Of more than one byte, at the end of a part of a line, where it may be cut."""
 _LARGEST_JSON = 1 << 30
-"""Bytes of a .json file, which is read whole; a small compressed one may hold endless spaces."""
+"""Characters of what is read whole: a .json file, a line of JSONL, a text that is one document.
+A small compressed one may hold endless spaces."""
 _ROWS = 16
 """Rows of a table that become Python objects at a time: each may hold a whole book, many times."""
 
@@ -60,12 +65,52 @@ def format_of(path: Path) -> str | None:
     return FORMATS_BY_ENDING.get(Path(name).suffix)
 
 
+def is_data_set(settings: SourceSettings) -> bool:
+    """Whether a source is something for ``datasets``, and not files.
+
+    Without a stated format, what is not on this disk is taken for a data set's name only if it
+    does not look like a file's.
+    """
+    local = Path(settings.path).expanduser()
+    if settings.format == "dataset" or (local / "state.json").is_file():
+        return True
+    plain = settings.format == "auto" and not settings.path.startswith(("pypi:", ".", "/", "~"))
+    named = plain and format_of(Path(settings.path)) is None and settings.path.count("/") <= 1
+    return named and not local.exists()
+
+
+def local_files(settings: SourceSettings) -> list[Path]:
+    """The files on this disk that make a source what it is; none if it isn't here.
+
+    Raises:
+        ShearlingError: as `source_files`.
+    """
+    path = Path(settings.path).expanduser()
+    if not path.exists():
+        return []
+    if not is_data_set(settings):
+        return [file for file, _ in source_files(path, settings)]
+    # Which of its files `datasets` opens is its own affair.
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
 def source_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
     """The files of a source with their formats, in the order of their names.
 
     Raises:
         ShearlingError: a folder without readable files, or an ending that says no format.
     """
+    files = _kinds_of_files(path, settings)
+    if settings.documents == "files" and all(kind != "text" for _, kind in files):
+        raise ShearlingError(
+            f"The source {settings.name!r} ({path}) has no plain text, whose files could be "
+            "documents.",
+            hint="Remove `documents` from the source; in tables each row is a document.",
+        )
+    return files
+
+
+def _kinds_of_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
     forced = None if settings.format == "auto" else settings.format
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -126,20 +171,32 @@ def _open_zstd(path: Path) -> IO[bytes]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends. What is not UTF-8 is an error with the line's number."""
+    """Numbered lines with their ends; one longer than `_LONGEST_LINE` bytes comes in parts.
+
+    What is not UTF-8 is an error with the line's number.
+    """
+    number, begun, rest = 1, 0, b""
     with _open(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+        while part := rest + file.readline(_LONGEST_LINE):
+            rest = b""
+            if len(part) >= _LONGEST_LINE and (last := _LAST_CHARACTER.search(part, len(part) - 4)):
+                part, rest = part[: last.start()], last[0]
             try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, part.decode("utf-8" if begun or number > 1 else "utf-8-sig")
             except UnicodeDecodeError as error:
                 raise ShearlingError(
                     f"{path}, line {number} is not UTF-8: byte "
-                    f"0x{line[error.start]:02x} at position {error.start + 1}.",
+                    f"0x{part[error.start]:02x} at position {begun + error.start + 1}.",
                     hint="Convert it, for example: iconv -f latin1 -t utf-8 OLD > NEW.",
                 ) from error
+            number, begun = (number + 1, 0) if part.endswith(b"\n") else (number, begun + len(part))
 
 
 def _text(path: Path, settings: SourceSettings) -> Iterator[Document]:
+    if settings.documents == "files":
+        hint = f"Set `documents` of the source {settings.name!r} to pieces."
+        yield _joined([_whole((line for _, line in _lines(path)), str(path), hint)], None, settings)
+        return
     piece: list[str] = []
     size = 0
     for _, line in _lines(path):
@@ -149,9 +206,14 @@ def _text(path: Path, settings: SourceSettings) -> Iterator[Document]:
             size += len(part)
             blank = not part.strip()
             if size >= _LONGEST_PIECE or (blank and size >= _PIECE_CHARACTERS):
-                yield Document("".join(piece).strip("\n"))
+                yield _joined(piece, None, settings)
                 piece, size = [], 0
-    yield Document("".join(piece).strip("\n"))
+    yield _joined(piece, None, settings)
+
+
+def _joined(lines: list[str], title: str | None, settings: SourceSettings) -> Document:
+    text = "".join(lines)
+    return Document(detokenize(text) if settings.detokenize else text.strip("\n"), title)
 
 
 def _field(item: Any, settings: SourceSettings, where: str) -> str:
@@ -171,6 +233,8 @@ def _field(item: Any, settings: SourceSettings, where: str) -> str:
             f"{', '.join(map(str, item))}.",
         )
     text = item[settings.field]
+    if text is None:
+        return ""  # an empty document, which is counted and told as such
     if not isinstance(text, str):
         raise ShearlingError(
             f"{where}: the field {settings.field!r} holds a value of type {type(text).__name__}, "
@@ -185,56 +249,77 @@ def _title(item: Any) -> str | None:
     return title if isinstance(title, str) else None
 
 
+def _whole_characters(text: str) -> str:
+    """``text`` with U+FFFD for each half of a surrogate pair.
+
+    JSON can spell one out (an emoji that was cut in two), and nothing can be done with it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def _document(
     item: Any, settings: SourceSettings, where: str, title: str | None = None
 ) -> Document:
     """A record as a document: its text, or the conversation that it holds."""
     title = title or _title(item)
+    title = _whole_characters(title) if title else title
     if settings.messages is None:
-        return Document(_field(item, settings, where), title)
+        text = _whole_characters(_field(item, settings, where))
+        return Document(detokenize(text) if settings.detokenize else text, title)
     if not isinstance(item, Mapping) or settings.messages not in item:
         there = f"; there is: {', '.join(map(str, item))}" if isinstance(item, Mapping) else ""
         raise ShearlingError(
             f"{where} has no field {settings.messages!r}.",
             hint=f"Set `messages` of the source {settings.name!r}{there}.",
         )
-    turns = read_turns(item[settings.messages], where)
+    said = read_turns(item[settings.messages], where)
+    turns = tuple((_whole_characters(role), _whole_characters(text)) for role, text in said)
     return Document("\n\n".join(content for _, content in turns), title, turns)
 
 
 def _jsonl(path: Path, settings: SourceSettings) -> Iterator[Document]:
-    for number, line in _lines(path):
+    for number, parts in itertools.groupby(_lines(path), operator.itemgetter(0)):
+        where = f"{path}, line {number}"
+        hint = "Each line of a .jsonl file holds one JSON object."
+        line = _whole((text for _, text in parts), where, hint)
         if not line.strip():
             continue
         try:
             item = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ShearlingError(
-                f"{path}, line {number} is not JSON: {error}",
-                hint="Each line of a .jsonl file holds one JSON object.",
+                f"{where} is not JSON: {error}",
+                hint=hint,
             ) from error
-        yield _document(item, settings, f"{path}, line {number}")
+        yield _document(item, settings, where)
 
 
-def _whole(path: Path, settings: SourceSettings) -> str:
+def _whole(parts: Iterable[str], where: str, hint: str) -> str:
     """All of a text, if it isn't too large for that."""
-    parts, size = [], 0
-    for _, line in _lines(path):
-        parts.append(line)
-        size += len(line)
+    found, size = [], 0
+    for part in parts:
+        found.append(part)
+        size += len(part)
         if size > _LARGEST_JSON:
             raise ShearlingError(
-                f"{path} holds more than {_LARGEST_JSON:,} characters, too much to read at once.",
-                hint="Write one object a line: the format jsonl is read line by line "
-                f"(`format` of the source {settings.name!r}).",
+                f"{where} holds more than {_LARGEST_JSON:,} characters, too much to read at once.",
+                hint=hint,
             )
-    return "".join(parts)
+    return "".join(found)
 
 
 def _json(path: Path, settings: SourceSettings) -> Iterator[Document]:
     """A list of objects, or an object whose keys are titles."""
+    by_line = (
+        "Write one object a line: the format jsonl is read line by line "
+        f"(`format` of the source {settings.name!r})."
+    )
     try:
-        data = json.loads(_whole(path, settings))
+        data = json.loads(_whole((line for _, line in _lines(path)), str(path), by_line))
     except (ValueError, RecursionError) as error:
         raise ShearlingError(
             f"{path} is not JSON: {error}",
@@ -328,7 +413,7 @@ def _wikitext(path: Path, settings: SourceSettings) -> Iterator[Document]:
         if pending is not None:
             if not line.strip():
                 if "".join(lines).strip():
-                    yield _article(lines, title, settings)
+                    yield _joined(lines, title, settings)
                 lines, title = [], pending.strip(" =\n")
             lines.append(pending)
             pending = None
@@ -339,18 +424,13 @@ def _wikitext(path: Path, settings: SourceSettings) -> Iterator[Document]:
         before = line
     if pending is not None:
         lines.append(pending)
-    yield _article(lines, title, settings)
-
-
-def _article(lines: list[str], title: str | None, settings: SourceSettings) -> Document:
-    text = "".join(lines)
-    return Document(detokenize(text) if settings.detokenize else text.strip("\n"), title)
+    yield _joined(lines, title, settings)
 
 
 _UNSPACED = (
     (re.compile(r" @([-,.])@ "), r"\1"),
     (re.compile(r"=(?: =)+"), lambda match: match.group().replace(" ", "")),
-    (re.compile(r" ([,.;:!?%)\]}])(?=\s)"), r"\1"),
+    (re.compile(r" ([,.;:!?%)\]}])(?=\s|\Z)"), r"\1"),
     (re.compile(r"([(\[{$£€]) "), r"\1"),
     (re.compile(r'" ([^"\n]*?) "'), r'"\1"'),
     (re.compile(r" ('(?:s|t|m|d|re|ve|ll)|n't)\b"), r"\1"),

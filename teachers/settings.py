@@ -43,6 +43,11 @@ class SourceSettings(Settings):
             "raw WikiText into its articles; dataset calls datasets.load_dataset.",
         )
     )
+    documents: Literal["pieces", "files"] = Field(
+        default="pieces",
+        description="What of plain text (.txt, .md) is a document: a piece of about 4,096 "
+        "characters, cut at a blank line, or the whole file.",
+    )
     field: str = Field(default="text", description="The column that holds the text.")
     messages: str | None = Field(
         default=None,
@@ -64,7 +69,9 @@ class SourceSettings(Settings):
         gt=0,
         description="Instead of tokens: its part of the mix, relative to the other weights.",
     )
-    sha256: str | None = Field(default=None, description="Expected SHA-256 of the file.")
+    sha256: str | None = Field(
+        default=None, description="Expected SHA-256, where the source is one file."
+    )
     detokenize: bool = Field(
         default=False,
         description="Undo WikiText's spaces around punctuation and its @-@, @,@ and @.@.",
@@ -82,7 +89,18 @@ class SourceSettings(Settings):
             raise ValueError("loss: answers needs messages, the column with conversations")
         if self.messages is not None and self.format in ("text", "wikitext"):
             raise ValueError(f"messages can't be read from the format {self.format}")
+        if self.messages is not None and self.detokenize:
+            raise ValueError("detokenize is for texts, and messages names conversations")
+        plain = self.format in ("auto", "text") and self.messages is None
+        if self.documents == "files" and not plain:
+            raise ValueError("documents: files is for plain text (format: text); remove it")
         return self
+
+    @model_serializer(mode="wrap")
+    def _documents_only_if_files(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """So the key of a set of pieces is what it was before there was a choice."""
+        data: dict[str, Any] = handler(self)
+        return {name: v for name, v in data.items() if name != "documents" or v != "pieces"}
 
 
 _WINDOW, _LENGTH = "transfer_set.window", "transfer_set.written.length"
@@ -297,6 +315,11 @@ class TransferSetSettings(Settings):
             if bare:
                 raise ValueError(f"to share tokens, each source needs a weight: {bare[0]}")
             fixed = sum(s.tokens or 0 for s in sources)
-            if any(s.weight for s in sources) and fixed >= self.tokens:
+            if not any(s.weight for s in sources):
+                raise ValueError(
+                    "tokens is shared by sources with a weight, and there are none; remove it, or "
+                    "give sources a weight instead of their tokens"
+                )
+            if fixed >= self.tokens:
                 raise ValueError(f"tokens: nothing is left of it after the sources' own {fixed}")
         return self

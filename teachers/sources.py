@@ -17,7 +17,7 @@ from shearling import Progress, ShearlingError
 from teachers.encoding import Aside, Encoder, Tokenised, tokenise
 from teachers.fetch import fetch
 from teachers.heldout import is_reserved
-from teachers.readers import Document, dataset_documents, documents, format_of, source_files
+from teachers.readers import Document, dataset_documents, documents, is_data_set, source_files
 from teachers.settings import SourceSettings
 
 _MARGIN = 1.15  # documents drawn beyond the estimate, so that a second drawing is rare
@@ -31,14 +31,16 @@ class Source:
         self.settings = settings
         self.seed = seed
         self.empty = self.reserved = 0
-        self.kind = _kind(settings)
-        if self.kind == "files":
+        self.rereadable = not is_data_set(settings)
+        if self.rereadable:
             path = fetch(settings.path, sha256=settings.sha256, cache=cache)
             self.files = source_files(path, settings)
-
-    @property
-    def rereadable(self) -> bool:
-        return self.kind == "files"
+        elif settings.sha256 is not None or settings.documents == "files":
+            raise ShearlingError(
+                f"The source {settings.name!r} has `sha256` or `documents`, and {settings.path} is "
+                "a data set, not files of text.",
+                hint="Remove them from the source.",
+            )
 
     def __iter__(self) -> Iterator[Document]:
         self.empty = self.reserved = 0
@@ -57,25 +59,11 @@ class Source:
                 yield document
 
     def _all(self) -> Iterator[Document]:
-        if self.kind == "dataset":
+        if not self.rereadable:
             yield from dataset_documents(self.settings, self.seed)
             return
         for path, kind in self.files:
             yield from documents(path, kind, self.settings)
-
-
-def _kind(settings: SourceSettings) -> str:
-    """Whether a source is files, or something for ``datasets.load_dataset``.
-
-    Without a stated format, what is not on this disk is taken for a data set's name only if it
-    does not look like a file's.
-    """
-    local = Path(settings.path).expanduser()
-    if settings.format == "dataset" or (local / "state.json").is_file():
-        return "dataset"
-    plain = settings.format == "auto" and not settings.path.startswith(("pypi:", ".", "/", "~"))
-    named = plain and format_of(Path(settings.path)) is None and settings.path.count("/") <= 1
-    return "dataset" if named and not local.exists() else "files"
 
 
 def tokenise_source(

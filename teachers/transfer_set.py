@@ -273,7 +273,10 @@ def _source_facts(
     if not len(taken):
         notes.append(f"{settings.name}: cleaning left nothing of it.")
     if source.empty:
-        notes.append(f"{settings.name}: {source.empty:,} empty documents were left out.")
+        what = "empty documents"
+        if isinstance(source, Source) and source.settings.messages:
+            what = "conversations that are empty or lack a message's text"
+        notes.append(f"{settings.name}: {source.empty:,} {what} were left out.")
     return {
         "name": settings.name,
         **(

@@ -25,7 +25,7 @@ from shearling_process import Shearling
 from pipelines.machine import LESS_MEMORY, memory_errors
 from pipelines.steps import STAGES, build_steps, decide_all
 from pipelines.store import FileHashes, Store
-from shearling import ShearlingError
+from shearling import ShearlingError, without_secrets
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="forks and namespaces of Linux")
 
@@ -361,7 +361,26 @@ def test_a_stage_that_failed_before_its_first_checkpoint_begins_again(
 
 # --- secrets ------------------------------------------------------------------------------------
 
-TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsT"
+TOKEN = "hf_" + "aBcDeFgHiJkLmNoPqRsTaBcDeFgHiJkLmN"
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (f"token {TOKEN}.", "token hf_***."),
+        (f"https://hub/x?token={TOKEN}", "https://hub/x?token=hf_***"),
+        ("https://hub/x?api_key=12345678", "https://hub/x?api_key=***"),
+        (f"Authorization: Bearer {TOKEN[3:]}", "Authorization: Bearer ***"),
+        ("https://me:word@hub/x", "https://***@hub/x"),
+        ("model: /data/hf_checkpoints/final", None),
+        (f"model: /cache/{TOKEN}/final", None),
+        ("path: hf_texts2024/a.jsonl, /texts/bearer_of_news/wool.txt", None),
+        ("prompts: [The bearer understands]", None),
+    ],
+)
+def test_secrets_are_cut_out_and_nothing_else(text: str, told: str | None) -> None:
+    """What else looks like one must stay: `resume` reads the recipe that was written so."""
+    assert without_secrets(text) == (told or text)
 
 
 def test_secrets_reach_no_file_of_a_run(

@@ -219,6 +219,18 @@ def test_tokens_of_the_transfer_set(recipe_data: dict[str, Any]) -> None:
     assert transfer_set_tokens(check_recipe(data)) == (5000, True)
 
 
+def test_tokens_of_a_folder_are_those_of_all_that_is_read(
+    recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("a" * 400)
+    (tmp_path / "deep" / "b.txt").write_text("b" * 800)
+    (tmp_path / "picture.png").write_bytes(bytes(4000))
+    data = copy.deepcopy(recipe_data)
+    data["transfer_set"]["sources"][0]["path"] = str(tmp_path)
+    assert transfer_set_tokens(check_recipe(data)) == (300, True)
+
+
 # --- machines -----------------------------------------------------------------------------------
 
 

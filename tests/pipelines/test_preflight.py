@@ -15,6 +15,7 @@ from pipelines.plan import make_plan, teacher_facts
 from pipelines.preflight import (
     check_file,
     check_parents,
+    check_paths,
     check_tokenizers,
     check_with_teacher,
     known_teacher_config,
@@ -146,6 +147,17 @@ def test_keys_that_only_a_data_set_obeys_are_told(
     assert told(path=str(tmp_path), format="dataset", split="test") == []
     (tmp_path / "state.json").write_text("{}")
     assert len(told(path=str(tmp_path), format="dataset", split="test")) == 1
+
+
+@pytest.mark.parametrize("path", ["owner/texts", "."])
+@pytest.mark.parametrize("form", ["auto", "dataset"])
+def test_a_hash_of_what_is_not_one_file_is_refused(
+    recipe_data: dict[str, Any], path: str, form: str
+) -> None:
+    given = {"name": "mine", "path": path, "format": form, "sha256": "0" * 64}
+    recipe = check_recipe({**recipe_data, "transfer_set": {"sources": [given]}})
+    with pytest.raises(ShearlingError, match=r"sources\.mine\.sha256 is of one file, and"):
+        check_paths(recipe)
 
 
 def test_settings_that_can_only_disappoint_are_told(recipe_data: dict[str, Any]) -> None:

@@ -151,6 +151,17 @@ def test_a_published_training_recipe_by_name(data: dict[str, Any]) -> None:
     assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
+@pytest.mark.parametrize("tokens", [2 * 10**9, "2B", "2_000M", "2e9"])
+@pytest.mark.parametrize("batch", [100_000, "100k"])
+def test_the_published_warm_up_holds_however_tokens_are_written(
+    data: dict[str, Any], tokens: int | str, batch: int | str
+) -> None:
+    data["stages"][1] |= {"training": "llama-2", "tokens": tokens, "batch_tokens": batch}
+    assert check_recipe(data).stages[1].warmup == 0.1  # 2,000 of 20,000 steps
+    data["stages"][1]["tokens"] = "2M"
+    assert "this stage has 20 in all" in mistakes(data)
+
+
 @pytest.mark.parametrize(
     ("training", "message"),
     [
@@ -219,6 +230,23 @@ def test_paths_count_from_the_recipe_then_from_here(
     recipe = load_recipe("recipes/r.yaml")
     assert recipe.teacher.model == str(folder / "near")
     assert recipe.transfer_set.sources[0].path == "far.txt"
+    (tmp_path / "far.txt").write_text("text")
+    assert load_recipe("recipes/r.yaml").transfer_set.sources[0].path == str(tmp_path / "far.txt")
+    (tmp_path / "here").mkdir()
+    recipe = load_recipe("recipes/r.yaml", ["teacher.model=./here"])
+    assert recipe.teacher.model == str(tmp_path / "here")
+
+
+def test_a_linked_text_keeps_its_ending(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the hub's cache, where snapshots link to files that are named by their hashes."""
+    (tmp_path / "0a1b2c").write_text("text")
+    (tmp_path / "text.txt").symlink_to("0a1b2c")
+    data["transfer_set"]["sources"][0]["path"] = "./text.txt"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("r.yaml").transfer_set.sources[0].path == str(tmp_path / "text.txt")
 
 
 def test_the_name_is_the_files_by_default(data: dict[str, Any], tmp_path: Path) -> None:

@@ -147,6 +147,67 @@ def test_the_users_files_are_part_of_the_keys(
     ]
 
 
+def test_a_folder_of_texts_is_all_that_is_read_of_it(
+    recipe_data: dict[str, Any], store: Store, tmp_path: Path
+) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    data = copy.deepcopy(recipe_data)
+    data["transfer_set"]["sources"][0]["path"] = str(folder)
+
+    def digest() -> str:
+        steps = steps_of(data, store)
+        return steps["transfer_set"].inputs["files of transfer_set.sources.grammar.path"]
+
+    flat = digest()
+    assert flat == FileHashes(store.root).fingerprint(folder)  # as it was for earlier runs
+    (folder / "notes.csv").write_text("not read")
+    assert digest() == flat
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "deep" / "er" / "a.jsonl").write_text('{"text": "two"}\n')
+    nested = digest()
+    assert nested != flat
+    (folder / "deep" / "er" / "a.jsonl").write_text('{"text": "2"}\n')
+    assert digest() not in (flat, nested)
+    # What of its folder a data set reads, only `datasets` knows.
+    data["transfer_set"]["sources"][0]["format"] = "dataset"
+    before = digest()
+    (folder / "deep" / "more.csv").write_text("text\nthree\n")
+    assert digest() != before
+
+
+def test_the_tokenizer_above_metas_folder_is_part_of_its_key(
+    recipe_data: dict[str, Any], store: Store, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llama-2" / "7b"
+    folder.mkdir(parents=True)
+    (folder / "params.json").write_text("{}")
+    data = copy.deepcopy(recipe_data)
+    data["teacher"]["model"] = str(folder)
+
+    def key() -> str:
+        return steps_of(data, store)["teacher"].key
+
+    def keys() -> tuple[str, str]:
+        """With one tokenizer.model above the folder, and with another one."""
+        found = []
+        for content in ("one", "two"):
+            (folder.parent / "tokenizer.model").write_text(content)
+            found.append(key())
+        return found[0], found[1]
+
+    one, two = keys()
+    assert one == two  # not Meta's, so what lies above it is none of its business
+    (folder / "consolidated.00.pth").write_text("weights")
+    bare = key()
+    one, two = keys()
+    assert one != two
+    (folder / "tokenizer.model").write_text("own")
+    one, two = keys()
+    assert one == two != bare
+
+
 def test_decisions_and_their_reasons(recipe_data: dict[str, Any], store: Store) -> None:
     distill = steps_of(recipe_data, store)["distill"]
     assert str(decide(distill, store, None)) == "runs: first time"

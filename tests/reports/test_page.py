@@ -450,7 +450,7 @@ def test_plan_and_reality_stand_side_by_side(run: Path) -> None:
 def test_secrets_are_not_shown(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "a secret that is told to nobody")
     journal = read_json(run / "run.json")
-    journal["command"] = "shearling run x --set teacher.revision=hf_abcdefghijklmnopqrstuv"
+    journal["command"] = "shearling run x --set teacher.revision=hf_abcdefghijklmnopqrstuvwxyzabcd"
     journal["error"] = {
         "what": "https://user:password@host/x said: a secret that is told to nobody",
         "hint": "",

@@ -224,6 +224,19 @@ def test_what_is_no_conversation_is_told_with_its_line(
     assert "line 2" in caught.value.what
 
 
+def test_conversations_that_lack_a_text_are_left_out_and_told(folder: Path, tmp_path: Path) -> None:
+    """As of an assistant who calls a tool, or a column that is null."""
+    silent = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    path = write(tmp_path / "chat.jsonl", [*[chat(n) for n in range(40)], silent, None, []])
+    text = build(
+        folder, tmp_path / "set", SourceSettings(name="c", path=str(path), messages="messages")
+    )
+    assert text.facts["sources"][0]["documents"] == 40
+    assert text.facts["notes"] == [
+        "c: 3 conversations that are empty or lack a message's text were left out."
+    ]
+
+
 def test_a_missing_column_names_those_there_are(folder: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "chat.jsonl", [chat(1)], column="turns")
     with pytest.raises(ShearlingError, match="no field 'messages'") as caught:
@@ -255,3 +268,5 @@ def test_settings_that_do_not_fit_together() -> None:
         SourceSettings(name="a", path="a.jsonl", loss="answers")
     with pytest.raises(ValueError, match="can't be read from the format text"):
         SourceSettings(name="a", path="a.txt", messages="m", format="text")
+    with pytest.raises(ValueError, match="detokenize is for texts"):
+        SourceSettings(name="a", path="a.jsonl", messages="m", detokenize=True)

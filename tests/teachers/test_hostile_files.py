@@ -60,7 +60,7 @@ def gzip_bomb(path: Path, megabytes: int, *, head: bytes = b"") -> Path:
     ("name", "megabytes", "head", "told"),
     [
         ("a.json.gz", 200, b"[", "too much to read at once"),
-        ("a.jsonl.gz", 600, b'{"text": "', "is not JSON"),
+        ("a.jsonl.gz", 600, b'{"text": "', "line 1 holds more than 67,108,864 characters"),
     ],
 )
 def test_a_compressed_bomb_is_refused(
@@ -80,6 +80,29 @@ def test_a_compressed_bomb_is_refused(
 def test_an_endless_line_of_text_comes_in_pieces(tmp_path: Path) -> None:
     path = gzip_bomb(tmp_path / "a.txt.gz", 600)
     assert within(400, lambda: read(path)) >= 600_000_000
+
+
+@pytest.mark.parametrize("limit", range(5, 24))
+def test_lines_longer_than_are_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """They come in parts, which end in no character and are one line all the same."""
+    texts = ["é🐑羊a" * 5, "short", "", "🐑" * 9]
+    text, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    text.write_text("\ufeff" + "\n".join(texts), encoding="utf-8")
+    rows = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    lines.write_text("\ufeff" + "\n".join(rows), encoding="utf-8")
+    monkeypatch.setattr("teachers.readers._LONGEST_LINE", limit)
+    source = SourceSettings(name="long", path="a")
+    assert "".join(d.text for d in documents(text, "text", source)) == "\n".join(texts)
+    assert [d.text for d in documents(lines, "jsonl", source)] == texts
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_bytes(f"{texts[0]}\n{texts[0]}".encode() + b"\xe9 and more")
+    with pytest.raises(ShearlingError, match="line 2 is not UTF-8: byte 0xe9 at position 51"):
+        list(documents(wrong, "text", source))
+    lines.write_text("\n".join([*rows, "no JSON"]), encoding="utf-8")
+    with pytest.raises(ShearlingError, match="line 5 is not JSON"):
+        list(documents(lines, "jsonl", source))
 
 
 def repeated(rows: int) -> Any:

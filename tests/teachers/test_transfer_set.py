@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from pipelines.tiny import make_tiny_llama, tiny_documents
 from shearling import ShearlingError
 from teachers.heldout import is_reserved
-from teachers.readers import detokenize, documents
+from teachers.readers import dataset_documents, detokenize, documents
 from teachers.settings import SourceSettings, TransferSetSettings
 from teachers.transfer_set import TransferSet, _positions, build_transfer_set
 
@@ -177,6 +177,33 @@ def test_plain_text_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) ->
     assert "\n\n".join(pieces) == "\n\n".join(texts)
 
 
+def test_a_file_is_one_document_if_asked(tokenizer: Path, tmp_path: Path) -> None:
+    texts, folder = tiny_documents(300), tmp_path / "texts"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.txt").write_text("\n\n".join(texts[number::3]))
+    asked = source(folder, documents="files")
+    path = folder / "7.txt"
+    (whole,) = documents(path, "text", asked)
+    assert whole.text == path.read_text()
+    pieces, _ = build(tokenizer, tmp_path / "pieces", source(folder))
+    files, _ = build(tokenizer, tmp_path / "files", asked)
+    assert pieces["sources"][0]["documents"] > files["sources"][0]["documents"] == 30
+    assert "documents" not in source(folder).model_dump()  # keys of earlier runs hold
+    assert SourceSettings(**asked.model_dump()) == asked
+
+
+def test_documents_are_files_of_plain_text_only(tokenizer: Path, tmp_path: Path) -> None:
+    for more in ({"format": "jsonl"}, {"messages": "m"}):
+        with pytest.raises(ValueError, match="documents: files is for plain text"):
+            source("a", documents="files", **more)
+    with pytest.raises(ShearlingError, match="owner/texts is a data set, not files"):
+        build(tokenizer, tmp_path / "set", source("owner/texts", documents="files"))
+    path = write_jsonl(tmp_path / "a.jsonl", ["a"])
+    with pytest.raises(ShearlingError, match="has no plain text"):
+        build(tokenizer, tmp_path / "set", source(path, documents="files"))
+
+
 def test_a_line_without_end_does_not_become_one_huge_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("word " * 50_000)
@@ -321,6 +348,8 @@ def test_a_mix_that_does_not_add_up_is_refused() -> None:
         )
     with pytest.raises(ValueError, match="not both"):
         source("a", "a", weight=1, tokens=5)
+    with pytest.raises(ValueError, match="shared by sources with a weight, and there are none"):
+        TransferSetSettings(sources=(source("a", "a", tokens=9),), tokens=9)
 
 
 def test_heldout_text_comes_from_many_documents(tokenizer: Path, tmp_path: Path) -> None:
@@ -375,6 +404,21 @@ def test_wikitext_is_detokenised_if_asked(tmp_path: Path) -> None:
     assert "The dog's tail doesn't wag." in found[0].text
     assert "\n== History ==\n" in found[0].text
     assert found[1].text == "= Second =\n\nMore text; here."
+
+
+def test_texts_of_every_format_are_detokenised_if_asked(tmp_path: Path) -> None:
+    text = "It cost 1 @,@ 000 , or so ( about ) ."
+    write_jsonl(tmp_path / "a.jsonl", [text])
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "a.jsonl", [text])
+    (tmp_path / "a.txt").write_text(text)
+    pq.write_table(pa.table({"text": [text]}), tmp_path / "a.parquet")
+    for name, kind in (("a.jsonl", "jsonl"), ("a.txt", "text"), ("a.parquet", "parquet")):
+        path = tmp_path / name
+        (found,) = documents(path, kind, source(path, detokenize=True))
+        assert found.text == "It cost 1,000, or so (about)."
+    asked = source(tmp_path / "set", format="dataset", detokenize=True)
+    assert [d.text for d in dataset_documents(asked, seed=0)] == ["It cost 1,000, or so (about)."]
 
 
 @given(st.text(alphabet=" @-,.=()\"s'n t\nab", max_size=60))
@@ -448,6 +492,46 @@ def test_a_damaged_set_is_refused(tokenizer: Path, tiny_text: Path, tmp_path: Pa
 # --- text that can't be read ---
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "a.arrow", "set"])
+def test_a_null_is_an_empty_document(tokenizer: Path, tmp_path: Path, name: str) -> None:
+    rows = [{"text": text} for text in [*tiny_documents(100), None, "three"]]
+    table, path = pa.Table.from_pylist(rows), tmp_path / name
+    if name == "a.parquet":
+        pq.write_table(table, path)
+    elif name == "a.arrow":
+        pa.feather.write_feather(table, path)
+    elif name == "a.json":
+        path.write_text(json.dumps(rows))
+    else:
+        path = path / "a.jsonl" if name == "set" else path
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    form = "dataset" if name == "set" else "auto"
+    facts, _ = build(tokenizer, tmp_path / "out", source(tmp_path / name, format=form))
+    assert facts["sources"][0]["documents"] == 101
+    assert facts["notes"] == ["text: 1 empty documents were left out."]
+
+
+@pytest.mark.parametrize("tokens", [None, 900])
+def test_half_a_surrogate_pair_ends_no_run(
+    tokenizer: Path, tmp_path: Path, tokens: int | None
+) -> None:
+    texts = [*tiny_documents(100), "A lamb \ud83d and \U0001f411 \udc11"]
+    path = write_jsonl(tmp_path / "a.jsonl", texts, title="\ud83d")
+    settings_ = source(path, tokens=tokens, reserve=True)
+    facts, _ = build(tokenizer, tmp_path / "set", settings_)
+    assert facts["sources"][0]["documents"] > 10
+    *_, last = documents(path, "jsonl", settings_)
+    assert last == ("A lamb \ufffd and \U0001f411 \ufffd", "\ufffd", None)
+    chat = [{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "What?"}]
+    path.write_text(json.dumps({"m": chat}))
+    (read,) = documents(path, "jsonl", source(path, messages="m"))
+    assert (read.text, read.turns) == (
+        "\ufffd\n\nWhat?",
+        (("user", "\ufffd"), ("assistant", "What?")),
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -510,6 +594,11 @@ def test_a_folder_without_text(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "folder" / "a.csv").write_text("x")
     with pytest.raises(ShearlingError, match="no file with text"):
         build(tokenizer, tmp_path / "set", source(tmp_path / "folder"))
+
+
+def test_a_hash_of_what_is_not_one_file_is_refused(tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(ShearlingError, match="owner/texts is a data set, not files"):
+        build(tokenizer, tmp_path / "set", source("owner/texts", sha256="0" * 64))
 
 
 def test_reserving_needs_titles(tokenizer: Path, tiny_text: Path, tmp_path: Path) -> None:
