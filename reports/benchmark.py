@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 import reports.tasks as tasks
 from reports.compare import pack
+from reports.group_measures import add_groups
 from reports.hub import NO_ANSWER, hub_answers
 from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
@@ -58,7 +59,8 @@ def benchmark(
     ``size``: bytes of what the folder was converted from, where that is what people have on disk.
 
     {"schema", "model", "parameters", "bytes", "results": {task: {metric: {"value", "stderr"}}},
-    "tasks": {task: facts that must agree before two scorecards may be compared, and chance},
+    "tasks": {task: facts that must agree before two scorecards may be compared, chance, and of a
+    task that a group of tasks counts, which `group`},
     "skipped": {task: reason}, "speed", "peak_memory_bytes", "completions", "versions",
     "by_position": losses of stretches of the longest perplexity windows,
     "samples": {task: {metric: one number, or [log-likelihood, weight], a document}},
@@ -170,7 +172,9 @@ def _run_task(
             card["skipped"][name] = "the model's loss is too large for a perplexity"
             return
     for found, metrics in results["results"].items():
-        card["results"][found] = read_metrics(metrics)
+        if not (read := read_metrics(metrics)):  # a group that only lists tasks
+            continue
+        card["results"][found] = read
         samples = results["samples"].get(found)
         if samples is None:
             continue
@@ -192,6 +196,7 @@ def _run_task(
         if answers := keep_answers(samples):
             card["answers"][found] = answers
         add_ratio_errors(card["results"][found], card["samples"][found])
+    add_groups(card, results["group_subtasks"], results["versions"])
 
 
 def asks_in_chat(loaded: dict[str, Any], tokenizer: Any) -> bool:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from reports.groups import counted_as, whole_results
 from shearling import sha256_of_json
 
 Floats = npt.NDArray[np.float64]
@@ -122,12 +123,16 @@ def pack(values: Sequence[Any]) -> str | list[Any]:
 def compare_models(
     reference: Mapping[str, Any], model: Mapping[str, Any], *, headlines_only: bool = True
 ) -> list[Comparison]:
-    """Compare a scorecard with the reference's on every task of either, Holm-corrected."""
-    tasks = dict.fromkeys([*reference.get("results", {}), *model.get("results", {})])
+    """Compare a scorecard with the reference's on every task of either, Holm-corrected.
+
+    A group of tasks is one task: its members are compared only where every metric is asked for.
+    """
+    cards = (reference, model)
+    results = [whole_results(c) if headlines_only else c.get("results", {}) for c in cards]
     found = []
-    for task in tasks:
-        results = model.get("results", {}).get(task) or reference.get("results", {}).get(task, {})
-        metrics = headline_metrics(task, results) if headlines_only else list(results)
+    for task in dict.fromkeys(task for each in results for task in each):
+        known = model.get("results", {}).get(task) or reference.get("results", {}).get(task, {})
+        metrics = headline_metrics(task, known) if headlines_only else list(known)
         found += [compare_metric(reference, model, task, metric) for metric in metrics]
     return with_holm(found, reference)
 
@@ -344,8 +349,9 @@ def written_alike(reference: Mapping[str, Any], model: Mapping[str, Any]) -> lis
     from reports.tasks.rewriting import rouge_l
 
     found = []
-    for task, theirs in reference.get("answers", {}).items():
-        mine = model.get("answers", {}).get(task, [])
+    written = _whole_answers(model)
+    for task, theirs in _whole_answers(reference).items():
+        mine = written.get(task, [])
         if not theirs or len(mine) != len(theirs) or mismatch(reference, model, task):
             continue
         scores = [1.0 if a == b else rouge_l(a, b) for a, b in zip(theirs, mine, strict=True)]
@@ -353,4 +359,12 @@ def written_alike(reference: Mapping[str, Any], model: Mapping[str, Any]) -> lis
         found.append(
             Likeness(task=task, rouge_l=float(np.mean(scores)), stderr=error, documents=len(scores))
         )
+    return found
+
+
+def _whole_answers(card: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What a model wrote on each task, and on a group of tasks in the order of its members."""
+    found: dict[str, list[str]] = {}
+    for task, texts in card.get("answers", {}).items():
+        found.setdefault(counted_as(card, task), []).extend(texts)
     return found

@@ -11,6 +11,7 @@ import altair as alt
 
 from reports.chart import Chart, colours_of, finish, values
 from reports.compare import headline_metrics
+from reports.groups import whole_results
 from reports.pace import WRITES, Pace, measured_pace
 from reports.run_folder import Data, Run, as_dict, as_number
 from reports.words import count, is_share, metric_label, percent, score, significant
@@ -49,10 +50,13 @@ class Mean:
 
 
 def share_tasks(card: Data | None) -> dict[str, str]:
-    """Tasks of a scorecard that have right answers -> the metric that counts them."""
+    """Tasks of a scorecard that have right answers -> the metric that counts them.
+
+    A group of tasks is one of them, and its members are none.
+    """
     headlines = {
         task: (headline_metrics(task, as_dict(results)) or [""])[0]
-        for task, results in as_dict((card or {}).get("results")).items()
+        for task, results in whole_results(card or {}).items()
     }
     return {
         task: metric

@@ -140,6 +140,29 @@ def test_one_tasks_difference_is_its_own(run: Path) -> None:
     assert mean_difference([]) is None
 
 
+def test_members_of_a_group_stand_in_all_metrics_only(run: Path) -> None:
+    for path in run.glob("stages/*/scorecard.json"):
+        card = read_json(path)
+        for part in ("results", "tasks", "samples"):
+            card[part]["zoo"] = card[part]["piqa"]
+        for member in ("grammar_pairs", "piqa"):
+            card["tasks"][member] = {**card["tasks"][member], "group": "zoo"}
+        write_json(path, card)
+    found = read_run(run)
+    judgement = judge(found)
+    view = make_view(found, judgement, [found])
+    assert {entry.task for entry in judgement.comparisons["distill"]} == {"wikitext2", "zoo"}
+    for table in (view.tasks, view.answers):
+        assert table is not None
+        assert {row[0].text for row in table.rows} == {"wikitext2", "zoo"}
+    assert view.rivals is not None
+    assert not any("piqa" in column for column in view.rivals.columns)
+    assert view.stages is not None
+    assert "1 task" in view.stages.rows[0][3].note
+    assert view.all_metrics is not None
+    assert {"grammar_pairs", "piqa", "zoo"} < {row[0].text for row in view.all_metrics.rows}
+
+
 def test_lines_do_not_end_between_a_number_and_its_error() -> None:
     assert together("67.6 (+31.6 ± 2.7 pp)") == "67.6 (+31.6\u00a0±\u00a02.7\u00a0pp)"
     assert together("a supper") == "a supper"
