@@ -33,6 +33,7 @@ from reports.speed import measure_speed
 from reports.tasks import Task, check_tasks, wikitext
 from reports.text_measures import add_agreement, add_perplexities, read_text
 from shearling import Progress, ShearlingError, __version__, silent
+from teachers.tokenizer import ids_fingerprint
 
 SCHEMA = 1
 BOOTSTRAPS = 1000
@@ -58,7 +59,8 @@ def benchmark(
     With a ``teacher`` (another folder) also how far the model's answers are from the teacher's.
     ``size``: bytes of what the folder was converted from, where that is what people have on disk.
 
-    {"schema", "model", "parameters", "bytes", "results": {task: {metric: {"value", "stderr"}}},
+    {"schema", "model", "parameters", "bytes", "tokenizer_sha256": of the ids that it gives a text,
+    "teacher_sha256": of the teacher's files, "results": {task: {metric: {"value", "stderr"}}},
     "tasks": {task: facts that must agree before two scorecards may be compared, chance, and of a
     task that a group of tasks counts, which `group`},
     "skipped": {task: reason}, "speed", "peak_memory_bytes", "completions", "versions",
@@ -81,6 +83,7 @@ def benchmark(
         "model": name,
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "bytes": weights if size is None else size,
+        "tokenizer_sha256": ids_fingerprint(tokenizer),
         "results": {},
         "tasks": {},
         "skipped": {},

@@ -24,6 +24,14 @@ Floats = npt.NDArray[np.float64]
 
 MUST_AGREE = ("version", "hash", "data_sha256", "limit", "num_fewshot", "chat_template", "samples")
 """Facts of a task that must be the same in two scorecards before their results are compared."""
+COUNTED_IN = {
+    "tokenizer_sha256": (
+        ("token_perplexity_", "calibration_error", "teacher_"),
+        "counted in tokens of different tokenizers",
+    ),
+    "teacher_sha256": (("teacher_",), "held against different teachers"),
+}
+"""What must be the same for both models -> metrics of which kind, and why they else say nothing."""
 SIGNIFICANT = 0.05
 BOOTSTRAPS = 4000
 _HEADLINES = {"wikitext2": ("word_perplexity", "token_perplexity_512")}
@@ -92,6 +100,18 @@ def mismatch(first: Mapping[str, Any], second: Mapping[str, Any], task: str) -> 
     return "measured differently: " + ", ".join(different) if different else None
 
 
+def other_units(first: Mapping[str, Any], second: Mapping[str, Any], metric: str) -> str | None:
+    """Why the metric counts different things in two scorecards; None if it doesn't as far as known.
+
+    A token of a larger vocabulary is more text: its perplexity is higher for an equally good model.
+    """
+    for fact, (kinds, reason) in COUNTED_IN.items():
+        one, two = first.get(fact), second.get(fact)
+        if metric.startswith(kinds) and one and two and one != two:
+            return reason
+    return None
+
+
 def asked_as(facts: Mapping[str, Any]) -> str:
     """A short fingerprint of what a task asked; other fingerprints, other questions."""
     named = (*MUST_AGREE, "perplexity_windows", "agreement_windows")
@@ -146,7 +166,7 @@ def compare_metric(
         for card in (reference, model)
     ]
     plain = Comparison(task=task, metric=metric, reference=values[0], value=values[1])
-    reason = mismatch(reference, model, task)
+    reason = mismatch(reference, model, task) or other_units(reference, model, metric)
     if reason is None and (values[0] is None or values[1] is None):
         reason = "not measured for both"
     samples = [

@@ -24,7 +24,11 @@ def metric_number(card: Data | None, task: str, metric: str) -> tuple[float | No
 
 
 def main_perplexity(cards: Sequence[Data]) -> tuple[str, str] | None:
-    """(task, metric) of the perplexity that most scorecards have, the fixed-window one first."""
+    """(task, metric) of the perplexity that most scorecards have, the fixed-window one first.
+
+    Perplexities of tokens are out of the question where the models have different tokenizers.
+    """
+    tokenizers = {str(card["tokenizer_sha256"]) for card in cards if card.get("tokenizer_sha256")}
     wanted = [("wikitext2", "token_perplexity_512"), ("wikitext2", "word_perplexity")]
     wanted += [
         (task, metric)
@@ -34,7 +38,9 @@ def main_perplexity(cards: Sequence[Data]) -> tuple[str, str] | None:
         if "perplexity" in metric
     ]
     having = [
-        (sum(metric_number(card, *key)[0] is not None for card in cards), key) for key in wanted
+        (sum(metric_number(card, *key)[0] is not None for card in cards), key)
+        for key in wanted
+        if len(tokenizers) < 2 or not key[1].startswith("token_perplexity")
     ]
     best = max(having, key=lambda pair: pair[0], default=(0, ("", "")))
     return best[1] if best[0] else None

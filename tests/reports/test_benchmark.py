@@ -36,6 +36,7 @@ from reports.settings import BenchmarkSettings
 from reports.speed import measure_speed
 from reports.tasks import prepare
 from shearling import ShearlingError, silent, write_json
+from teachers.checkpoint import Checkpoint
 
 
 def test_a_scorecard_has_the_agreed_form(cards: dict[str, dict[str, Any]], models: Any) -> None:
@@ -211,6 +212,9 @@ def test_agreement_with_the_teacher_is_that_of_dense_logits(
     assert found["calibration_error"]["value"] == pytest.approx(sum(gaps) / right.numel(), abs=1e-5)
     assert found["calibration_error"]["stderr"] > 0
     assert "teacher_kl" not in cards["teacher"]["results"]["wikitext2"]
+    told = [cards[name].get("teacher_sha256") for name in ("teacher", "distill")]
+    assert told == [None, Checkpoint(models.teacher).fingerprint()]
+    assert cards["teacher"]["tokenizer_sha256"] == cards["distill"]["tokenizer_sha256"]
     assert cards["distill"]["tasks"]["wikitext2"]["higher_is_better"]["teacher_kl"] is False
 
 

@@ -439,6 +439,24 @@ def test_two_runs_are_held_against_each_other(run: Path, tmp_path: Path) -> None
     assert "Against other runs" in (out / "report.md").read_text(encoding="utf-8")
 
 
+def test_runs_of_different_tokenizers_are_held_against_each_other_by_the_word(
+    run: Path, tmp_path: Path
+) -> None:
+    rival = tmp_path / "runs" / "rival"
+    shutil.copytree(run, rival)
+    for path in rival.glob("stages/*/scorecard.json"):
+        write_json(path, {**read_json(path), "tokenizer_sha256": "other"})
+    found = [read_run(folder) for folder in (run, rival)]
+    charts = [{c.name: c.text for c in make_charts(found[0], with_)} for with_ in ((), found[1:])]
+    told = [each["quality-by-size"].split(" (")[0] for each in charts]
+    assert told == ["Perplexity per token, windows of 512", "Perplexity per word"]
+    (data,) = report_data(found[0], judge(found[0]), make_view(found[0], judge(found[0])),
+                          found[1:])["rivals"]  # fmt: skip
+    reasons = {entry["metric"]: entry["reason"] for entry in data["comparisons"]}
+    assert "different tokenizers" in reasons["token_perplexity_512"]
+    assert reasons["word_perplexity"] is None
+
+
 def test_a_stage_at_work_shows_its_curves(run: Path) -> None:
     lines = (run / "stages" / "distill" / "metrics.jsonl").read_text().splitlines()
     told = [{**json.loads(line), "stage": "distill"} for line in lines]
