@@ -65,7 +65,7 @@ def benchmark(
     task that a group of tasks counts, which `group`},
     "skipped": {task: reason}, "speed", "peak_memory_bytes", "completions", "versions",
     "by_position": losses of stretches of the longest perplexity windows,
-    "samples": {task: {metric: one number, or [log-likelihood, weight], a document}},
+    "samples": {task: {metric: a document one number, [log-likelihood, weight] or [right, given]}},
     "answers": {task: what the model wrote, a document, where it was asked to write}}
 
     A task that doesn't exist, or a folder that is no complete checkpoint, is a ShearlingError.
@@ -323,7 +323,7 @@ def read_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | None
 
 
 def keep_samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, str | list[Any]]:
-    """Per metric one number a document: 0 or 1 ("0110"), a value, or [log-likelihood, weight]."""
+    """Per metric what lm-eval aggregates: 0 or 1 a document ("0110"), a value, or two of them."""
     filters = sorted({sample["filter"] for sample in samples})
     kept: dict[str, str | list[Any]] = {}
     for filtered in filters:

@@ -175,6 +175,8 @@ def compare_metric(
     ]
     if reason is None and (len(samples[0]) < 2 or len(samples[0]) != len(samples[1])):
         reason = "fewer than two documents in common"
+    if reason is None and has_pairs(samples[0]) and not is_perplexity(metric, samples[0]):
+        reason = "no paired test for this metric"
     if reason is not None:
         return _replace(plain, reason=reason)
     difference, stderr, p, test = _paired(metric, samples[0], samples[1])
@@ -222,13 +224,21 @@ def paired_t(difference: float, stderr: float, documents: int) -> float:
 
 
 def is_perplexity(metric: str, samples: Sequence[Any]) -> bool:
-    """Whether the metric is a function of summed log-likelihoods."""
-    return "perplexity" in metric or (bool(samples) and isinstance(samples[0], list | tuple))
+    """Whether the metric is a function of summed log-likelihoods.
+
+    Bits per byte are one where a document's sample is [log-likelihood, bytes], else a mean.
+    """
+    return "perplexity" in metric or (metric == "bits_per_byte" and has_pairs(samples))
+
+
+def has_pairs(samples: Sequence[Any]) -> bool:
+    """Whether a document's sample is two numbers: lm-eval keeps [right, given] for F1, say."""
+    return bool(samples) and isinstance(samples[0], list | tuple)
 
 
 def as_weighted(metric: str, samples: Sequence[Any]) -> Floats:
     """[documents, 2]: log-likelihood (nats) and weight (words, bytes, or 1) of each document."""
-    if samples and isinstance(samples[0], list | tuple):
+    if has_pairs(samples):
         return np.asarray(samples, dtype=float)
     sign = -1.0 if metric.startswith("token_perplexity") else 1.0  # windows keep losses
     values = sign * np.asarray(samples, dtype=float)

@@ -133,6 +133,21 @@ def test_a_run_without_perplexity_is_judged_by_right_answers(run: Path) -> None:
     assert len(shares) == 3
 
 
+def test_what_has_no_paired_test_is_not_said_to_have_come_back(run: Path) -> None:
+    for number, path in enumerate(sorted(run.glob("stages/*/scorecard.json"))):
+        card = read_json(path)
+        card["results"]["piqa"] = {"mcc": {"value": number / 4, "stderr": 0.1}}
+        card["samples"]["piqa"] = {"mcc": [[1, 1], [0, number % 2]] * 12}
+        write_json(path, card)
+    found = read_run(run)
+    judgement = judge(found)
+    assert "piqa" not in [entry.task for entry in judgement.recoveries]
+    assert (
+        "piqa is not compared: no paired test for this metric."
+        in make_view(found, judgement).details
+    )
+
+
 def test_one_tasks_difference_is_its_own(run: Path) -> None:
     judgement = judge(read_run(without_perplexity(run)))
     entry = judgement.comparisons["distill"][1]
