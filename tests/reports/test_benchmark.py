@@ -232,9 +232,14 @@ def test_the_chat_template_reaches_the_prompts(models: Any, mirror: Path, tmp_pa
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     )
+    dated: list[str] = []
     plain, chat = measure(), measure(chat_template=True)
     assert in_chat(plain) == [False, True]  # orders are given in the chat that there is
     assert in_chat(chat) == [True, True]
+    for date in ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"):
+        (model / "chat_template.jinja").write_text(date + "{{ messages[0]['content'] }}")
+        dated.append(measure()["tasks"]["instructions"]["hash"])
+    assert dated[0] == dated[1], "prompts are the same on any day"
     (model / "chat_template.jinja").unlink()
     bare = measure()
     assert in_chat(bare) == [False, False]
