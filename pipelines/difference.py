@@ -18,6 +18,7 @@ from rich.text import Text
 from pipelines.named import is_run, last_measured, refuse_earlier
 from reports import words
 from reports.compare import Comparison, compare_models, written_alike
+from reports.groups import whole_results
 from reports.pace import READS, WRITES, Pace, measured_pace
 from reports.page import markdown_cell
 from reports.run_folder import Data, open_scorecard
@@ -159,7 +160,7 @@ def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:
     """Settings that measure a model as the scorecard's was, but for what ``settings`` says."""
     asked = {key: value for key, value in settings.items() if value is not None}
     tasks = {task: facts for task, facts in card["tasks"].items() if task in card["results"]}
-    chosen = asked.get("tasks") or list(tasks)
+    chosen = asked.get("tasks") or [task for task in whole_results(card) if task in tasks]
     shots = {facts.get("num_fewshot") for task, facts in tasks.items() if task in chosen}
     like: dict[str, Any] = {
         "tasks": chosen,

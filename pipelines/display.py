@@ -14,6 +14,7 @@ from rich.text import Text
 
 from pipelines.journal import Pace
 from reports import words
+from reports.groups import whole_results
 from shearling import without_secrets
 
 _SHRINKS = Column(no_wrap=True, overflow="ellipsis")
@@ -150,9 +151,9 @@ def format_bytes(size: float) -> str:
 
 
 def headline(scorecard: Mapping[str, Any]) -> str:
-    """One line of a scorecard: its size and the first metric of each task."""
+    """One line of a scorecard: its size and the first metric of each task or group of tasks."""
     parts = [f"{words.count(scorecard.get('parameters'))} parameters"]
-    for task, metrics in scorecard.get("results", {}).items():
+    for task, metrics in whole_results(scorecard).items():
         for metric, number in list(metrics.items())[:1]:
             value, stderr = number.get("value"), number.get("stderr")
             if isinstance(value, (int, float)):

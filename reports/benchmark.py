@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 import reports.tasks as tasks
 from reports.compare import pack
+from reports.group_measures import add_groups
 from reports.hub import NO_ANSWER, hub_answers
 from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
@@ -32,6 +33,7 @@ from reports.speed import measure_speed
 from reports.tasks import Task, check_tasks, wikitext
 from reports.text_measures import add_agreement, add_perplexities, read_text
 from shearling import Progress, ShearlingError, __version__, silent
+from teachers.tokenizer import ids_fingerprint
 
 SCHEMA = 1
 BOOTSTRAPS = 1000
@@ -57,11 +59,13 @@ def benchmark(
     With a ``teacher`` (another folder) also how far the model's answers are from the teacher's.
     ``size``: bytes of what the folder was converted from, where that is what people have on disk.
 
-    {"schema", "model", "parameters", "bytes", "results": {task: {metric: {"value", "stderr"}}},
-    "tasks": {task: facts that must agree before two scorecards may be compared, and chance},
+    {"schema", "model", "parameters", "bytes", "tokenizer_sha256": of the ids that it gives a text,
+    "teacher_sha256": of the teacher's files, "results": {task: {metric: {"value", "stderr"}}},
+    "tasks": {task: facts that must agree before two scorecards may be compared, chance, and of a
+    task that a group of tasks counts, which `group`},
     "skipped": {task: reason}, "speed", "peak_memory_bytes", "completions", "versions",
     "by_position": losses of stretches of the longest perplexity windows,
-    "samples": {task: {metric: one number, or [log-likelihood, weight], a document}},
+    "samples": {task: {metric: a document one number, [log-likelihood, weight] or [right, given]}},
     "answers": {task: what the model wrote, a document, where it was asked to write}}
 
     A task that doesn't exist, or a folder that is no complete checkpoint, is a ShearlingError.
@@ -79,6 +83,7 @@ def benchmark(
         "model": name,
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "bytes": weights if size is None else size,
+        "tokenizer_sha256": ids_fingerprint(tokenizer),
         "results": {},
         "tasks": {},
         "skipped": {},
@@ -170,7 +175,9 @@ def _run_task(
             card["skipped"][name] = "the model's loss is too large for a perplexity"
             return
     for found, metrics in results["results"].items():
-        card["results"][found] = read_metrics(metrics)
+        if not (read := read_metrics(metrics)):  # a group that only lists tasks
+            continue
+        card["results"][found] = read
         samples = results["samples"].get(found)
         if samples is None:
             continue
@@ -192,6 +199,7 @@ def _run_task(
         if answers := keep_answers(samples):
             card["answers"][found] = answers
         add_ratio_errors(card["results"][found], card["samples"][found])
+    add_groups(card, results["group_subtasks"], results["versions"])
 
 
 def asks_in_chat(loaded: dict[str, Any], tokenizer: Any) -> bool:
@@ -315,7 +323,7 @@ def read_metrics(metrics: Mapping[str, Any]) -> dict[str, dict[str, float | None
 
 
 def keep_samples(samples: Sequence[Mapping[str, Any]]) -> dict[str, str | list[Any]]:
-    """Per metric one number a document: 0 or 1 ("0110"), a value, or [log-likelihood, weight]."""
+    """Per metric what lm-eval aggregates: 0 or 1 a document ("0110"), a value, or two of them."""
     filters = sorted({sample["filter"] for sample in samples})
     kept: dict[str, str | list[Any]] = {}
     for filtered in filters:

@@ -17,12 +17,21 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
+from reports.groups import counted_as, whole_results
 from shearling import sha256_of_json
 
 Floats = npt.NDArray[np.float64]
 
 MUST_AGREE = ("version", "hash", "data_sha256", "limit", "num_fewshot", "chat_template", "samples")
 """Facts of a task that must be the same in two scorecards before their results are compared."""
+COUNTED_IN = {
+    "tokenizer_sha256": (
+        ("token_perplexity_", "calibration_error", "teacher_"),
+        "counted in tokens of different tokenizers",
+    ),
+    "teacher_sha256": (("teacher_",), "held against different teachers"),
+}
+"""What must be the same for both models -> metrics of which kind, and why they else say nothing."""
 SIGNIFICANT = 0.05
 BOOTSTRAPS = 4000
 _HEADLINES = {"wikitext2": ("word_perplexity", "token_perplexity_512")}
@@ -91,6 +100,18 @@ def mismatch(first: Mapping[str, Any], second: Mapping[str, Any], task: str) -> 
     return "measured differently: " + ", ".join(different) if different else None
 
 
+def other_units(first: Mapping[str, Any], second: Mapping[str, Any], metric: str) -> str | None:
+    """Why the metric counts different things in two scorecards; None if it doesn't as far as known.
+
+    A token of a larger vocabulary is more text: its perplexity is higher for an equally good model.
+    """
+    for fact, (kinds, reason) in COUNTED_IN.items():
+        one, two = first.get(fact), second.get(fact)
+        if metric.startswith(kinds) and one and two and one != two:
+            return reason
+    return None
+
+
 def asked_as(facts: Mapping[str, Any]) -> str:
     """A short fingerprint of what a task asked; other fingerprints, other questions."""
     named = (*MUST_AGREE, "perplexity_windows", "agreement_windows")
@@ -122,12 +143,16 @@ def pack(values: Sequence[Any]) -> str | list[Any]:
 def compare_models(
     reference: Mapping[str, Any], model: Mapping[str, Any], *, headlines_only: bool = True
 ) -> list[Comparison]:
-    """Compare a scorecard with the reference's on every task of either, Holm-corrected."""
-    tasks = dict.fromkeys([*reference.get("results", {}), *model.get("results", {})])
+    """Compare a scorecard with the reference's on every task of either, Holm-corrected.
+
+    A group of tasks is one task: its members are compared only where every metric is asked for.
+    """
+    cards = (reference, model)
+    results = [whole_results(c) if headlines_only else c.get("results", {}) for c in cards]
     found = []
-    for task in tasks:
-        results = model.get("results", {}).get(task) or reference.get("results", {}).get(task, {})
-        metrics = headline_metrics(task, results) if headlines_only else list(results)
+    for task in dict.fromkeys(task for each in results for task in each):
+        known = model.get("results", {}).get(task) or reference.get("results", {}).get(task, {})
+        metrics = headline_metrics(task, known) if headlines_only else list(known)
         found += [compare_metric(reference, model, task, metric) for metric in metrics]
     return with_holm(found, reference)
 
@@ -141,7 +166,7 @@ def compare_metric(
         for card in (reference, model)
     ]
     plain = Comparison(task=task, metric=metric, reference=values[0], value=values[1])
-    reason = mismatch(reference, model, task)
+    reason = mismatch(reference, model, task) or other_units(reference, model, metric)
     if reason is None and (values[0] is None or values[1] is None):
         reason = "not measured for both"
     samples = [
@@ -150,6 +175,8 @@ def compare_metric(
     ]
     if reason is None and (len(samples[0]) < 2 or len(samples[0]) != len(samples[1])):
         reason = "fewer than two documents in common"
+    if reason is None and has_pairs(samples[0]) and not is_perplexity(metric, samples[0]):
+        reason = "no paired test for this metric"
     if reason is not None:
         return _replace(plain, reason=reason)
     difference, stderr, p, test = _paired(metric, samples[0], samples[1])
@@ -197,13 +224,21 @@ def paired_t(difference: float, stderr: float, documents: int) -> float:
 
 
 def is_perplexity(metric: str, samples: Sequence[Any]) -> bool:
-    """Whether the metric is a function of summed log-likelihoods."""
-    return "perplexity" in metric or (bool(samples) and isinstance(samples[0], list | tuple))
+    """Whether the metric is a function of summed log-likelihoods.
+
+    Bits per byte are one where a document's sample is [log-likelihood, bytes], else a mean.
+    """
+    return "perplexity" in metric or (metric == "bits_per_byte" and has_pairs(samples))
+
+
+def has_pairs(samples: Sequence[Any]) -> bool:
+    """Whether a document's sample is two numbers: lm-eval keeps [right, given] for F1, say."""
+    return bool(samples) and isinstance(samples[0], list | tuple)
 
 
 def as_weighted(metric: str, samples: Sequence[Any]) -> Floats:
     """[documents, 2]: log-likelihood (nats) and weight (words, bytes, or 1) of each document."""
-    if samples and isinstance(samples[0], list | tuple):
+    if has_pairs(samples):
         return np.asarray(samples, dtype=float)
     sign = -1.0 if metric.startswith("token_perplexity") else 1.0  # windows keep losses
     values = sign * np.asarray(samples, dtype=float)
@@ -344,8 +379,9 @@ def written_alike(reference: Mapping[str, Any], model: Mapping[str, Any]) -> lis
     from reports.tasks.rewriting import rouge_l
 
     found = []
-    for task, theirs in reference.get("answers", {}).items():
-        mine = model.get("answers", {}).get(task, [])
+    written = _whole_answers(model)
+    for task, theirs in _whole_answers(reference).items():
+        mine = written.get(task, [])
         if not theirs or len(mine) != len(theirs) or mismatch(reference, model, task):
             continue
         scores = [1.0 if a == b else rouge_l(a, b) for a, b in zip(theirs, mine, strict=True)]
@@ -353,4 +389,12 @@ def written_alike(reference: Mapping[str, Any], model: Mapping[str, Any]) -> lis
         found.append(
             Likeness(task=task, rouge_l=float(np.mean(scores)), stderr=error, documents=len(scores))
         )
+    return found
+
+
+def _whole_answers(card: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What a model wrote on each task, and on a group of tasks in the order of its members."""
+    found: dict[str, list[str]] = {}
+    for task, texts in card.get("answers", {}).items():
+        found.setdefault(counted_as(card, task), []).extend(texts)
     return found

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 
 from reports.prefix_tree import BLOCK, PrefixTree, Request, Row, cut_into_blocks, pack
 from shearling import Progress, silent
+from teachers.conversations import same_every_day
 
 PROJECTED_AT_ONCE = 256
 """Positions whose logits exist at one time."""
@@ -87,7 +88,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
 class PrefixLM(HFLM):  # type: ignore[misc]
-    """HFLM whose log-likelihoods are computed on prefix trees; everything else is inherited."""
+    """HFLM whose log-likelihoods are computed on prefix trees, and whose chats are of one day."""
 
     def __init__(
         self,
@@ -107,6 +108,14 @@ class PrefixLM(HFLM):  # type: ignore[misc]
     def get_model_info(self) -> dict[str, Any]:
         """Nothing: HFLM would ask the hub for the revision of a model that is already here."""
         return {}
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """As HFLM, but a template that writes today's date writes the same one tomorrow."""
+        self.chat_template_args = same_every_day(self.tokenizer)
+        text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        return text
 
     def loglikelihood(
         self, requests: list[Any], disable_tqdm: bool = True

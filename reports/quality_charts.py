@@ -11,6 +11,7 @@ import altair as alt
 
 from reports.chart import Chart, colours_of, finish, values
 from reports.compare import headline_metrics
+from reports.groups import whole_results
 from reports.pace import WRITES, Pace, measured_pace
 from reports.run_folder import Data, Run, as_dict, as_number
 from reports.words import count, is_share, metric_label, percent, score, significant
@@ -23,7 +24,11 @@ def metric_number(card: Data | None, task: str, metric: str) -> tuple[float | No
 
 
 def main_perplexity(cards: Sequence[Data]) -> tuple[str, str] | None:
-    """(task, metric) of the perplexity that most scorecards have, the fixed-window one first."""
+    """(task, metric) of the perplexity that most scorecards have, the fixed-window one first.
+
+    Perplexities of tokens are out of the question where the models have different tokenizers.
+    """
+    tokenizers = {str(card["tokenizer_sha256"]) for card in cards if card.get("tokenizer_sha256")}
     wanted = [("wikitext2", "token_perplexity_512"), ("wikitext2", "word_perplexity")]
     wanted += [
         (task, metric)
@@ -33,7 +38,9 @@ def main_perplexity(cards: Sequence[Data]) -> tuple[str, str] | None:
         if "perplexity" in metric
     ]
     having = [
-        (sum(metric_number(card, *key)[0] is not None for card in cards), key) for key in wanted
+        (sum(metric_number(card, *key)[0] is not None for card in cards), key)
+        for key in wanted
+        if len(tokenizers) < 2 or not key[1].startswith("token_perplexity")
     ]
     best = max(having, key=lambda pair: pair[0], default=(0, ("", "")))
     return best[1] if best[0] else None
@@ -49,10 +56,13 @@ class Mean:
 
 
 def share_tasks(card: Data | None) -> dict[str, str]:
-    """Tasks of a scorecard that have right answers -> the metric that counts them."""
+    """Tasks of a scorecard that have right answers -> the metric that counts them.
+
+    A group of tasks is one of them, and its members are none.
+    """
     headlines = {
         task: (headline_metrics(task, as_dict(results)) or [""])[0]
-        for task, results in as_dict((card or {}).get("results")).items()
+        for task, results in whole_results(card or {}).items()
     }
     return {
         task: metric

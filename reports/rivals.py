@@ -7,6 +7,7 @@ from typing import Any
 
 from reports import words
 from reports.compare import Comparison, compare_models, headline_metrics
+from reports.groups import whole_results
 from reports.pace import WRITES
 from reports.quality_charts import metric_number, run_labels
 from reports.run_folder import Data, Run, Stage, as_number
@@ -49,7 +50,7 @@ def rival_table(run: Run, rivals: Sequence[Run]) -> Table | None:
     keys = {
         (task, metric): None
         for card in cards
-        for task, results in card["results"].items()
+        for task, results in whole_results(card).items()
         for metric in headline_metrics(task, results)
     }
     rows = []

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from reports import words
 from reports.compare import headline_metrics
 from reports.cuts import Cut
+from reports.groups import whole_results
 from reports.pace import READS, WRITES, measured_pace
 from reports.quality_charts import main_perplexity, mean_share, metric_number
 from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
@@ -120,7 +121,7 @@ def task_table(run: Run, judgement: Judgement) -> Table | None:
         return None
     keys: dict[tuple[str, str], None] = {}
     for card in cards:
-        for task, results in card["results"].items():
+        for task, results in whole_results(card).items():
             keys |= dict.fromkeys((task, metric) for metric in headline_metrics(task, results))
     rows = [
         [
@@ -190,7 +191,7 @@ def _floor_cells(cards: list[Data], task: str, metric: str) -> tuple[Cell, Cell]
 
 
 def metric_table(run: Run) -> Table | None:
-    """Every metric that lm-eval gave, for those who want them all."""
+    """Every metric that lm-eval gave, those of the members of groups too."""
     keys = {
         (task, metric): None
         for stage in run.measured

@@ -22,6 +22,7 @@ from reports.perplexity import losses_by_position, perplexity_of_windows, positi
 from reports.settings import MAIN_WINDOW as WINDOW
 from reports.settings import BenchmarkSettings
 from shearling import Progress
+from teachers.checkpoint import Checkpoint
 
 TASK = "wikitext2"
 
@@ -77,6 +78,7 @@ def add_agreement(
     card["tasks"][TASK]["agreement_windows"] = len(reading.ids_WT)
     if teacher is None:
         return
+    card["teacher_sha256"] = Checkpoint(teacher).fingerprint()
     model, _ = load_model(teacher, device)
     if model.lm_head.weight.shape[0] != reading.vocabulary_VD.shape[0]:
         reason = "teacher and student have different vocabularies"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reports import words
-from reports.compare import Comparison, Recovery, compare_models, headline_metrics, recovered
+from reports.compare import Comparison, Recovery, compare_models, recovered
 from reports.pace import faster
 from reports.quality_charts import main_perplexity
 from reports.run_folder import Data, Run, Stage, as_number
@@ -32,13 +32,14 @@ def judge(run: Run) -> Judgement:
         if stage.scorecard
     }
     # The last one: what came before it is already in what that model had lost.
-    cut = next((stage.scorecard for stage in reversed(students) if stage.kind == "prune"), None)
-    last = students[-1].scorecard if students else None
+    cut = next((stage for stage in reversed(students) if stage.kind == "prune"), None)
+    last = students[-1] if students else None
     found = []
-    if cut is not None and last is not None and last is not cut:
-        for task, results in teacher["results"].items():
-            for metric in headline_metrics(task, results):
-                found.append(recovered(teacher, cut, last, task, metric))
+    if cut and last and last is not cut and cut.scorecard and last.scorecard:
+        for entry in compared[cut.name]:
+            if entry.p is not None:  # what can't be compared can't be won back
+                task, metric = entry.task, entry.metric
+                found.append(recovered(teacher, cut.scorecard, last.scorecard, task, metric))
     return Judgement(
         comparisons=compared, recoveries=[entry for entry in found if entry is not None]
     )

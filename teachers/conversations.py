@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from shearling import ShearlingError
@@ -14,9 +15,24 @@ if TYPE_CHECKING:
 Turn = tuple[str, str]
 """Role and content."""
 
-# The templates of Llama 3 write today's date where none is given, and a set of the same settings
-# must be the same tomorrow. This is the date that they themselves fall back on.
-_DATE = "26 Jul 2024"
+# Templates of Llama 3 write today's date where none is given, and what is made or measured with the
+# same settings must be the same tomorrow. This is the day that they themselves fall back on.
+_DAY = datetime(2024, 7, 26)
+
+# A macro of the template's own comes before the function of this name that transformers gives it.
+_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('%{part}', '{_DAY:%{part}}')" for part in "aAbBdHIjmMpSyY")
+    + " }}{% endmacro %}\n"
+)
+
+
+def same_every_day(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Arguments of `apply_chat_template` with which a template writes one date on all days."""
+    return {
+        "date_string": f"{_DAY:%d %b %Y}",
+        "chat_template": _CLOCK + tokenizer.get_chat_template(),
+    }
 
 
 def read_turns(value: Any, where: str) -> tuple[Turn, ...]:
@@ -87,7 +103,10 @@ class ChatTemplate:
     def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, date_string=_DATE
+                messages,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **same_every_day(self.tokenizer),
             )
         except Exception as error:  # Jinja's own types, and whatever a template raises
             roles = ", ".join(message["role"] for message in messages)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shearling import Progress, ShearlingError
+from teachers.conversations import same_every_day
 from teachers.model import open_model
 from teachers.settings import ClassifierSettings
 from teachers.tokenizer import load_tokenizer
@@ -94,7 +95,11 @@ class Reader:
             short = " ".join(text.split(" ")[:_WORDS])
             messages = [{"role": "user", "content": PROMPT.format(text=short)}]
             ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+                messages,
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+                **same_every_day(tokenizer),
             )["input_ids"]
             logits = self.model(ids.to(self.device), use_cache=False, logits_to_keep=1).logits
             log_V = logits[0, -1].float().log_softmax(-1)

@@ -9,7 +9,14 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from shearling import ShearlingError, disk_errors, read_json, sha256_of_file, write_json
+from shearling import (
+    ShearlingError,
+    disk_errors,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+)
 from teachers.layout import AGAIN
 
 TOKENIZER_FILES = (
@@ -66,6 +73,14 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def ids_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of which ids a text becomes: one for all that `check_same_tokenizer` lets pass.
+
+    Files are others where a model was saved again or came as a GGUF, and the ids are the same.
+    """
+    return sha256_of_json([_ordinary(tokenizer), tokenizer(_PROBE)["input_ids"]])
+
+
 _PROBE = "In 2023, 1234567 sheep 🐑: x**2\n\t美洲驼 é\u0301 <s>"
 
 
@@ -82,10 +97,9 @@ def check_same_tokenizer(teacher: Path, student: Path) -> None:
     if tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
         return
     theirs, ours = load_tokenizer(teacher), load_tokenizer(student)
-    their_ids, our_ids = _ordinary(theirs), _ordinary(ours)
-    same_ids = theirs(_PROBE)["input_ids"] == ours(_PROBE)["input_ids"]
-    if their_ids == our_ids and same_ids:
+    if ids_fingerprint(theirs) == ids_fingerprint(ours):
         return
+    their_ids, our_ids = _ordinary(theirs), _ordinary(ours)
     differing = sum(our_ids.get(token) != number for token, number in their_ids.items())
     raise other_tokenizer(
         f"{len(theirs):,} tokens in {teacher}, {len(ours):,} in {student}, {differing:,} of the "

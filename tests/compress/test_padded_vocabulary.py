@@ -28,6 +28,7 @@ from teachers.checkpoint import Checkpoint
 from teachers.tokenizer import (
     TOKENIZER_FILES,
     check_same_tokenizer,
+    ids_fingerprint,
     load_tokenizer,
     token_count,
 )
@@ -277,6 +278,9 @@ def test_renamed_special_tokens_are_no_other_tokenizer(shared_data: Path, tmp_pa
     assert tokenizer.get_vocab() != load_tokenizer(llama3).get_vocab()
     check_same_tokenizer(newer, llama3)
     check_same_tokenizer(llama3, newer)
+    ids = [ids_fingerprint(load_tokenizer(f)) for f in (
+        newer, llama3, shared_data / "tokenizers/llama2")]  # fmt: skip
+    assert ids[0] == ids[1] != ids[2]
     with pytest.raises(ShearlingError, match="different tokenizers: 32,000 tokens in"):
         check_same_tokenizer(shared_data / "tokenizers/llama2", llama3)
 

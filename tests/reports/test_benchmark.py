@@ -12,13 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from pydantic import ValidationError
 
+from pipelines.difference import settings_like
+from pipelines.display import headline
+from pipelines.tiny import tiny_documents
 from reports.benchmark import benchmark, finite, floors, keep_samples, read_metrics
-from reports.compare import mismatch, written_alike
+from reports.compare import compare_models, mismatch, unpack, written_alike
 from reports.hub import hub_answers
 from reports.load import load_model, quiet_libraries
 from reports.perplexity import (
@@ -27,10 +31,12 @@ from reports.perplexity import (
     position_losses,
     ratio_error,
 )
+from reports.quality_charts import Mean, mean_share, share_tasks
 from reports.settings import BenchmarkSettings
 from reports.speed import measure_speed
 from reports.tasks import prepare
 from shearling import ShearlingError, silent, write_json
+from teachers.checkpoint import Checkpoint
 
 
 def test_a_scorecard_has_the_agreed_form(cards: dict[str, dict[str, Any]], models: Any) -> None:
@@ -206,6 +212,9 @@ def test_agreement_with_the_teacher_is_that_of_dense_logits(
     assert found["calibration_error"]["value"] == pytest.approx(sum(gaps) / right.numel(), abs=1e-5)
     assert found["calibration_error"]["stderr"] > 0
     assert "teacher_kl" not in cards["teacher"]["results"]["wikitext2"]
+    told = [cards[name].get("teacher_sha256") for name in ("teacher", "distill")]
+    assert told == [None, Checkpoint(models.teacher).fingerprint()]
+    assert cards["teacher"]["tokenizer_sha256"] == cards["distill"]["tokenizer_sha256"]
     assert cards["distill"]["tasks"]["wikitext2"]["higher_is_better"]["teacher_kl"] is False
 
 
@@ -223,9 +232,14 @@ def test_the_chat_template_reaches_the_prompts(models: Any, mirror: Path, tmp_pa
     (model / "chat_template.jinja").write_text(
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     )
+    dated: list[str] = []
     plain, chat = measure(), measure(chat_template=True)
     assert in_chat(plain) == [False, True]  # orders are given in the chat that there is
     assert in_chat(chat) == [True, True]
+    for date in ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"):
+        (model / "chat_template.jinja").write_text(date + "{{ messages[0]['content'] }}")
+        dated.append(measure()["tasks"]["instructions"]["hash"])
+    assert dated[0] == dated[1], "prompts are the same on any day"
     (model / "chat_template.jinja").unlink()
     bare = measure()
     assert in_chat(bare) == [False, False]
@@ -287,6 +301,73 @@ def test_lm_evals_two_cache_traps_are_not_stepped_in(
         other_model["parameters"] != other_data["parameters"]
     )
     assert not (tmp_path / "lm-cache").exists()
+
+
+def write_flock(folder: Path, *, by_documents: bool) -> Path:
+    """lm-eval's files of a group of two tasks, one of them in a group inside."""
+    choices = {"doc_to_text": "{{q}}", "doc_to_choice": "{{c}}", "doc_to_target": "label"}
+    for name, documents in (("lambs", 8), ("ewes", 4)):
+        rows = [{"q": f"The {name[:-1]} {text}", "c": [" sees the hill", " wool"], "label": n % 2}
+                for n, text in enumerate(tiny_documents(documents, seed=documents))]  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        files = {"test": str(folder / f"{name}.jsonl")}
+        task = {
+            "task": name, "dataset_path": "json", "output_type": "multiple_choice", **choices,
+            "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "arrow")},
+            "test_split": "test", "metric_list": [{"metric": "acc", "aggregation": "mean"}],
+        }  # fmt: skip
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+    counted = {"aggregate_metric_list": [{"metric": "acc", "weight_by_size": by_documents}]}
+    for group in ({"group": "young", "task": ["lambs"], **counted},
+                  {"group": "flock", "task": ["young", "ewes"], **counted},
+                  {"group": "farm", "task": ["flock"]}):  # fmt: skip
+        (folder / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
+    return folder
+
+
+@pytest.mark.parametrize("by_documents", [True, False])
+def test_a_group_of_tasks_counts_as_one_task(
+    by_documents: bool, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MMLU does, whose 57 tasks would outvote all others; a group without a number is none."""
+    folder = write_flock(tmp_path, by_documents=by_documents)
+
+    def load(*_: Any) -> dict[str, Any]:
+        return dict(TaskManager(include_path=str(folder), include_defaults=False).load(["farm"]))
+
+    monkeypatch.setattr("reports.benchmark.load_task", load)
+    asked = BenchmarkSettings(tasks=("mmlu",), speed=False, completion_tokens=1)
+    teacher, cut = (
+        benchmark(model, asked, name=model.name, cache=tmp_path)
+        for model in (models.teacher, models.pruned)
+    )
+    assert set(teacher["results"]) == {"lambs", "ewes", "young", "flock"}
+    facts = teacher["tasks"]
+    assert [facts[name].get("group") for name in ("flock", "young", "lambs", "ewes")] == [
+        None, "flock", "flock", "flock",
+    ]  # fmt: skip
+    assert (facts["flock"]["samples"], facts["flock"]["chance"]) == (12, 0.5)
+    samples = {name: unpack(values["acc"]) for name, values in teacher["samples"].items()}
+    value = teacher["results"]["flock"]["acc"]["value"]
+    assert np.mean(samples["flock"]) == pytest.approx(value)
+    if by_documents:
+        assert samples["flock"] == samples["lambs"] + samples["ewes"]
+    else:
+        assert value == pytest.approx((np.mean(samples["lambs"]) + np.mean(samples["ewes"])) / 2)
+    (entry,) = compare_models(teacher, cut)
+    assert (entry.task, entry.documents) == ("flock", 12)
+    assert entry.p is not None
+    assert entry.difference == pytest.approx((entry.value or 0) - (entry.reference or 0))
+    assert share_tasks(teacher) == {"flock": "acc"}
+    assert mean_share(teacher) == Mean(
+        value=value, stderr=teacher["results"]["flock"]["acc"]["stderr"], tasks=1
+    )
+    assert headline(teacher).count(" acc ") == 1
+    every = compare_models(teacher, cut, headlines_only=False)
+    assert {entry.task for entry in every} == {"lambs", "ewes", "young", "flock"}
+    assert settings_like(cut, {})["tasks"] == ["flock"]
+    cut["tasks"]["ewes"]["hash"] = cut["tasks"]["flock"]["hash"] = "other"
+    assert mismatch(teacher, cut, "flock")
 
 
 def test_errors_of_perplexities() -> None:

@@ -120,6 +120,47 @@ def test_what_was_measured_differently_is_not_compared(fact: str) -> None:
     assert fact.split("_")[0] in (entry.reason or "")
 
 
+@pytest.mark.parametrize(
+    ("metric", "fact"),
+    [
+        ("token_perplexity_512", "tokenizer_sha256"),
+        ("calibration_error", "tokenizer_sha256"),
+        ("teacher_kl", "tokenizer_sha256"),
+        ("teacher_kl", "teacher_sha256"),
+    ],
+)
+def test_what_counts_other_tokens_or_another_teacher_is_not_compared(
+    metric: str, fact: str
+) -> None:
+    one = card("one", text=[3.0, 3.1, 3.2])
+    for part in ("results", "samples"):
+        measured = one[part]["text"]["token_perplexity_512"]
+        one[part]["text"] = {"word_perplexity": measured, metric: measured}
+    one[fact] = "this"
+    other = {**copy.deepcopy(one), fact: "that"}
+    entry = compare_metric(one, other, "text", metric)
+    assert entry.p is None
+    assert "different t" in (entry.reason or "")
+    assert compare_metric(one, other, "text", "word_perplexity").p == 1.0
+    for alike in (one, {**other, fact: None}):  # earlier scorecards don't tell
+        assert compare_metric(one, alike, "text", metric).p == 1.0
+
+
+@pytest.mark.parametrize("metric", ["mcc", "f1"])
+def test_right_and_given_answers_are_no_likelihoods(metric: str) -> None:
+    """lm-eval keeps pairs of these too; the right answers of two models are always the same."""
+    teacher, student = card("teacher", text=[3.0]), card("student", text=[3.0])
+    for made, given_answers in ((teacher, (0, 1, 1, 0)), (student, (1, 0, 0, 1))):
+        right = float(given_answers == (0, 1, 1, 0))
+        made["results"]["text"] = {metric: {"value": right, "stderr": 0.1}}
+        pairs = [[answer, given] for answer, given in zip((0, 1, 1, 0), given_answers, strict=True)]
+        made["samples"]["text"] = {metric: pairs * 20}
+    (entry,) = compare_models(teacher, student)
+    assert entry.verdict == "not comparable"
+    assert entry.reason == "no paired test for this metric"
+    assert (entry.reference, entry.value) == (1.0, 0.0)
+
+
 def test_skipped_missing_and_empty_tasks_have_a_reason() -> None:
     teacher, student = card("teacher", choice="11"), card("student")
     assert "not measured for student" in (mismatch(teacher, student, "choice") or "")

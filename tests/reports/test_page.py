@@ -133,11 +133,49 @@ def test_a_run_without_perplexity_is_judged_by_right_answers(run: Path) -> None:
     assert len(shares) == 3
 
 
+def test_what_has_no_paired_test_is_not_said_to_have_come_back(run: Path) -> None:
+    for number, path in enumerate(sorted(run.glob("stages/*/scorecard.json"))):
+        card = read_json(path)
+        card["results"]["piqa"] = {"mcc": {"value": number / 4, "stderr": 0.1}}
+        card["samples"]["piqa"] = {"mcc": [[1, 1], [0, number % 2]] * 12}
+        write_json(path, card)
+    found = read_run(run)
+    judgement = judge(found)
+    assert "piqa" not in [entry.task for entry in judgement.recoveries]
+    assert (
+        "piqa is not compared: no paired test for this metric."
+        in make_view(found, judgement).details
+    )
+
+
 def test_one_tasks_difference_is_its_own(run: Path) -> None:
     judgement = judge(read_run(without_perplexity(run)))
     entry = judgement.comparisons["distill"][1]
     assert mean_difference([entry]) is entry
     assert mean_difference([]) is None
+
+
+def test_members_of_a_group_stand_in_all_metrics_only(run: Path) -> None:
+    for path in run.glob("stages/*/scorecard.json"):
+        card = read_json(path)
+        for part in ("results", "tasks", "samples"):
+            card[part]["zoo"] = card[part]["piqa"]
+        for member in ("grammar_pairs", "piqa"):
+            card["tasks"][member] = {**card["tasks"][member], "group": "zoo"}
+        write_json(path, card)
+    found = read_run(run)
+    judgement = judge(found)
+    view = make_view(found, judgement, [found])
+    assert {entry.task for entry in judgement.comparisons["distill"]} == {"wikitext2", "zoo"}
+    for table in (view.tasks, view.answers):
+        assert table is not None
+        assert {row[0].text for row in table.rows} == {"wikitext2", "zoo"}
+    assert view.rivals is not None
+    assert not any("piqa" in column for column in view.rivals.columns)
+    assert view.stages is not None
+    assert "1 task" in view.stages.rows[0][3].note
+    assert view.all_metrics is not None
+    assert {"grammar_pairs", "piqa", "zoo"} < {row[0].text for row in view.all_metrics.rows}
 
 
 def test_lines_do_not_end_between_a_number_and_its_error() -> None:
@@ -414,6 +452,24 @@ def test_two_runs_are_held_against_each_other(run: Path, tmp_path: Path) -> None
     assert by_task["piqa", "acc"]["difference"] != 0
     assert by_task["wikitext2", "word_perplexity"]["verdict"] == "the same"
     assert "Against other runs" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_runs_of_different_tokenizers_are_held_against_each_other_by_the_word(
+    run: Path, tmp_path: Path
+) -> None:
+    rival = tmp_path / "runs" / "rival"
+    shutil.copytree(run, rival)
+    for path in rival.glob("stages/*/scorecard.json"):
+        write_json(path, {**read_json(path), "tokenizer_sha256": "other"})
+    found = [read_run(folder) for folder in (run, rival)]
+    charts = [{c.name: c.text for c in make_charts(found[0], with_)} for with_ in ((), found[1:])]
+    told = [each["quality-by-size"].split(" (")[0] for each in charts]
+    assert told == ["Perplexity per token, windows of 512", "Perplexity per word"]
+    (data,) = report_data(found[0], judge(found[0]), make_view(found[0], judge(found[0])),
+                          found[1:])["rivals"]  # fmt: skip
+    reasons = {entry["metric"]: entry["reason"] for entry in data["comparisons"]}
+    assert "different tokenizers" in reasons["token_perplexity_512"]
+    assert reasons["word_perplexity"] is None
 
 
 def test_a_stage_at_work_shows_its_curves(run: Path) -> None:

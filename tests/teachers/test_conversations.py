@@ -17,6 +17,7 @@ from compress.losses import IGNORED
 from compress.settings import DistillSettings
 from pipelines.tiny import make_tiny_llama, tiny_documents
 from shearling import ShearlingError
+from teachers.conversations import ChatTemplate
 from teachers.encoding import Encoder
 from teachers.readers import Document
 from teachers.settings import SourceSettings, TransferSetSettings
@@ -255,6 +256,24 @@ def test_a_template_that_rewrites_the_past_is_refused_for_answers_only(
     assert encoder.batch([as_document(chat(1))])[0].learn is None
     with pytest.raises(ShearlingError, match="writes earlier turns differently"):
         encoder.batch([as_document(chat(1))], answers=True)
+
+
+# As Llama 3.2's template asks for the date, and as others do that read no `date_string`.
+LLAMA = (
+    "{%- if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}{{ date_string }}"
+)
+CLOCK = "\n  {% if strftime_now is defined %}\n{{ strftime_now('%Y-%m-%d, %B') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "told"), [(LLAMA, "26 Jul 2024"), (CLOCK, "\n2024-07-26, July")]
+)
+def test_every_day_has_the_same_date(template: str, told: str, tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    tokenizer.chat_template = template + "{{ messages[0].content }}"
+    written, _ = ChatTemplate(tokenizer, tiny_llama).write((("user", "Hello"),), spans=False)
+    assert written == f"{told}Hello"
 
 
 def test_a_tokenizer_without_template_is_refused(tiny_llama: Path) -> None:
