@@ -308,15 +308,27 @@ def recovered(
     else:
         scores = np.asarray(samples, dtype=float)
         weighted = np.stack([scores, np.ones_like(scores)], axis=2)
-    picks = np.random.default_rng(seed).integers(
-        weighted.shape[1], size=(BOOTSTRAPS, weighted.shape[1])
-    )
-    quality = weighted[:, picks].sum(axis=2)  # [3, bootstraps, 2]
+    quality = _resampled(weighted, np.random.default_rng(seed))
     shares = _share(quality[..., 0] / quality[..., 1])
     whole = weighted.sum(axis=1)
     share = float(_share((whole[:, 0] / whole[:, 1])[:, None])[0])
     low, high = np.nanquantile(shares, [0.025, 0.975])
     return Recovery(task=task, metric=metric, share=share, low=float(low), high=float(high))
+
+
+def _resampled(weighted_3N2: Floats, rng: np.random.Generator) -> Floats:
+    """Sums over documents that are drawn with replacement, the same ones for all: [3, B, 2].
+
+    Counts of how often each document was drawn do, and a hundred draws at once, for of ten thousand
+    documents the values of all draws would be 2 GB.
+    """
+    documents, at_once = weighted_3N2.shape[1], 100
+    sums = []
+    for _ in range(BOOTSTRAPS // at_once):
+        picks = rng.integers(documents, size=(at_once, documents))
+        counts = np.stack([np.bincount(row, minlength=documents) for row in picks])
+        sums.append(counts @ weighted_3N2)
+    return np.concatenate(sums, axis=1)
 
 
 def _share(quality_3B: Floats) -> Floats:

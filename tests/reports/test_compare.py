@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,23 @@ def test_what_came_back_is_a_share_with_an_interval() -> None:
     share = recovered(*choices, "choice", "acc")
     assert share is not None
     assert share.share == pytest.approx(0.5)
+
+
+def test_the_interval_of_many_documents_is_that_of_a_plain_bootstrap_in_little_memory() -> None:
+    rng = np.random.default_rng(3)
+    right = [rng.random(2000) < share for share in (0.7, 0.5, 0.6)]
+    cards = [card("x", choice="".join(map(str, values.astype(int)))) for values in right]
+    tracemalloc.start()
+    found = recovered(*cards, "choice", "acc")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found is not None
+    assert peak < 30e6  # every draw with its values would be 384 MB
+    draws = rng.integers(2000, size=(4000, 2000))
+    teacher, before, after = (r[draws].mean(axis=1) for r in right)
+    low, high = np.quantile((after - before) / (teacher - before), [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.01)
+    assert found.high == pytest.approx(high, abs=0.01)
 
 
 def test_samples_are_packed_and_unpacked() -> None:
