@@ -292,7 +292,8 @@ def recovered(
     """Share of the loss between teacher and ``before`` that ``after`` won back.
 
     Perplexities are taken as losses (nats), everything else as it is. None where the three can't
-    be compared, or where ``before`` did not lose more than noise: a share of nothing is nothing.
+    be compared, or where ``before`` did not lose more than noise: a share of nothing is nothing,
+    and what it won can't be won back.
     """
     if mismatch(teacher, before, task) or mismatch(teacher, after, task):
         return None
@@ -300,8 +301,8 @@ def recovered(
     samples = [unpack((c.get("samples", {}).get(task) or {}).get(metric) or ()) for c in cards]
     if len(samples[0]) < 2 or len({len(values) for values in samples}) != 1:
         return None
-    lost = _paired(metric, samples[0], samples[1])
-    if lost[2] >= SIGNIFICANT:
+    difference, _, p, _ = _paired(metric, samples[0], samples[1])
+    if p >= SIGNIFICANT or (difference > 0) == higher_is_better(teacher, task, metric):
         return None
     if is_perplexity(metric, samples[0]):
         weighted = np.stack([as_weighted(metric, values) for values in samples])

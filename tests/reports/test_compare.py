@@ -142,6 +142,10 @@ def test_what_came_back_is_a_share_with_an_interval() -> None:
     assert found.low <= found.share <= found.high
     # What was not lost can't be won back.
     assert recovered(teacher, teacher, after, "text", "token_perplexity_512") is None
+    # Neither can what the cut had won.
+    assert recovered(before, teacher, after, "text", "token_perplexity_512") is None
+    lucky = [card(n, choice=v) for n, v in (("t", "10" * 20), ("p", "1" * 40), ("d", "1110" * 10))]
+    assert recovered(*lucky, "choice", "acc") is None
     choices = [
         card(n, choice=v) for n, v in (("t", "1" * 40), ("p", "10" * 20), ("d", "1110" * 10))
     ]
