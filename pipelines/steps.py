@@ -188,7 +188,8 @@ def build_steps(recipe: Recipe, fingerprint: Callable[[Path], str]) -> list[Step
                 stage=stage.name,
                 seeded=False,
                 leave_out=frozenset({"name", "kind"}),
-                needs={"model": newest, **scorecards, **text},
+                # The first teacher, corrected or not: its licence and name go along.
+                needs={"model": newest, "teacher": "teacher", **scorecards, **text},
             )
             continue
         needs = {"teacher": teacher, "model": newest, "transfer_set": "transfer_set"}

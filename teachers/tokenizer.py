@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from shearling import ShearlingError, disk_errors, sha256_of_file
+from teachers.origin import copy_licences
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -109,8 +110,9 @@ def _ordinary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """What makes a folder of weights usable: the tokenizer, and how the model generates."""
+    """What makes a folder of weights usable: tokenizer, way of generating, and the licence."""
     copy_tokenizer(source, target)
+    copy_licences(source, target)
     generation = source / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, target / generation.name)
