@@ -9,6 +9,7 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from compress.parallel import leads, meet, processes, whole
 from shearling import ShearlingError, folder_aside
+from teachers.origin import copy_licences
 from teachers.tokenizer import copy_tokenizer
 
 
@@ -56,6 +57,7 @@ def _save(student: LlamaForCausalLM, source: Path, folder: Path, dtype: torch.dt
     with folder_aside(folder) as aside:
         student.save_pretrained(aside)
         copy_tokenizer(source, aside)
+        copy_licences(source, aside)
         again = load_model(aside, dtype, student.device).eval()
         probe_BT = torch.arange(student.config.vocab_size, device=student.device)[None, :64]
         # Compiled layers round in another order: the answers would differ in their last bits.

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 from pipelines.display import format_bytes
 from pipelines.machine import hardware
-from reports.hub import hub_answers, hub_is_off
+from reports.hub import hub_answers, hub_is_off, through_proxy
 from shearling import __version__
 
 SCHEMA = 1
@@ -185,7 +185,8 @@ def _hub() -> Finding:
     if hub_is_off():
         return Finding(name="hub", state="ok", found="off: HF_HUB_OFFLINE is set")
     if hub_answers():
-        return Finding(name="hub", state="ok", found="huggingface.co answers")
+        found = "asked through a proxy" if through_proxy() else "huggingface.co answers"
+        return Finding(name="hub", state="ok", found=found)
     return Finding(
         name="hub",
         state="notice",

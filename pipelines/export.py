@@ -12,8 +12,9 @@ from pipelines.named import find_model, refuse_earlier
 from pipelines.preflight import check_parents
 from reports import words
 from reports.run_folder import earlier_settings
-from shearling import Progress, ShearlingError, disk_errors, folder_aside, silent
+from shearling import Progress, ShearlingError, disk_errors, folder_aside, read_json, silent
 from students.settings import ExportSettings
+from teachers.origin import Origin, copy_licences, origin_of, texts
 from teachers.settings import TeacherSettings
 
 if TYPE_CHECKING:
@@ -23,13 +24,20 @@ CARD = "README.md"
 
 
 def export_checkpoint(
-    folder: Path, out: Path, settings: ExportSettings, *, name: str, progress: Progress = silent
+    folder: Path,
+    out: Path,
+    settings: ExportSettings,
+    *,
+    name: str,
+    origin: Origin | None = None,
+    progress: Progress = silent,
 ) -> dict[str, Any]:
     """Write the model in a Hugging Face folder as ``settings`` say; ``out`` is a folder to fill.
 
-    Returns facts of what was written: to, kind, converted (whether the numbers were of another kind
-    before), stock_gguf (whether transformers reads all of it out of a GGUF), shares (of the
-    weights, by kind of number), files, bytes, parameters.
+    ``origin`` is what is known of licence and base model. Returns facts of what was written: to,
+    kind, converted (whether the numbers were of another kind before), stock_gguf (whether
+    transformers reads all of it out of a GGUF), shares (of the weights, by kind of number), files,
+    bytes, parameters, origin.
 
     Raises:
         ShearlingError: the model can't be held by the form that was asked for.
@@ -42,6 +50,7 @@ def export_checkpoint(
     source = open_checkpoint(folder)
     shapes = expected_tensors(source.shape)
     out.mkdir(parents=True, exist_ok=True)
+    copy_licences(folder, out)
     shares: dict[str, float]
     if settings.to == "hf":
         config = source.config
@@ -66,6 +75,7 @@ def export_checkpoint(
             kind=kind,
             name=name,
             end_of_turn=_end_of_turn(folder),
+            origin={term: texts(value) for term, value in (origin or {}).items()},
             progress=progress,
         )
         files = [file.name]
@@ -80,6 +90,7 @@ def export_checkpoint(
         "files": files,
         "bytes": size,
         "parameters": source.shape.parameters,
+        "origin": origin or {},
     }
 
 
@@ -99,8 +110,6 @@ def export_line(facts: Mapping[str, Any]) -> str:
 
 def _end_of_turn(folder: Path) -> int | None:
     """The second id at which generation stops, where there are two: the end of a turn."""
-    from shearling import read_json
-
     path = folder / "generation_config.json"
     ends = read_json(path).get("eos_token_id") if path.is_file() else None
     return ends[-1] if isinstance(ends, list) and len(ends) > 1 else None
@@ -131,6 +140,7 @@ def write_card(
         history=history,
         export=dict(export),
         text=dict(text or {}),
+        origin=export["origin"],
     )
     write_text(out / CARD, card)
 
@@ -167,19 +177,27 @@ def export_model(
         tell(f"{model} belongs to earlier settings of its run, so it gets no model card")
         stage = None
     with tempfile.TemporaryDirectory(prefix="shearling-") as aside:
-        import_teacher(
+        origin = import_teacher(
             TeacherSettings(model=named),
             Path(aside),
             cache=cache,
             progress=progress,
             role="model",
             where="its path",
-        )
+        )["origin"]
+        if stage is not None:
+            origin = origin_of(_teacher_of(*stage))
         with disk_errors(out), folder_aside(out) as filled:
             facts = export_checkpoint(
-                Path(aside) / "model", filled, settings, name=_name(named), progress=progress
+                Path(aside) / "model",
+                filled,
+                settings,
+                name=_name(named),
+                origin=origin,
+                progress=progress,
             )
             if stage is not None:
+                copy_licences(_teacher_of(*stage) / "model", filled)
                 _card_of_stage(filled, *stage, facts)
     return facts
 
@@ -197,6 +215,13 @@ def _stage_of(model: Path) -> tuple[Path, str] | None:
     folder = model.parent if model.name == "model" else model
     is_stage = folder.parent.name == "stages" and (folder / "scorecard.json").is_file()
     return (folder.parent.parent, folder.name) if is_stage else None
+
+
+def _teacher_of(run: Path, stage: str) -> Path:
+    """The folder of the teacher stage that a stage's model was made from; itself if it is one."""
+    stages = run / "stages"
+    own = read_json(stages / stage / "stage.json").get("kind") == "teacher"
+    return stages / (stage if own else "teacher")
 
 
 def _card_of_stage(out: Path, run: Path, stage: str, facts: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from pipelines.recipe import DistillStage, Recipe, TeacherStage
 from pipelines.stages import benchmark, correct, distill, export, prune, teacher, transfer_set
 from pipelines.stages.distill import teacher_role
 from pipelines.store import Store, stage_key
-from reports.hub import NO_ANSWER, worth_another_try
+from reports.hub import is_passing, worth_another_try
 from reports.tasks import mirror_file
 from shearling import without_secrets
 from students.settings import Settings
@@ -189,7 +189,8 @@ def build_steps(recipe: Recipe, fingerprint: Callable[..., str]) -> list[Step]:
                 stage=stage.name,
                 seeded=False,
                 leave_out=frozenset({"name", "kind"}),
-                needs={"model": newest, **scorecards, **text},
+                # The first teacher, corrected or not: its licence and name go along.
+                needs={"model": newest, "teacher": "teacher", **scorecards, **text},
             )
             continue
         needs = {"teacher": teacher, "model": newest, "transfer_set": "transfer_set"}
@@ -343,14 +344,14 @@ def decide_all(
 
 
 def _missed_tasks(step: Step, store: Store) -> list[str]:
-    """Tasks that a finished benchmark skipped for want of the hub, if the hub is there now."""
+    """Tasks that a finished benchmark skipped for a fault of the hub, if the hub is there now."""
     if step.kind != "benchmark":
         return []
     summary = (store.read(step.kind, step.key) or {}).get("summary")
     skipped = summary.get("skipped") if isinstance(summary, Mapping) else None
     if not isinstance(skipped, Mapping) or not worth_another_try(skipped.values()):
         return []
-    return [str(task) for task, reason in skipped.items() if str(reason).endswith(NO_ANSWER)]
+    return [str(task) for task, reason in skipped.items() if is_passing(reason)]
 
 
 def differences(step: Step, previous: Mapping[str, Any]) -> list[str]:

@@ -24,7 +24,15 @@ from transformers import LlamaForCausalLM
 import reports.tasks as tasks
 from reports.compare import pack
 from reports.group_measures import add_groups
-from reports.hub import NO_ANSWER, hub_answers
+from reports.hub import (
+    FAILED_NOW,
+    FROM_CACHE,
+    NO_ANSWER,
+    fills_disk,
+    fills_memory,
+    hub_answers,
+    may_pass,
+)
 from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
 from reports.perplexity import ratio_error
@@ -237,7 +245,11 @@ def check_examples(loaded: dict[str, Any], count: int | None) -> None:
 def load_task(
     task: Task, settings: BenchmarkSettings, skipped: dict[str, str]
 ) -> dict[str, Any] | None:
-    """Load a task with lm-eval; None (and a reason in ``skipped``) if its data can't be had."""
+    """Load a task with lm-eval; None (and a reason in ``skipped``) if its data can't be had.
+
+    Raises:
+        ShearlingError: the disk is full, which is no fault of the task.
+    """
     from lm_eval.tasks import TaskManager
 
     def load() -> dict[str, Any]:
@@ -250,7 +262,7 @@ def load_task(
     missing = f"no file of it in benchmark.mirror ({settings.mirror})" if settings.mirror else ""
     where = "its data are on the Hugging Face hub"
     if not hub_answers():
-        offline = f"{where}, {NO_ANSWER}"
+        offline = f"{where}, {NO_ANSWER}; {FROM_CACHE}"
         skipped[task.name] = "; ".join(part for part in (missing, offline) if part)
         return None
     try:
@@ -258,7 +270,15 @@ def load_task(
     except Exception as error:
         # Whatever the hub, the data set's builder or a missing extra raises: the other tasks'
         # numbers are worth more than a stop after hours.
-        reason = f"{where}, and loading them failed: {type(error).__name__}: {error}".split("\n")[0]
+        if fills_memory(error):
+            raise
+        if fills_disk(error):
+            raise ShearlingError(
+                f"The disk is full: the data of {task.name} could not be put into the hub's cache.",
+                hint="Free some space, or set HF_HOME to a folder elsewhere.",
+            ) from error
+        why = FAILED_NOW if may_pass(error) else "and loading them failed"
+        reason = f"{where}, {why}: {type(error).__name__}: {error}".split("\n")[0]
         skipped[task.name] = "; ".join(part for part in (missing, reason) if part)
         return None
 

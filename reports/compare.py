@@ -327,7 +327,8 @@ def recovered(
     """Share of the loss between teacher and ``before`` that ``after`` won back.
 
     Perplexities are taken as losses (nats), everything else as it is. None where the three can't
-    be compared, or where ``before`` did not lose more than noise: a share of nothing is nothing.
+    be compared, or where ``before`` did not lose more than noise: a share of nothing is nothing,
+    and what it won can't be won back.
     """
     if mismatch(teacher, before, task) or mismatch(teacher, after, task):
         return None
@@ -335,23 +336,35 @@ def recovered(
     samples = [unpack((c.get("samples", {}).get(task) or {}).get(metric) or ()) for c in cards]
     if len(samples[0]) < 2 or len({len(values) for values in samples}) != 1:
         return None
-    lost = _paired(metric, samples[0], samples[1])
-    if lost[2] >= SIGNIFICANT:
+    difference, _, p, _ = _paired(metric, samples[0], samples[1])
+    if p >= SIGNIFICANT or (difference > 0) == higher_is_better(teacher, task, metric):
         return None
     if is_perplexity(metric, samples[0]):
         weighted = np.stack([as_weighted(metric, values) for values in samples])
     else:
         scores = np.asarray(samples, dtype=float)
         weighted = np.stack([scores, np.ones_like(scores)], axis=2)
-    picks = np.random.default_rng(seed).integers(
-        weighted.shape[1], size=(BOOTSTRAPS, weighted.shape[1])
-    )
-    quality = weighted[:, picks].sum(axis=2)  # [3, bootstraps, 2]
+    quality = _resampled(weighted, np.random.default_rng(seed))
     shares = _share(quality[..., 0] / quality[..., 1])
     whole = weighted.sum(axis=1)
     share = float(_share((whole[:, 0] / whole[:, 1])[:, None])[0])
     low, high = np.nanquantile(shares, [0.025, 0.975])
     return Recovery(task=task, metric=metric, share=share, low=float(low), high=float(high))
+
+
+def _resampled(weighted_3N2: Floats, rng: np.random.Generator) -> Floats:
+    """Sums over documents that are drawn with replacement, the same ones for all: [3, B, 2].
+
+    Counts of how often each document was drawn do, and a hundred draws at once, for of ten thousand
+    documents the values of all draws would be 2 GB.
+    """
+    documents, at_once = weighted_3N2.shape[1], 100
+    sums = []
+    for _ in range(BOOTSTRAPS // at_once):
+        picks = rng.integers(documents, size=(at_once, documents))
+        counts = np.stack([np.bincount(row, minlength=documents) for row in picks])
+        sums.append(counts @ weighted_3N2)
+    return np.concatenate(sums, axis=1)
 
 
 def _share(quality_3B: Floats) -> Floats:

@@ -20,6 +20,7 @@ from reports.page import markdown_cell
 from reports.run_folder import Data, as_dict, as_list, as_number, read_run
 from reports.tables import transfer
 from shearling import ShearlingError, __version__, write_text
+from teachers.origin import Origin, known_terms, texts
 
 DONE = {"correct": "trained on the transfer set", "prune": "pruned", "distill": "distilled"}
 TAGS = {"prune": "pruning", "distill": "distillation"}
@@ -31,14 +32,12 @@ def write_model_card(
     stage: str,
     *,
     export: Data | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
 ) -> Path:
     """Write ``model/README.md`` for the model that ``stage`` of the run made; returns its path.
 
     ``export`` are facts of how it was written (`pipelines.export`), where it isn't the stage's own
-    folder. ``license`` is a hub identifier (apache-2.0, llama3.1, ...) and ``base_model`` a hub id;
-    both are left out where they aren't known. A stage without a scorecard is a ShearlingError.
+    folder. Licence and base model are what the run's teacher told. A stage without a scorecard is a
+    ShearlingError.
     """
     found = read_run(run)
     made = next((entry for entry in found.measured if entry.name == stage), None)
@@ -48,6 +47,7 @@ def write_model_card(
             f"The stage {stage} of {run} has no scorecard.",
             hint=f"Measured stages: {known}. Finish the run with `shearling run` first.",
         )
+    teacher = next((entry.summary for entry in found.models if entry.kind == "teacher"), {})
     path = Path(model) / "README.md"
     text = model_card(
         made.scorecard,
@@ -58,8 +58,7 @@ def write_model_card(
         stage=stage,
         recipe=found.recipe_text,
         text=transfer(found),
-        license=license,
-        base_model=base_model,
+        origin=as_dict((export or teacher).get("origin")),
     )
     write_text(path, text)
     return path
@@ -75,34 +74,27 @@ def model_card(
     stage: str = "",
     recipe: str = "",
     text: Data | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
+    origin: Data | None = None,
 ) -> str:
     """The text of a model card, front matter included.
 
     ``history`` are the kinds of stages that made the model out of the teacher, in order; a teacher
     has none, so its card holds nothing of the run but its own results. ``stage`` is the last one's
-    name in ``recipe``, ``text`` the run's transfer_set.json.
+    name in ``recipe``, ``text`` the run's transfer_set.json, ``origin`` what ``teachers.origin``
+    knows of licence and base model.
     """
-    export = export or {}
+    export, terms = export or {}, known_terms(origin or {})
     if not history:
         teacher, text, recipe = None, None, ""
     return "\n".join(
         [
             "---",
-            metadata(
-                card,
-                name=name,
-                history=history,
-                export=export,
-                license=license,
-                base_model=base_model,
-            ),
+            metadata(card, name=name, history=history, export=export, origin=terms),
             "---",
             "",
             f"# {markdown_cell(name)}",
             "",
-            *_introduction(card, teacher, history, export, base_model),
+            *_introduction(card, teacher, history, export, texts(terms.get("base_model"))),
             *_written_text(text or {}),
             "",
             "## Results",
@@ -119,15 +111,7 @@ def model_card(
     )
 
 
-def metadata(
-    card: Data,
-    *,
-    name: str,
-    history: Sequence[str],
-    export: Data,
-    license: str | None,
-    base_model: str | None,
-) -> str:
+def metadata(card: Data, *, name: str, history: Sequence[str], export: Data, origin: Origin) -> str:
     """The YAML that the hub reads, with each task's headline numbers as evaluation results."""
     before = f", before conversion to {export['kind']}" if export.get("converted") else ""
     results = [
@@ -148,8 +132,7 @@ def metadata(
         library_name="gguf" if _is_gguf(export) else "transformers",
         pipeline_tag="text-generation",
         tags=["llama", *(tag for kind, tag in TAGS.items() if kind in history), "shearling"],
-        license=license,
-        base_model=base_model,
+        **origin,
         eval_results=results or None,
     )
     yaml: str = data.to_yaml()
@@ -161,21 +144,22 @@ def _is_gguf(export: Data) -> bool:
 
 
 def _introduction(
-    card: Data, teacher: Data | None, history: Sequence[str], export: Data, base_model: str | None
+    card: Data, teacher: Data | None, history: Sequence[str], export: Data, bases: Sequence[str]
 ) -> list[str]:
     size = f"{words.count(card.get('parameters'))} parameters, "
     size += words.size(export.get("bytes", card.get("bytes")))
     if export:
         size += f" as {export['kind']}"
     rest = _quantised(export)
+    if bases:
+        rest.insert(0, f"Its base model is {markdown_cell(', '.join(bases))}.")
     if not history:
         return [" ".join([f"A Llama of {size}, written with Shearling {__version__}.", *rest])]
     made = f"It was {_done(history)} with Shearling {__version__}."
     if teacher is None:
         return [" ".join([f"A Llama of {size}.", made, *rest])]
     share = words.percent(words.ratio(card.get("parameters"), teacher.get("parameters")))
-    of = f" ({markdown_cell(base_model)})" if base_model else ""
-    return [" ".join([f"A Llama of {size}: {share} of its teacher's parameters{of}.", made, *rest])]
+    return [" ".join([f"A Llama of {size}: {share} of its teacher's parameters.", made, *rest])]
 
 
 def _done(history: Sequence[str]) -> str:

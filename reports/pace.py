@@ -67,7 +67,7 @@ def pace(run: Run, stage: Stage, key: str) -> Pace | None:
         return None
     alike = [stage]
     if stage.config:
-        alike = [each for each in run.measured if _terms(each) == _terms(stage)]
+        alike = [each for each in run.measured if _alike(each, stage)]
     paces = [measured_pace(each.scorecard, key) for each in alike if each.scorecard]
     known = [each for each in paces if each is not None]
     return Pace(
@@ -77,16 +77,35 @@ def pace(run: Run, stage: Stage, key: str) -> Pace | None:
     )
 
 
-def _terms(stage: Stage) -> list[object]:
-    """What a speed is a function of, but for the machine and its other work."""
-    speed = (stage.scorecard or {})["speed"]
-    return [stage.config.get(axis) for axis in _SHAPE] + [speed.get(term) for term in _TERMS]
+def _alike(one: Stage, other: Stage) -> bool:
+    """Whether two speeds are a function of the same, but for the machine and its other work."""
+    same_shape = all(one.config.get(axis) == other.config.get(axis) for axis in _SHAPE)
+    return same_shape and not _terms_apart(one, other)
+
+
+def _terms_apart(one: Stage, other: Stage) -> list[str]:
+    """On which terms two speeds were not measured alike, in words: ["threads 8 and 2"]."""
+    mine, theirs = (as_dict((stage.scorecard or {}).get("speed")) for stage in (one, other))
+    return [
+        f"{term.replace('_', ' ')} {mine.get(term, 'unknown')} and {theirs.get(term, 'unknown')}"
+        for term in _TERMS
+        if mine.get(term) != theirs.get(term)
+    ]
+
+
+def _teacher(run: Run) -> Stage | None:
+    return next((stage for stage in run.measured if stage.kind == "teacher"), None)
 
 
 def faster(run: Run, student: Stage, key: str = WRITES) -> Pace | None:
-    """How many times as fast as the teacher a student is; `low` and `high` are the worst cases."""
-    teacher = next((stage for stage in run.measured if stage.kind == "teacher"), None)
-    ours, theirs = pace(run, student, key), teacher and pace(run, teacher, key)
+    """How many times as fast as the teacher a student is; `low` and `high` are the worst cases.
+
+    None where a speed is missing, or where the two were measured on other terms.
+    """
+    teacher = _teacher(run)
+    if teacher is None or _terms_apart(teacher, student):
+        return None
+    ours, theirs = pace(run, student, key), pace(run, teacher, key)
     if not ours or not theirs:
         return None
     return Pace(
@@ -94,3 +113,14 @@ def faster(run: Run, student: Stage, key: str = WRITES) -> Pace | None:
         low=ours.low / theirs.high,
         high=ours.high / theirs.low,
     )
+
+
+def why_no_ratio(run: Run, student: Stage | None) -> list[str]:
+    """A sentence where both speeds are known and no ratio of them would mean anything."""
+    teacher = _teacher(run)
+    if teacher is None or student is None:
+        return []
+    known = all(measured_pace(stage.scorecard or {}, WRITES) for stage in (teacher, student))
+    apart = "; ".join(_terms_apart(teacher, student))
+    told = f"The speeds of {teacher.name} and {student.name} were measured on other terms"
+    return [f"{told} ({apart}), so there is no ratio of them."] if known and apart else []

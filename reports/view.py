@@ -13,6 +13,7 @@ from reports.chart import Chart
 from reports.charts import make_charts
 from reports.cleaning import cleaning_tables
 from reports.cuts import find_cuts, kept, remarks
+from reports.pace import why_no_ratio
 from reports.reality import reality_table
 from reports.rivals import rival_table
 from reports.run_folder import Data, Run, as_dict
@@ -87,12 +88,17 @@ class View:
 
 def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> View:
     """The whole report as plain data."""
+    student = last_student(run)
     return View(
         name=run.name,
         description=str(run.recipe.get("description") or ""),
         state=run.state,
         verdict=verdict(run, judgement),
-        details=[*verdict_details(run, judgement), *closeness(last_student(run), run.teacher)],
+        details=[
+            *verdict_details(run, judgement),
+            *why_no_ratio(run, student),
+            *closeness(student, run.teacher),
+        ],
         facts=headline_facts(run, judgement),
         cost=cost(run),
         stages=stage_table(run),

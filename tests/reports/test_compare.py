@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -182,12 +183,33 @@ def test_what_came_back_is_a_share_with_an_interval() -> None:
     assert found.low <= found.share <= found.high
     # What was not lost can't be won back.
     assert recovered(teacher, teacher, after, "text", "token_perplexity_512") is None
+    # Neither can what the cut had won.
+    assert recovered(before, teacher, after, "text", "token_perplexity_512") is None
+    lucky = [card(n, choice=v) for n, v in (("t", "10" * 20), ("p", "1" * 40), ("d", "1110" * 10))]
+    assert recovered(*lucky, "choice", "acc") is None
     choices = [
         card(n, choice=v) for n, v in (("t", "1" * 40), ("p", "10" * 20), ("d", "1110" * 10))
     ]
     share = recovered(*choices, "choice", "acc")
     assert share is not None
     assert share.share == pytest.approx(0.5)
+
+
+def test_the_interval_of_many_documents_is_that_of_a_plain_bootstrap_in_little_memory() -> None:
+    rng = np.random.default_rng(3)
+    right = [rng.random(2000) < share for share in (0.7, 0.5, 0.6)]
+    cards = [card("x", choice="".join(map(str, values.astype(int)))) for values in right]
+    tracemalloc.start()
+    found = recovered(*cards, "choice", "acc")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found is not None
+    assert peak < 30e6  # every draw with its values would be 384 MB
+    draws = rng.integers(2000, size=(4000, 2000))
+    teacher, before, after = (r[draws].mean(axis=1) for r in right)
+    low, high = np.quantile((after - before) / (teacher - before), [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.01)
+    assert found.high == pytest.approx(high, abs=0.01)
 
 
 def test_samples_are_packed_and_unpacked() -> None:

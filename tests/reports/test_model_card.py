@@ -10,20 +10,23 @@ from huggingface_hub import ModelCard
 
 from reports.model_card import model_card, write_model_card
 from reports.run_folder import read_run
-from shearling import ShearlingError
+from shearling import ShearlingError, read_json, write_json
 
 
 def test_the_hub_reads_the_numbers_of_the_scorecard(run: Path, tmp_path: Path) -> None:
-    path = write_model_card(tmp_path, run, "distill", license="apache-2.0", base_model="a/b")
-    card = ModelCard.load(path)
-    assert card.data.license == "apache-2.0"
+    record = run / "stages" / "teacher" / "stage.json"
+    terms = {"license": "other", "license_name": "sheep", "license_link": "LICENSE"}
+    summary = {"origin": {**terms, "base_model": "a/b", "license_says": 3}}
+    write_json(record, {**read_json(record), "summary": summary})
+    card = ModelCard.load(write_model_card(tmp_path, run, "distill"))
+    assert {term: getattr(card.data, term) for term in terms} == terms
     assert card.data.base_model == "a/b"
     scorecard = read_run(run).measured[-1].scorecard
     assert scorecard is not None
     found = {(r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert found["piqa", "acc"] == scorecard["results"]["piqa"]["acc"]["value"]
     assert ("wikitext2", "token_perplexity_512") in found
-    assert "of its teacher's parameters (a/b)" in card.text
+    assert "Its base model is a/b." in card.text
     assert "LlamaForCausalLM" in card.text
     assert "name: tiny" in card.text
     assert "It was pruned and distilled with Shearling" in card.text

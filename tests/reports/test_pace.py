@@ -75,6 +75,21 @@ def test_only_models_of_one_shape_on_the_same_terms_are_pooled(run: Path) -> Non
     assert pace(read_run(run), stages["distill"], WRITES) == alone
 
 
+def test_speeds_on_other_terms_have_no_ratio(run: Path) -> None:
+    """A teacher that was measured elsewhere before is not measured again for its speed."""
+    measured(run, teacher=(90, 100, 110), prune=(140, 150, 160), distill=(150, 170, 180))
+    path = run / "stages" / "teacher" / "scorecard.json"
+    card = read_json(path)
+    write_json(path, {**card, "speed": {**card["speed"], "threads": 8}})
+    found = read_run(run)
+    view = make_view(found, judge(found), [found])
+    assert faster(found, found.measured[-1]) is None
+    assert "as fast" not in view.verdict
+    assert "as fast at writing" not in [what for _, what, _ in view.facts]
+    told = "were measured on other terms (threads 8 and unknown), so there is no ratio of them."
+    assert f"The speeds of teacher and distill {told}" in view.details
+
+
 def test_scorecards_without_quartiles_are_read_and_say_so(run: Path) -> None:
     measured(run, teacher=100.0, prune=200.0, distill=200.0)
     sentence, fact = said(run)

@@ -6,22 +6,27 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
+from pipelines.export import export_checkpoint
 from shearling import ShearlingError
+from students.settings import ExportSettings
 from teachers.checkpoint import (
     Checkpoint,
     import_teacher,
     open_checkpoint,
 )
+from teachers.origin import card_origin, origin_of
 from teachers.settings import TeacherSettings
-from teachers.tokenizer import copy_tokenizer, load_tokenizer
+from teachers.tokenizer import copy_companions, copy_tokenizer, load_tokenizer
 from teachers.weights import is_finite
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
@@ -31,6 +36,19 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 def copy(tiny_llama: Path, tmp_path: Path) -> Path:
     """A tiny Llama that a test may spoil."""
     return Path(shutil.copytree(tiny_llama, tmp_path / "llama"))
+
+
+TERMS = {"license": "other", "license_name": "sheep-1", "license_link": "LICENSE"}
+
+
+@pytest.fixture
+def licensed(copy: Path) -> Path:
+    """A tiny Llama with a licence, as those on the hub have it."""
+    card = {"license": "other", **TERMS, "base_model": "sheep/older-llama", "tags": ["llama"]}
+    (copy / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n\n# A llama\n")
+    (copy / "LICENSE").write_text("Shear, but feed.")
+    (copy / "USE_POLICY.md").write_text("Be kind.")
+    return copy
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
@@ -375,12 +393,74 @@ def test_a_hub_id_comes_out_of_the_local_hub_cache(
         facts = import_teacher(settings, out, cache=tmp_path)
         assert facts["format"] == "hub"
         assert facts["sha256"] == open_checkpoint(tiny_llama).fingerprint()
+        assert facts["origin"] == {"base_model": "sheep/tiny-llama"}
     with pytest.raises(ShearlingError, match="sheep/tiny-llama"):
         import_teacher(
             TeacherSettings(model="sheep/tiny-llama", revision="v2"),
             tmp_path / "no",
             cache=tmp_path,
         )
+
+
+def test_licence_and_card_are_fetched_from_the_hub(
+    licensed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        snapshot = tmp_path / name / (revision or "main")
+        snapshot.mkdir(parents=True, exist_ok=True)
+        for file in licensed.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copyfile(file, snapshot / file.name)
+        return str(snapshot)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    settings = TeacherSettings(model="sheep/tiny-llama")
+    facts = import_teacher(settings, tmp_path / "out", cache=tmp_path)
+    assert facts["origin"] == {**TERMS, "base_model": "sheep/tiny-llama"}
+    assert (tmp_path / "out" / "model" / "USE_POLICY.md").read_text() == "Be kind."
+
+
+@pytest.mark.parametrize("form", ["folder", "relative", "gguf", "gguf without a card"])
+def test_a_licence_is_told_and_carried_along(licensed: Path, tmp_path: Path, form: str) -> None:
+    model, base = licensed, "sheep/older-llama"
+    if form == "relative":
+        edit_config(licensed, model_type="mistral", architectures=["MistralForCausalLM"])
+    elif "gguf" in form:
+        settings = ExportSettings(to="gguf", dtype="float32")
+        origin = {**TERMS, "base_model": base}
+        export_checkpoint(licensed, tmp_path / "gguf", settings, name="x", origin=origin)
+        model = tmp_path / "gguf" / "x-f32.gguf"
+        assert (model.parent / "LICENSE").is_file()
+        if form == "gguf":
+            shutil.copyfile(licensed / "README.md", model.parent / "README.md")
+    facts = import_teacher(TeacherSettings(model=str(model)), tmp_path / "out", cache=tmp_path)
+    assert facts["origin"] == {**TERMS, "base_model": base}
+    carried = {path.name for path in (tmp_path / "out" / "model").iterdir()}
+    assert ({"LICENSE", "USE_POLICY.md"} <= carried) == (form != "gguf without a card")
+    # As a cut carries them on.
+    copy_companions(tmp_path / "out" / "model", tmp_path / "student")
+    assert (tmp_path / "student" / "LICENSE").is_file() == (form != "gguf without a card")
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["", "no front matter", "---\n- a list\n---\n", "---\na: [\n---\n", b"---\n\xff\n---\n"],
+)
+def test_a_card_that_says_nothing_is_no_origin(copy: Path, card: str | bytes) -> None:
+    (copy / "README.md").write_bytes(card.encode() if isinstance(card, str) else card)
+    assert card_origin(copy) == {}
+    (copy / "README.md").write_text("---\nlicense: [mit, 3]\nbase_model: [a/b, c/d]\n---\n")
+    assert card_origin(copy) == {"base_model": ["a/b", "c/d"]}
+
+
+def test_teachers_of_earlier_versions_are_asked_anew(licensed: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(licensed)
+    record = {"summary": {"source": "sheep/tiny-llama", "format": "hub"}}
+    (tmp_path / "stage.json").write_text(json.dumps(record))
+    assert origin_of(tmp_path) == {**TERMS, "base_model": "sheep/tiny-llama"}
+    record["summary"]["format"] = "folder"
+    (tmp_path / "stage.json").write_text(json.dumps(record))
+    assert origin_of(tmp_path) == {**TERMS, "base_model": "sheep/older-llama"}
 
 
 def test_a_teacher_without_tokenizer_is_refused(copy: Path, tmp_path: Path) -> None:
