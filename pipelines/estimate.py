@@ -100,6 +100,8 @@ class Cost:
     """What a model writes besides; its operations are not among ``flops``."""
     product: str | None = None
     """The dtype of the products, where the stage says it."""
+    most_processes: int = 1
+    """That can share it."""
 
     def worst(self, *, on_cpu: bool, processes: int = 1) -> Moment:
         """The moment that decides whether the stage fits."""
@@ -622,6 +624,8 @@ def distill_cost(
         flops={"product": flops},
         tokens=tokens,
         product=product,
+        # Each takes a window of the step at least; a split student can't write.
+        most_processes=1 if settings.on_policy else step_tokens // window,
         writing=_on_policy(teachers, student, settings, window, micro, tokens, width),
         moved=float(dtype_bytes * (2 * parameters + sum(t.parameters for t in teachers))),
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from compress.settings import DistillSettings
 from pipelines.estimate import steps_of
 from pipelines.recipe import CorrectStage, DistillStage, PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
@@ -149,6 +150,51 @@ def check_paths(recipe: Recipe) -> None:
         )
 
 
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """So many processes can train as every stage wants to, and there are sources to mix.
+
+    The training loop refuses the rest, but only when what comes before it has been done.
+
+    Raises:
+        ShearlingError: with all that it would refuse.
+    """
+    problems = [
+        f"{stage.name}: {problem}"
+        for stage in _trainings(recipe)
+        for problem in _refused_trainings(recipe, stage, processes)
+    ]
+    if problems:
+        raise ShearlingError(
+            "The recipe can't be trained like that:\n"
+            + "\n".join(f"  - {problem}" for problem in problems),
+            hint="Change the recipe, override a key with --set, or start another number of "
+            "processes.",
+        )
+
+
+def _refused_trainings(
+    recipe: Recipe, stage: DistillStage | CorrectStage, processes: int
+) -> Iterator[str]:
+    settings, window = _as_distillation(stage), recipe.transfer_set.window
+    windows = steps_of(settings, window)[1] // window
+    if windows < processes:
+        yield (
+            f"a step of {settings.batch_tokens} tokens has {windows} "
+            f"{'window' if windows == 1 else 'windows'} of {window}, fewer than the {processes} "
+            f"processes; set batch_tokens to {processes * window} or more"
+        )
+    if settings.on_policy and processes > 1:
+        yield (
+            f"on_policy can't be used with {processes} processes: a split student can't write; "
+            "set it to 0"
+        )
+    if settings.adaptive_mix and len(recipe.transfer_set.all_sources) < 2:
+        yield (
+            "adaptive_mix needs several sources, and the transfer set has one; add to "
+            "transfer_set.sources, or set it to 0"
+        )
+
+
 def warnings(recipe: Recipe, teacher: Shape | None) -> list[str]:
     """What is no mistake for certain, but likely not meant; to be told when the run begins.
 
@@ -173,8 +219,7 @@ def _little_calibration(recipe: Recipe, teacher: Shape | None) -> Iterator[str]:
 
 def _few_steps(recipe: Recipe) -> Iterator[str]:
     for stage in _trainings(recipe):
-        settings = stage.as_distillation() if isinstance(stage, CorrectStage) else stage
-        steps, tokens = steps_of(settings, recipe.transfer_set.window)
+        steps, tokens = steps_of(_as_distillation(stage), recipe.transfer_set.window)
         if steps < FEWEST_STEPS:
             yield (
                 f"{stage.name} trains for {steps} {'step' if steps == 1 else 'steps'} of "
@@ -202,6 +247,10 @@ def _repeats(recipe: Recipe) -> Iterator[str]:
 
 def _trainings(recipe: Recipe) -> list[DistillStage | CorrectStage]:
     return [stage for stage in recipe.stages if isinstance(stage, (DistillStage, CorrectStage))]
+
+
+def _as_distillation(stage: DistillStage | CorrectStage) -> DistillSettings:
+    return stage.as_distillation() if isinstance(stage, CorrectStage) else stage
 
 
 def transfer_set_tokens(recipe: Recipe) -> tuple[int, bool]:

@@ -183,12 +183,10 @@ def _duration(seconds: float) -> str:
 
 
 def _processes(row: Mapping[str, Any]) -> str:
-    """How many fit: ``1-4`` on a CPU, ``8+`` on accelerators, which each bring memory."""
+    """How many fit and can share it, as ``2-256``."""
     least, most = row["least_processes"], row["most_processes"]
     if least is None:
         return "too big"
-    if most is None:
-        return f"{least}+" if row["kind"] in ("distill", "correct") else "1"
     return f"{least}-{most}" if most > least else str(least)
 
 

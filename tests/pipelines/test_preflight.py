@@ -15,6 +15,7 @@ from pipelines.plan import make_plan, teacher_facts
 from pipelines.preflight import (
     check_file,
     check_parents,
+    check_processes,
     check_tokenizers,
     check_with_teacher,
     known_teacher_config,
@@ -127,6 +128,39 @@ def test_a_second_teacher_with_another_tokenizer_is_refused_before_work(
     )
     with pytest.raises(ShearlingError, match="300 tokens in"):
         distill.run(settings, context)
+
+
+def test_what_the_training_loop_would_refuse_is_refused_before_work(
+    recipe_data: dict[str, Any], recipe_file: Path, shearling: Shearling,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its 256 tokens a step are 8 windows."""
+
+    def refused(processes: int, **settings: float) -> str:
+        data = copy.deepcopy(recipe_data)
+        data["stages"][1] |= settings
+        with pytest.raises(ShearlingError) as caught:
+            check_processes(check_recipe(data), processes)
+        return caught.value.what
+
+    check_processes(check_recipe(recipe_data), 8)
+    assert "8 windows of 32, fewer than the 9 processes; set batch_tokens to 288" in refused(9)
+    assert "on_policy can't be used with 2 processes" in refused(2, on_policy=0.5)
+    mixing = {"adaptive_mix": 1.0, "evaluate_every": 1}
+    assert "adaptive_mix needs several sources" in refused(1, **mixing)
+    assert refused(9, on_policy=0.5, **mixing).count("\n  - distill: ") == 3
+    data = copy.deepcopy(recipe_data)
+    data["stages"][1] |= {"on_policy": 0.5, **mixing}
+    data["transfer_set"]["written"] = {}
+    check_processes(check_recipe(data), 1)
+
+    for command in (("run", recipe_file, "--dry-run"), ("plan", recipe_file)):
+        assert shearling(*command, "--processes", "8").returncode == 0
+        done = shearling(*command, "--processes", "9")
+        assert done.returncode == 2
+        assert "fewer than the 9 processes" in done.stderr
+    monkeypatch.setenv("WORLD_SIZE", "9")  # as torchrun tells it
+    assert "fewer than the 9 processes" in shearling("run", recipe_file, "--dry-run").stderr
 
 
 def test_keys_that_only_a_data_set_obeys_are_told(
