@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,7 @@ def warnings(recipe: Recipe, teacher: Shape | None) -> list[str]:
     missing = missing_mirror(recipe.benchmark)
     told = [missing] if missing else []
     told += [w for source in recipe.transfer_set.sources for w in _without_effect(source)]
+    told += [w for stage in recipe.stages if isinstance(stage, DistillStage) for w in _idle(stage)]
     return [*told, *_little_calibration(recipe, teacher), *_few_steps(recipe), *_repeats(recipe)]
 
 
@@ -296,6 +298,27 @@ def _without_effect(source: SourceSettings) -> list[str]:
         for key, value in given.items()
         if value is not None
     ]
+
+
+def _idle(stage: DistillStage) -> Iterator[str]:
+    """Settings that differ from their defaults beside what they belong to, which is off.
+
+    No error: what they belong to may be switched on with a single --set.
+    """
+    skewed = stage.skewed_kl or stage.skewed_reverse_kl
+    reasons = {
+        "target_slots": "" if stage.targets != "live" else "targets is live",
+        "jensen_shannon_beta": "" if stage.jensen_shannon else "jensen_shannon is 0",
+        "skew": "" if skewed else "skewed_kl and skewed_reverse_kl are 0",
+        "hidden.kind": "" if stage.hidden.weight else "hidden.weight is 0",
+        "attention.kind": "" if stage.attention.weight else "attention.weight is 0",
+        "on_policy_temperature": "" if stage.on_policy else "on_policy is 0",
+    }
+    usual = DistillSettings(tokens=stage.tokens)
+    for key, reason in reasons.items():
+        value, default = (attrgetter(key)(settings) for settings in (stage, usual))
+        if reason and value != default:
+            yield f"{stage.name}.{key}: {value} has no effect, for {reason}."
 
 
 def _is_here(path: str) -> bool:

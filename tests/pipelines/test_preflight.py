@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from shearling_process import Shearling
 
 from pipelines.accelerators import named_machine
@@ -180,6 +181,47 @@ def test_keys_that_only_a_data_set_obeys_are_told(
     assert told(path=str(tmp_path), format="dataset", split="test") == []
     (tmp_path / "state.json").write_text("{}")
     assert len(told(path=str(tmp_path), format="dataset", split="test")) == 1
+
+
+IDLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "target_slots: 20 has no effect, for targets is live": (
+        {"target_slots": 20}, {"targets": "sample"},
+    ),
+    "jensen_shannon_beta: 0.2 has no effect, for jensen_shannon is 0": (
+        {"jensen_shannon_beta": 0.2}, {"jensen_shannon": 1.0},
+    ),
+    "skew: 0.2 has no effect, for skewed_kl and skewed_reverse_kl are 0": (
+        {"skew": 0.2}, {"skewed_reverse_kl": {"start": 0, "end": 1}},
+    ),
+    "hidden.kind: mse has no effect, for hidden.weight is 0": (
+        {"hidden": {"kind": "mse"}}, {"hidden": {"kind": "mse", "weight": 1.0}},
+    ),
+    "attention.kind: mse has no effect, for attention.weight is 0": (
+        {"attention": {"kind": "mse"}}, {"attention": {"kind": "mse", "weight": 1.0}},
+    ),
+    "on_policy_temperature: 0.7 has no effect, for on_policy is 0": (
+        {"on_policy_temperature": 0.7}, {"on_policy": 0.5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", IDLE)
+def test_what_belongs_to_something_that_is_off_is_told(
+    recipe_data: dict[str, Any], message: str
+) -> None:
+    def told(**settings: Any) -> list[str]:
+        data = copy.deepcopy(recipe_data)
+        data["stages"][1] |= settings
+        recipe = check_recipe(data)
+        # A run's own recipe.yaml has every default written out; that says nothing new.
+        again = check_recipe(yaml.safe_load(recipe.to_yaml()))
+        found = [w for w in warnings(recipe, None) if "no effect" in w]
+        assert found == [w for w in warnings(again, None) if "no effect" in w]
+        return found
+
+    alone, switched_on = IDLE[message]
+    assert told(**alone) == [f"distill.{message}."]
+    assert told(**alone | switched_on) == []
 
 
 def test_settings_that_can_only_disappoint_are_told(recipe_data: dict[str, Any]) -> None:
