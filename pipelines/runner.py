@@ -238,8 +238,8 @@ class _Run:
         context = self._context(step, out, spent, resumes if goes_on else None)
         started, clock = now(), time.monotonic()
         with (
-            machine.PeakMemory() as memory,
             machine.memory_errors(step.stage, step.kind),
+            machine.PeakMemory(self.device) as memory,
             disk_errors(out),
         ):
             call_the_others(step, context)
@@ -255,6 +255,7 @@ class _Run:
             "started": started,
             "seconds": round(seconds, 3),
             "peak_memory_bytes": memory.bytes,
+            **({} if memory.device_bytes is None else {"device_peak_bytes": memory.device_bytes}),
             "device": self.device,
             "inputs": dict(step.inputs),
             "settings": dict(step.slice),
