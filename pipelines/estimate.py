@@ -48,9 +48,10 @@ SHORT_WINDOW = 1024  # as in compress.attention
 ATTENTION_BLOCK = 128
 MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
 NARROW = "weights in the products' dtype"
-SHARDED = frozenset({"weights", "gradients", "optimizer", "average", "teacher", NARROW})
-"""What FSDP divides among processes; the rest each process has for itself, the layers too that
-are gathered just now."""
+HELDOUT = "held-out answers"
+SHARDED = frozenset({"weights", "gradients", "optimizer", "average", "teacher", NARROW, HELDOUT})
+"""What is divided among processes, most of it by FSDP; the rest each process has for itself, the
+layers too that are gathered just now."""
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 Bytes = Mapping[str, float]
@@ -68,12 +69,15 @@ class Moment:
     host: Bytes = field(default_factory=dict)
 
     def device_bytes(self, processes: int = 1) -> float:
-        return sum(
-            size / processes if name in SHARDED else size for name, size in self.device.items()
-        )
+        return sum(share_of(self.device, processes).values())
 
-    def host_bytes(self) -> float:
-        return sum(self.host.values()) + LIBRARIES
+    def host_bytes(self, processes: int = 1) -> float:
+        return sum(share_of(self.host, processes).values()) + LIBRARIES
+
+
+def share_of(held: Bytes, processes: int) -> dict[str, float]:
+    """What one of the processes has of it."""
+    return {name: size / processes if name in SHARDED else size for name, size in held.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +122,7 @@ class Cost:
         """The moment that decides whether the stage fits."""
         return max(
             self.moments,
-            key=lambda m: m.device_bytes(processes) + (m.host_bytes() if on_cpu else 0.0),
+            key=lambda m: m.device_bytes(processes) + (m.host_bytes(processes) if on_cpu else 0.0),
         )
 
 
@@ -634,13 +638,22 @@ def distill_cost(
             on_cpu=on_cpu,
         ),
     }
-    moments = [Moment(what="step", device={name: size for name, size in held.items() if size})]
+    # Each process keeps its own live ones; of kept ones it reads all.
+    asked = float(heldout_windows * window * width * sum(t.hidden_size for t in teachers))
+    kept = {HELDOUT if live else "kept " + HELDOUT: asked} if asked else {}
+    moments = [
+        Moment(what="step", device={name: size for name, size in held.items() if size}, host=kept)
+    ]
     if live and teachers:
         answering = micro * max(answer_bytes(each, window, product) for each in teachers)
         during = held | {"activations": answering, "mask": 0.0, "logits": 0.0}
         during["blocks of logits"] = 0.0
         moments.append(
-            Moment(what="answer", device={name: size for name, size in during.items() if size})
+            Moment(
+                what="answer",
+                device={name: size for name, size in during.items() if size},
+                host=kept,
+            )
         )
     flops = _distill_flops(teachers, student, settings, window, heldout_windows, steps, step_tokens)
     tokens, cached = steps * step_tokens, 0.0
@@ -658,7 +671,7 @@ def distill_cost(
             "activations": max(window, MICRO_TOKENS)
             * max((answer_bytes(each, window, product) for each in teachers), default=0.0),
         }
-        moments.append(Moment(what="capture", device=capture))
+        moments.append(Moment(what="capture", device=capture, host=kept))
     state = 4.0 * parameters + held["optimizer"] + held["average"]
     return Cost(
         moments=tuple(moments),

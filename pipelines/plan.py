@@ -16,7 +16,6 @@ from pipelines import preflight
 from pipelines.accelerators import MEMORY_SHARE, Machine
 from pipelines.estimate import (
     LIBRARIES,
-    SHARDED,
     Cost,
     Moment,
     Writing,
@@ -26,6 +25,7 @@ from pipelines.estimate import (
     import_cost,
     prune_cost,
     search_cost,
+    share_of,
     transfer_set_cost,
     written_cost,
 )
@@ -314,16 +314,17 @@ def _row(
 ) -> dict[str, Any]:
     divided = min(processes, cost.most_processes)
     worst = cost.worst(on_cpu=machine.on_cpu, processes=divided)
-    device, host = worst.device_bytes(divided), worst.host_bytes()
+    memory = _parts(worst, machine, divided)
+    host = max(moment.host_bytes(divided) for moment in cost.moments)
     least, most = processes_that_fit(cost, machine)
     return {
         "name": name,
         "kind": kind,
         "parameters": shape.parameters if shape else None,
-        "memory_bytes": round(device + host) if machine.on_cpu else round(device),
+        "memory_bytes": round(sum(memory.values())),
         "host_bytes": None if machine.on_cpu else round(host),
         "moment": worst.what,
-        "memory": {part: round(size) for part, size in _parts(worst, machine, divided).items()},
+        "memory": {part: round(size) for part, size in memory.items()},
         "disk_bytes": round(cost.disk),
         "cache_bytes": round(cost.cached),
         "scratch_bytes": round(cost.scratch),
@@ -340,11 +341,9 @@ def _all_flops(cost: Cost) -> float:
 
 
 def _parts(moment: Moment, machine: Machine, processes: int) -> dict[str, float]:
-    parts = {
-        name: size / processes if name in SHARDED else size for name, size in moment.device.items()
-    }
+    parts = share_of(moment.device, processes)
     if machine.on_cpu:
-        for name, size in {**moment.host, "libraries": LIBRARIES}.items():
+        for name, size in {**share_of(moment.host, processes), "libraries": LIBRARIES}.items():
             parts[name] = parts.get(name, 0.0) + size
     return {name: size for name, size in parts.items() if size}
 
@@ -391,7 +390,7 @@ def processes_that_fit(cost: Cost, machine: Machine) -> tuple[int | None, int | 
     def needed(count: int) -> float:
         worst = cost.worst(on_cpu=machine.on_cpu, processes=count)
         each = worst.device_bytes(count)
-        return count * (each + worst.host_bytes()) if machine.on_cpu else each
+        return count * (each + worst.host_bytes(count)) if machine.on_cpu else each
 
     fitting = [count for count in counts if needed(count) <= room]
     if not fitting:

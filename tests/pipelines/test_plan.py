@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,30 @@ def test_precision_and_writing_on_policy_cost_time(big: dict[str, Any]) -> None:
     assert written["flops"] > fast["flops"]
     big["stages"][1]["on_policy_writer"] = "teacher"
     assert row(planned(big), "distill")["flops"] > written["flops"]
+
+
+def test_what_the_teacher_says_of_held_out_text_waits_in_the_hosts_memory(
+    big: dict[str, Any],
+) -> None:
+    """Live, each process has its share; of what the cache keeps each reads all."""
+    few, many = 4, 4 + 10_000
+    states = 10_000 * 4096 * 4096 * 2  # more windows, positions, dims, bytes
+
+    def grown(processes: int, **settings: str) -> tuple[int, int]:
+        rows = []
+        for windows in (few, many):
+            big["transfer_set"]["heldout_windows"] = windows
+            big["stages"][1] |= settings
+            rows.append(row(planned(big, processes=processes), "distill"))
+        return tuple(rows[1][key] - rows[0][key] for key in ("memory_bytes", "host_bytes"))
+
+    assert grown(1) == (0, states)
+    assert grown(8) == (0, states / 8)
+    assert grown(8, targets="sample") == (0, states)
+    recipe = check_recipe(big)
+    cpu = replace(named_machine("h200"), device="cpu")
+    found = row(make_plan(recipe, teacher_facts(recipe.teacher), cpu), "distill")
+    assert found["memory"]["kept held-out answers"] == states + few * 4096 * 4096 * 2
 
 
 def test_kept_hidden_states_take_their_disk(big: dict[str, Any]) -> None:
