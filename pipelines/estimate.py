@@ -48,10 +48,14 @@ SHORT_WINDOW = 1024  # as in compress.attention
 ATTENTION_BLOCK = 128
 MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
 NARROW = "weights in the products' dtype"
-HELDOUT = "held-out answers"
-SHARDED = frozenset({"weights", "gradients", "optimizer", "average", "teacher", NARROW, HELDOUT})
+HELDOUT, SAVED = "held-out answers", "a part of the checkpoint"
+SHARDED = frozenset(
+    {"weights", "gradients", "optimizer", "average", "teacher", NARROW, HELDOUT, SAVED}
+)
 """What is divided among processes, most of it by FSDP; the rest each process has for itself, the
 layers too that are gathered just now."""
+GATHERED = "gathered student"
+"""What only the first process has."""
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 Bytes = Mapping[str, float]
@@ -67,12 +71,20 @@ class Moment:
     what: str
     device: Bytes
     host: Bytes = field(default_factory=dict)
+    split: bool | None = None
+    """Whether it comes with several processes only, with one only, or (None) with any number."""
 
     def device_bytes(self, processes: int = 1) -> float:
         return sum(share_of(self.device, processes).values())
 
     def host_bytes(self, processes: int = 1) -> float:
         return sum(share_of(self.host, processes).values()) + LIBRARIES
+
+    def together_bytes(self, processes: int) -> float:
+        """Of all processes, where they and their devices have one memory."""
+        held, once = (*self.device.items(), *self.host.items()), SHARDED | {GATHERED}
+        sizes = (size if name in once else processes * size for name, size in held)
+        return sum(sizes) + processes * LIBRARIES
 
 
 def share_of(held: Bytes, processes: int) -> dict[str, float]:
@@ -118,10 +130,14 @@ class Cost:
     most_processes: int = 1
     """That can share it."""
 
+    def moments_of(self, processes: int) -> list[Moment]:
+        """Those that come where so many share the stage."""
+        return [m for m in self.moments if m.split is None or m.split == (processes > 1)]
+
     def worst(self, *, on_cpu: bool, processes: int = 1) -> Moment:
         """The moment that decides whether the stage fits."""
         return max(
-            self.moments,
+            self.moments_of(processes),
             key=lambda m: m.device_bytes(processes) + (m.host_bytes(processes) if on_cpu else 0.0),
         )
 
@@ -672,6 +688,12 @@ def distill_cost(
             * max((answer_bytes(each, window, product) for each in teachers), default=0.0),
         }
         moments.append(Moment(what="capture", device=capture, host=kept))
+    between = {
+        name: held[name]
+        for name in ("weights", "optimizer", "teacher", "teacher's output head", "average")
+        if held[name]
+    }
+    moments += _file_moments(teachers, student, between, kept, width=width, on_cpu=on_cpu)
     state = 4.0 * parameters + held["optimizer"] + held["average"]
     return Cost(
         moments=tuple(moments),
@@ -689,6 +711,39 @@ def distill_cost(
         writing=_on_policy(teachers, student, settings, window, micro, tokens, width),
         moved=float(dtype_bytes * (2 * parameters + sum(t.parameters for t in teachers))),
     )
+
+
+def _file_moments(
+    teachers: tuple[Shape, ...],
+    student: Shape,
+    between: Bytes,
+    kept: Bytes,
+    *,
+    width: int,
+    on_cpu: bool,
+) -> list[Moment]:
+    """What reading models, saving checkpoints and writing the student take of the host's memory.
+
+    One process reads a whole model before it moves it to its device, and fetches a checkpoint group
+    by group. Several read tensor by tensor; each writes its part through a copy as bytes; and the
+    first gathers the student beside one that it has read. On a CPU nothing is moved or fetched.
+    ``between`` is what lies on the device between two steps, ``kept`` beside it.
+    """
+    moments = []
+    if not on_cpu:
+        read = 1.0 * max(4 * student.parameters, *(width * each.parameters for each in teachers))
+        moments.append(Moment(what="load", split=False, device={}, host={"a model": read}))
+    table = student.vocab_size * student.hidden_size
+    tables = (width * each.vocab_size * each.hidden_size for each in teachers)
+    tensor = 1.0 * max(4 * table, *tables)
+    moments.append(Moment(what="load", split=True, device={}, host={"one tensor": tensor}))
+    group = max(between[name] for name in ("weights", "optimizer"))
+    for split in (False, True):
+        if copies := (not on_cpu) + split:
+            saved = {SAVED: copies * group, **kept}
+            moments.append(Moment(what="save", split=split, device=between, host=saved))
+    whole = {GATHERED: 8.0 * student.parameters, **kept}
+    return [*moments, Moment(what="finish", split=True, device=between, host=whole)]
 
 
 def cache_bytes(settings: DistillSettings) -> int:

@@ -315,7 +315,7 @@ def _row(
     divided = min(processes, cost.most_processes)
     worst = cost.worst(on_cpu=machine.on_cpu, processes=divided)
     memory = _parts(worst, machine, divided)
-    host = max(moment.host_bytes(divided) for moment in cost.moments)
+    host = max(moment.host_bytes(divided) for moment in cost.moments_of(divided))
     least, most = processes_that_fit(cost, machine)
     return {
         "name": name,
@@ -388,9 +388,10 @@ def processes_that_fit(cost: Cost, machine: Machine) -> tuple[int | None, int | 
     counts = [*(2**n for n in range((most - 1).bit_length())), most]
 
     def needed(count: int) -> float:
-        worst = cost.worst(on_cpu=machine.on_cpu, processes=count)
-        each = worst.device_bytes(count)
-        return count * (each + worst.host_bytes(count)) if machine.on_cpu else each
+        return max(
+            moment.together_bytes(count) if machine.on_cpu else moment.device_bytes(count)
+            for moment in cost.moments_of(count)
+        )
 
     fitting = [count for count in counts if needed(count) <= room]
     if not fitting:
@@ -400,10 +401,12 @@ def processes_that_fit(cost: Cost, machine: Machine) -> tuple[int | None, int | 
 
 def _total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     rows = list(rows)
+    host = [row["host_bytes"] for row in rows if row["host_bytes"] is not None]
     return {
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "flops": float(f"{sum(row['flops'] for row in rows):.6g}"),
         "memory_bytes": max(row["memory_bytes"] for row in rows),
+        "host_bytes": max(host, default=None),
         "disk_bytes": sum(row["disk_bytes"] for row in rows)
         + max(row["scratch_bytes"] for row in rows),
     }

@@ -165,7 +165,7 @@ def plan_table(plan: Mapping[str, Any], *, width: int) -> list[Table | Text]:
     ]
     lines = [
         f"In all: {_duration(total['seconds'])}, {total['flops']:.2g} FLOPs, at most "
-        f"{format_bytes(total['memory_bytes'])} of memory in a process and "
+        f"{format_bytes(total['memory_bytes'])} of memory in a process{_beside(total)} and "
         f"{format_bytes(total['disk_bytes'])} of disk.",
         "Assumed: " + "; ".join(plan["assumptions"]) + ".",
     ]
@@ -176,6 +176,11 @@ def plan_table(plan: Mapping[str, Any], *, width: int) -> list[Table | Text]:
     ]
     parts += [Text(f"Warning: {warning}.", style="yellow") for warning in plan["warnings"]]
     return parts
+
+
+def _beside(total: Mapping[str, Any]) -> str:
+    """What a process needs of the host's memory, where its device has one of its own."""
+    return f", {format_bytes(total['host_bytes'])} beside its device" if total["host_bytes"] else ""
 
 
 def _duration(seconds: float) -> str:

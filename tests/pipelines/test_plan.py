@@ -19,6 +19,7 @@ from shearling_process import Shearling
 
 from pipelines.accelerators import accelerators, named_machine, this_machine
 from pipelines.display import format_bytes
+from pipelines.estimate import LIBRARIES, Moment
 from pipelines.plan import make_plan, teacher_facts
 from pipelines.preflight import transfer_set_tokens
 from pipelines.recipe import Recipe, check_recipe, load_recipe
@@ -158,7 +159,7 @@ def test_what_the_teacher_says_of_held_out_text_waits_in_the_hosts_memory(
     big: dict[str, Any],
 ) -> None:
     """Live, each process has its share; of what the cache keeps each reads all."""
-    few, many = 4, 4 + 10_000
+    few, many = 10_000, 20_000
     states = 10_000 * 4096 * 4096 * 2  # more windows, positions, dims, bytes
 
     def grown(processes: int, **settings: str) -> tuple[int, int]:
@@ -176,6 +177,38 @@ def test_what_the_teacher_says_of_held_out_text_waits_in_the_hosts_memory(
     cpu = replace(named_machine("h200"), device="cpu")
     found = row(make_plan(recipe, teacher_facts(recipe.teacher), cpu), "distill")
     assert found["memory"]["kept held-out answers"] == states + few * 4096 * 4096 * 2
+
+
+def test_models_and_checkpoints_pass_through_the_hosts_memory(big: dict[str, Any]) -> None:
+    """One process reads whole models and fetches the optimizer's state whole; of several each
+    writes its part through a copy, and the first gathers the student beside one that it read."""
+    stage, student, states = big["stages"][1], 3_212_749_824, 4 * 4096 * 4096 * 2
+
+    def beside(processes: int, **settings: str) -> float:
+        stage.update(settings)
+        plan = planned(big, "h200", processes=processes)
+        assert plan["total"]["host_bytes"] == max(r["host_bytes"] for r in plan["stages"])
+        return float(row(plan, "distill")["host_bytes"] - 500_000_000)
+
+    assert beside(1, optimizer="adamw") == 8 * student + states
+    assert beside(4) == 8 * student + states / 4
+    assert beside(1, optimizer="muon") < 6 * student + states
+    big["teacher"]["model"] = "meta-llama/Llama-3.1-70B"
+    assert beside(1) == 2 * 70_553_706_496  # as it is read
+    assert beside(4) < 9 * student
+
+
+def test_processes_on_one_cpu_share_what_one_of_them_gathers(big: dict[str, Any]) -> None:
+    recipe = check_recipe(big)
+    facts, cpu = teacher_facts(recipe.teacher), replace(named_machine("h200"), device="cpu")
+    one, many = (
+        row(make_plan(recipe, facts, cpu, processes=processes), "distill") for processes in (1, 16)
+    )
+    assert (one["moment"], many["moment"]) == ("step", "finish")
+    assert many["memory"]["gathered student"] == 8 * 3_212_749_824
+    moment = Moment(what="finish", device={"weights": 6.0}, host={"gathered student": 8.0})
+    assert moment.together_bytes(3) == 6 + 8 + 3 * LIBRARIES
+    assert moment.host_bytes(3) == 8 + LIBRARIES
 
 
 def test_kept_hidden_states_take_their_disk(big: dict[str, Any]) -> None:
