@@ -33,13 +33,29 @@ RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
 """Ridges tried for a map: the one of the layer before and its neighbours; about how many outputs
 judge them; rows of a Gram matrix in one product (compress.reconstruct)."""
 MICRO_TOKENS = 1024  # as in compress.data
+BLOCK_BYTES = 8 * 2**20  # as in compress.fused
+DIFFERENTIATED = {
+    "forward_kl": 8.25,
+    "reverse_kl": 3.25,
+    "jensen_shannon": 7.5,
+    "skewed_kl": 6.25,
+    "skewed_reverse_kl": 6.25,
+}
+"""Float32 numbers a logit that autograd keeps or makes for a term of the loss; the first, which is
+always there, with both models' logits and the cross-entropy. Measured with PyTorch's profiler, as
+the tests do again. Their sum is up to a tenth too much: not all terms are at their peak at once."""
 SHORT_WINDOW = 1024  # as in compress.attention
 ATTENTION_BLOCK = 128
 MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
 NARROW = "weights in the products' dtype"
-SHARDED = frozenset({"weights", "gradients", "optimizer", "average", "teacher", NARROW})
-"""What FSDP divides among processes; the rest each process has for itself, the layers too that
-are gathered just now."""
+HELDOUT, SAVED = "held-out answers", "a part of the checkpoint"
+SHARDED = frozenset(
+    {"weights", "gradients", "optimizer", "average", "teacher", NARROW, HELDOUT, SAVED}
+)
+"""What is divided among processes, most of it by FSDP; the rest each process has for itself, the
+layers too that are gathered just now."""
+GATHERED = "gathered student"
+"""What only the first process has."""
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 Bytes = Mapping[str, float]
@@ -55,14 +71,25 @@ class Moment:
     what: str
     device: Bytes
     host: Bytes = field(default_factory=dict)
+    split: bool | None = None
+    """Whether it comes with several processes only, with one only, or (None) with any number."""
 
     def device_bytes(self, processes: int = 1) -> float:
-        return sum(
-            size / processes if name in SHARDED else size for name, size in self.device.items()
-        )
+        return sum(share_of(self.device, processes).values())
 
-    def host_bytes(self) -> float:
-        return sum(self.host.values()) + LIBRARIES
+    def host_bytes(self, processes: int = 1) -> float:
+        return sum(share_of(self.host, processes).values()) + LIBRARIES
+
+    def together_bytes(self, processes: int) -> float:
+        """Of all processes, where they and their devices have one memory."""
+        held, once = (*self.device.items(), *self.host.items()), SHARDED | {GATHERED}
+        sizes = (size if name in once else processes * size for name, size in held)
+        return sum(sizes) + processes * LIBRARIES
+
+
+def share_of(held: Bytes, processes: int) -> dict[str, float]:
+    """What one of the processes has of it."""
+    return {name: size / processes if name in SHARDED else size for name, size in held.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +127,18 @@ class Cost:
     """What a model writes besides; its operations are not among ``flops``."""
     product: str | None = None
     """The dtype of the products, where the stage says it."""
+    most_processes: int = 1
+    """That can share it."""
+
+    def moments_of(self, processes: int) -> list[Moment]:
+        """Those that come where so many share the stage."""
+        return [m for m in self.moments if m.split is None or m.split == (processes > 1)]
 
     def worst(self, *, on_cpu: bool, processes: int = 1) -> Moment:
         """The moment that decides whether the stage fits."""
         return max(
-            self.moments,
-            key=lambda m: m.device_bytes(processes) + (m.host_bytes() if on_cpu else 0.0),
+            self.moments_of(processes),
+            key=lambda m: m.device_bytes(processes) + (m.host_bytes(processes) if on_cpu else 0.0),
         )
 
 
@@ -519,6 +552,35 @@ def answer_bytes(shape: Shape, window: int, product: str) -> float:
     return 1.0 * width * (numbers + window) + MASK * window
 
 
+def loss_bytes(
+    settings: DistillSettings,
+    teachers: int,
+    *,
+    chunk: int,
+    vocabulary: int,
+    product: str,
+    on_cpu: bool,
+) -> float:
+    """Logits in float32, and what the loss makes of them: of a chunk, on a CPU of a block of it.
+
+    The forward KL is differentiated by hand, but for labels beside another temperature than 1.
+    """
+    rows = min(chunk, max(1, BLOCK_BYTES // (4 * vocabulary))) if on_cpu else chunk
+    live = settings.targets == "live" and teachers > 0
+    others = [name for name in DIFFERENTIATED if name != "forward_kl" and getattr(settings, name)]
+    if not live:
+        copies = 1.0
+    elif others or (settings.temperature != 1 and settings.cross_entropy):
+        copies = sum(DIFFERENTIATED[name] for name in ("forward_kl", *others))
+    else:
+        copies = 3.0 if settings.temperature == 1 else 4.0
+    mixed, wide = live and teachers > 1, product == "float32"
+    if wide:  # the logits need no wider copy; a mixture is one of its own
+        copies -= 2.0 if live and not mixed else 1.0
+    mixing = (3.0 if wide else 4.0) * chunk if mixed else 0.0  # before the first block
+    return 4.0 * vocabulary * max(rows * copies, mixing)
+
+
 def optimizer_bytes(shape: Shape, kind: str) -> float:
     """Float32 state: two numbers a weight with AdamW; Muon keeps one for the layers' matrices."""
     if kind != "muon":
@@ -583,15 +645,31 @@ def distill_cost(
         "activations": activations,
         "mask": MASK * micro * window,
         "logits": chunk * vocabulary * (2.0 * width) + 4.0 * tables[0] + width * sum(tables),
-        "blocks of logits": 0.0 if on_cpu else 12.0 * chunk * vocabulary,
+        "blocks of logits": loss_bytes(
+            settings,
+            len(teachers),
+            chunk=chunk,
+            vocabulary=vocabulary,
+            product=product,
+            on_cpu=on_cpu,
+        ),
     }
-    moments = [Moment(what="step", device={name: size for name, size in held.items() if size})]
+    # Each process keeps its own live ones; of kept ones it reads all.
+    asked = float(heldout_windows * window * width * sum(t.hidden_size for t in teachers))
+    kept = {HELDOUT if live else "kept " + HELDOUT: asked} if asked else {}
+    moments = [
+        Moment(what="step", device={name: size for name, size in held.items() if size}, host=kept)
+    ]
     if live and teachers:
         answering = micro * max(answer_bytes(each, window, product) for each in teachers)
         during = held | {"activations": answering, "mask": 0.0, "logits": 0.0}
         during["blocks of logits"] = 0.0
         moments.append(
-            Moment(what="answer", device={name: size for name, size in during.items() if size})
+            Moment(
+                what="answer",
+                device={name: size for name, size in during.items() if size},
+                host=kept,
+            )
         )
     flops = _distill_flops(teachers, student, settings, window, heldout_windows, steps, step_tokens)
     tokens, cached = steps * step_tokens, 0.0
@@ -609,7 +687,13 @@ def distill_cost(
             "activations": max(window, MICRO_TOKENS)
             * max((answer_bytes(each, window, product) for each in teachers), default=0.0),
         }
-        moments.append(Moment(what="capture", device=capture))
+        moments.append(Moment(what="capture", device=capture, host=kept))
+    between = {
+        name: held[name]
+        for name in ("weights", "optimizer", "teacher", "teacher's output head", "average")
+        if held[name]
+    }
+    moments += _file_moments(teachers, student, between, kept, width=width, on_cpu=on_cpu)
     state = 4.0 * parameters + held["optimizer"] + held["average"]
     return Cost(
         moments=tuple(moments),
@@ -622,9 +706,44 @@ def distill_cost(
         flops={"product": flops},
         tokens=tokens,
         product=product,
+        # Each takes a window of the step at least; a split student can't write.
+        most_processes=1 if settings.on_policy else step_tokens // window,
         writing=_on_policy(teachers, student, settings, window, micro, tokens, width),
         moved=float(dtype_bytes * (2 * parameters + sum(t.parameters for t in teachers))),
     )
+
+
+def _file_moments(
+    teachers: tuple[Shape, ...],
+    student: Shape,
+    between: Bytes,
+    kept: Bytes,
+    *,
+    width: int,
+    on_cpu: bool,
+) -> list[Moment]:
+    """What reading models, saving checkpoints and writing the student take of the host's memory.
+
+    One process reads a whole model before it moves it to its device, and fetches a checkpoint group
+    by group. Several read tensor by tensor; each writes its part through a copy as bytes; and the
+    first gathers the student beside one that it has read. On a CPU nothing is moved or fetched.
+    ``between`` is what lies on the device between two steps, ``kept`` beside it.
+    """
+    moments = []
+    if not on_cpu:
+        read = 1.0 * max(4 * student.parameters, *(width * each.parameters for each in teachers))
+        moments.append(Moment(what="load", split=False, device={}, host={"a model": read}))
+    table = student.vocab_size * student.hidden_size
+    tables = (width * each.vocab_size * each.hidden_size for each in teachers)
+    tensor = 1.0 * max(4 * table, *tables)
+    moments.append(Moment(what="load", split=True, device={}, host={"one tensor": tensor}))
+    group = max(between[name] for name in ("weights", "optimizer"))
+    for split in (False, True):
+        if copies := (not on_cpu) + split:
+            saved = {SAVED: copies * group, **kept}
+            moments.append(Moment(what="save", split=split, device=between, host=saved))
+    whole = {GATHERED: 8.0 * student.parameters, **kept}
+    return [*moments, Moment(what="finish", split=True, device=between, host=whole)]
 
 
 def cache_bytes(settings: DistillSettings) -> int:

@@ -16,7 +16,6 @@ from pipelines import preflight
 from pipelines.accelerators import MEMORY_SHARE, Machine
 from pipelines.estimate import (
     LIBRARIES,
-    SHARDED,
     Cost,
     Moment,
     Writing,
@@ -26,6 +25,7 @@ from pipelines.estimate import (
     import_cost,
     prune_cost,
     search_cost,
+    share_of,
     transfer_set_cost,
     written_cost,
 )
@@ -45,7 +45,6 @@ from teachers.settings import TeacherSettings
 
 SCHEMA = 1
 PLAN_FILE = "plan.json"
-MOST_PROCESSES = 1024
 TOKENISING = 100_000.0
 """Tokens a second and core (measured: tests/bench/bench_tokenising.py)."""
 DISK = 0.5e9
@@ -56,8 +55,6 @@ launching a GPU's kernels is of that order)."""
 OPENING = {"teacher": 1.0, "benchmark": 4.0, "prune": 1.0, "correct": 1.0, "distill": 1.0}
 """Seconds that a step takes before it works: libraries, lm-eval's tasks, choosing a precision
 (measured on two busy cores with a model of 50,000 parameters)."""
-DIVIDED = frozenset({"distill", "correct"})
-"""Kinds of stages that several processes share; the others run in one."""
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
@@ -189,10 +186,11 @@ def make_plan(
     """The plan as JSON: teacher, machine, a row for each step, totals, assumptions, warnings.
 
     Raises:
-        ShearlingError: a stage's shape does not fit the model before it, or a teacher has another
-            tokenizer than the recipe's.
+        ShearlingError: a stage's shape does not fit the model before it, a teacher has another
+            tokenizer than the recipe's, or so many processes can't share a stage.
     """
     preflight.check_tokenizers(recipe)
+    preflight.check_processes(recipe, processes)
     rows = [
         _row(name, kind, shape, cost, machine, processes)
         for name, kind, shape, cost in stage_costs(recipe, teacher, machine)
@@ -314,18 +312,19 @@ def _cuts(stage: PruneStage, teacher: Shape, newest: Shape) -> list[Shape]:
 def _row(
     name: str, kind: str, shape: Shape | None, cost: Cost, machine: Machine, processes: int
 ) -> dict[str, Any]:
-    divided = processes if kind in DIVIDED else 1
+    divided = min(processes, cost.most_processes)
     worst = cost.worst(on_cpu=machine.on_cpu, processes=divided)
-    device, host = worst.device_bytes(divided), worst.host_bytes()
-    least, most = processes_that_fit(kind, cost, machine)
+    memory = _parts(worst, machine, divided)
+    host = max(moment.host_bytes(divided) for moment in cost.moments_of(divided))
+    least, most = processes_that_fit(cost, machine)
     return {
         "name": name,
         "kind": kind,
         "parameters": shape.parameters if shape else None,
-        "memory_bytes": round(device + host) if machine.on_cpu else round(device),
+        "memory_bytes": round(sum(memory.values())),
         "host_bytes": None if machine.on_cpu else round(host),
         "moment": worst.what,
-        "memory": {part: round(size) for part, size in _parts(worst, machine, divided).items()},
+        "memory": {part: round(size) for part, size in memory.items()},
         "disk_bytes": round(cost.disk),
         "cache_bytes": round(cost.cached),
         "scratch_bytes": round(cost.scratch),
@@ -342,11 +341,9 @@ def _all_flops(cost: Cost) -> float:
 
 
 def _parts(moment: Moment, machine: Machine, processes: int) -> dict[str, float]:
-    parts = {
-        name: size / processes if name in SHARDED else size for name, size in moment.device.items()
-    }
+    parts = share_of(moment.device, processes)
     if machine.on_cpu:
-        for name, size in {**moment.host, "libraries": LIBRARIES}.items():
+        for name, size in {**share_of(moment.host, processes), "libraries": LIBRARIES}.items():
             parts[name] = parts.get(name, 0.0) + size
     return {name: size for name, size in parts.items() if size}
 
@@ -380,32 +377,36 @@ def writing_seconds(writing: Writing | None, machine: Machine) -> float:
     return calls + writing.bytes / machine.memory_rate + writing.flops / rate
 
 
-def processes_that_fit(kind: str, cost: Cost, machine: Machine) -> tuple[int | None, int | None]:
-    """The least number of processes with which a stage fits, and the most that fit at once.
+def processes_that_fit(cost: Cost, machine: Machine) -> tuple[int | None, int | None]:
+    """The least number of processes with which a stage fits, and the most that can share it.
 
     On a CPU all processes share one memory, so more never help it to fit; elsewhere each brings
-    its own device, and there is no most (None). The least is None where no number fits.
+    its own device. Both are None where no number fits.
     """
     room = MEMORY_SHARE * machine.memory_bytes
-    counts = [2**n for n in range(MOST_PROCESSES.bit_length())] if kind in DIVIDED else [1]
+    most = cost.most_processes
+    counts = [*(2**n for n in range((most - 1).bit_length())), most]
 
     def needed(count: int) -> float:
-        worst = cost.worst(on_cpu=machine.on_cpu, processes=count)
-        each = worst.device_bytes(count)
-        return count * (each + worst.host_bytes()) if machine.on_cpu else each
+        return max(
+            moment.together_bytes(count) if machine.on_cpu else moment.device_bytes(count)
+            for moment in cost.moments_of(count)
+        )
 
     fitting = [count for count in counts if needed(count) <= room]
     if not fitting:
-        return None, 0 if machine.on_cpu else None
-    return fitting[0], fitting[-1] if machine.on_cpu else None
+        return None, None
+    return fitting[0], fitting[-1] if machine.on_cpu else most
 
 
 def _total(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     rows = list(rows)
+    host = [row["host_bytes"] for row in rows if row["host_bytes"] is not None]
     return {
         "seconds": round(sum(row["seconds"] for row in rows), 1),
         "flops": float(f"{sum(row['flops'] for row in rows):.6g}"),
         "memory_bytes": max(row["memory_bytes"] for row in rows),
+        "host_bytes": max(host, default=None),
         "disk_bytes": sum(row["disk_bytes"] for row in rows)
         + max(row["scratch_bytes"] for row in rows),
     }
@@ -462,7 +463,7 @@ def _warnings(
                 f"{row['name']} needs {row['memory_bytes'] / 1e9:.3g} GB ({row['moment']}); "
                 f"{machine.name} has {machine.memory_bytes / 1e9:.3g} GB"
             )
-        elif row["kind"] in DIVIDED and row["least_processes"] > processes:
+        elif row["least_processes"] > processes:
             yield (
                 f"{row['name']} needs {row['memory_bytes'] / 1e9:.3g} GB on each of {processes} "
                 f"processes; with {row['least_processes']} it fits into "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from compress.settings import DistillSettings
 from pipelines.estimate import steps_of
 from pipelines.recipe import CorrectStage, DistillStage, PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
@@ -155,6 +157,51 @@ def check_paths(recipe: Recipe) -> None:
         )
 
 
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """So many processes can train as every stage wants to, and there are sources to mix.
+
+    The training loop refuses the rest, but only when what comes before it has been done.
+
+    Raises:
+        ShearlingError: with all that it would refuse.
+    """
+    problems = [
+        f"{stage.name}: {problem}"
+        for stage in _trainings(recipe)
+        for problem in _refused_trainings(recipe, stage, processes)
+    ]
+    if problems:
+        raise ShearlingError(
+            "The recipe can't be trained like that:\n"
+            + "\n".join(f"  - {problem}" for problem in problems),
+            hint="Change the recipe, override a key with --set, or start another number of "
+            "processes.",
+        )
+
+
+def _refused_trainings(
+    recipe: Recipe, stage: DistillStage | CorrectStage, processes: int
+) -> Iterator[str]:
+    settings, window = _as_distillation(stage), recipe.transfer_set.window
+    windows = steps_of(settings, window)[1] // window
+    if windows < processes:
+        yield (
+            f"a step of {settings.batch_tokens} tokens has {windows} "
+            f"{'window' if windows == 1 else 'windows'} of {window}, fewer than the {processes} "
+            f"processes; set batch_tokens to {processes * window} or more"
+        )
+    if settings.on_policy and processes > 1:
+        yield (
+            f"on_policy can't be used with {processes} processes: a split student can't write; "
+            "set it to 0"
+        )
+    if settings.adaptive_mix and len(recipe.transfer_set.all_sources) < 2:
+        yield (
+            "adaptive_mix needs several sources, and the transfer set has one; add to "
+            "transfer_set.sources, or set it to 0"
+        )
+
+
 def warnings(recipe: Recipe, teacher: Shape | None) -> list[str]:
     """What is no mistake for certain, but likely not meant; to be told when the run begins.
 
@@ -163,6 +210,7 @@ def warnings(recipe: Recipe, teacher: Shape | None) -> list[str]:
     missing = missing_mirror(recipe.benchmark)
     told = [missing] if missing else []
     told += [w for source in recipe.transfer_set.sources for w in _without_effect(source)]
+    told += [w for stage in recipe.stages if isinstance(stage, DistillStage) for w in _idle(stage)]
     return [*told, *_little_calibration(recipe, teacher), *_few_steps(recipe), *_repeats(recipe)]
 
 
@@ -179,8 +227,7 @@ def _little_calibration(recipe: Recipe, teacher: Shape | None) -> Iterator[str]:
 
 def _few_steps(recipe: Recipe) -> Iterator[str]:
     for stage in _trainings(recipe):
-        settings = stage.as_distillation() if isinstance(stage, CorrectStage) else stage
-        steps, tokens = steps_of(settings, recipe.transfer_set.window)
+        steps, tokens = steps_of(_as_distillation(stage), recipe.transfer_set.window)
         if steps < FEWEST_STEPS:
             yield (
                 f"{stage.name} trains for {steps} {'step' if steps == 1 else 'steps'} of "
@@ -208,6 +255,10 @@ def _repeats(recipe: Recipe) -> Iterator[str]:
 
 def _trainings(recipe: Recipe) -> list[DistillStage | CorrectStage]:
     return [stage for stage in recipe.stages if isinstance(stage, (DistillStage, CorrectStage))]
+
+
+def _as_distillation(stage: DistillStage | CorrectStage) -> DistillSettings:
+    return stage.as_distillation() if isinstance(stage, CorrectStage) else stage
 
 
 def transfer_set_tokens(recipe: Recipe) -> tuple[int, bool]:
@@ -252,6 +303,27 @@ def _without_effect(source: SourceSettings) -> list[str]:
         for key, value in given.items()
         if value is not None
     ]
+
+
+def _idle(stage: DistillStage) -> Iterator[str]:
+    """Settings that differ from their defaults beside what they belong to, which is off.
+
+    No error: what they belong to may be switched on with a single --set.
+    """
+    skewed = stage.skewed_kl or stage.skewed_reverse_kl
+    reasons = {
+        "target_slots": "" if stage.targets != "live" else "targets is live",
+        "jensen_shannon_beta": "" if stage.jensen_shannon else "jensen_shannon is 0",
+        "skew": "" if skewed else "skewed_kl and skewed_reverse_kl are 0",
+        "hidden.kind": "" if stage.hidden.weight else "hidden.weight is 0",
+        "attention.kind": "" if stage.attention.weight else "attention.weight is 0",
+        "on_policy_temperature": "" if stage.on_policy else "on_policy is 0",
+    }
+    usual = DistillSettings(tokens=stage.tokens)
+    for key, reason in reasons.items():
+        value, default = (attrgetter(key)(settings) for settings in (stage, usual))
+        if reason and value != default:
+            yield f"{stage.name}.{key}: {value} has no effect, for {reason}."
 
 
 def _is_here(path: str) -> bool:

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class Options:
     """Compare the hash of every finished file before it is used again."""
     locked: Path | None = None
     """A lock.json that this run must agree with."""
+    processes: int = field(default_factory=lambda: int(os.environ.get("WORLD_SIZE", "1")))
+    """How many share a training."""
 
 
 def check(recipe: Recipe, options: Options) -> list[Step]:
@@ -83,6 +85,7 @@ def check(recipe: Recipe, options: Options) -> list[Step]:
     """
     preflight.check_run_folder(options.run)
     preflight.check_paths(recipe)
+    preflight.check_processes(recipe, options.processes)
     machine.pick_device(recipe.device)
     store = Store(options.run / "store")
     steps = build_steps(recipe, FileHashes(options.cache).fingerprint)
@@ -235,8 +238,8 @@ class _Run:
         context = self._context(step, out, spent, resumes if goes_on else None)
         started, clock = now(), time.monotonic()
         with (
-            machine.PeakMemory() as memory,
             machine.memory_errors(step.stage, step.kind),
+            machine.PeakMemory(self.device) as memory,
             disk_errors(out),
         ):
             call_the_others(step, context)
@@ -252,6 +255,7 @@ class _Run:
             "started": started,
             "seconds": round(seconds, 3),
             "peak_memory_bytes": memory.bytes,
+            **({} if memory.device_bytes is None else {"device_peak_bytes": memory.device_bytes}),
             "device": self.device,
             "inputs": dict(step.inputs),
             "settings": dict(step.slice),
@@ -362,8 +366,8 @@ class _Run:
         except ShearlingError:
             return  # not known before the teacher has been brought in
         here = this_machine(self.options.cache, self.device, self.run)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        write_json(path, make_plan(self.recipe, facts, here, processes=processes))
+        plan = make_plan(self.recipe, facts, here, processes=self.options.processes)
+        write_json(path, plan)
 
     def _report(self) -> None:
         from reports.page import write_report

@@ -165,7 +165,7 @@ def plan_table(plan: Mapping[str, Any], *, width: int) -> list[Table | Text]:
     ]
     lines = [
         f"In all: {_duration(total['seconds'])}, {total['flops']:.2g} FLOPs, at most "
-        f"{format_bytes(total['memory_bytes'])} of memory in a process and "
+        f"{format_bytes(total['memory_bytes'])} of memory in a process{_beside(total)} and "
         f"{format_bytes(total['disk_bytes'])} of disk.",
         "Assumed: " + "; ".join(plan["assumptions"]) + ".",
     ]
@@ -178,17 +178,20 @@ def plan_table(plan: Mapping[str, Any], *, width: int) -> list[Table | Text]:
     return parts
 
 
+def _beside(total: Mapping[str, Any]) -> str:
+    """What a process needs of the host's memory, where its device has one of its own."""
+    return f", {format_bytes(total['host_bytes'])} beside its device" if total["host_bytes"] else ""
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else format_seconds(seconds)
 
 
 def _processes(row: Mapping[str, Any]) -> str:
-    """How many fit: ``1-4`` on a CPU, ``8+`` on accelerators, which each bring memory."""
+    """How many fit and can share it, as ``2-256``."""
     least, most = row["least_processes"], row["most_processes"]
     if least is None:
         return "too big"
-    if most is None:
-        return f"{least}+" if row["kind"] in ("distill", "correct") else "1"
     return f"{least}-{most}" if most > least else str(least)
 
 

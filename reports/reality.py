@@ -11,6 +11,8 @@ from reports.tables import Cell, Table, cell
 _LOOKED_AT: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("time", ("seconds",), words.duration),
     ("memory", ("peak_memory_bytes", "memory_bytes"), words.size),
+    ("device memory", ("memory_bytes",), words.size),
+    ("host memory", ("host_bytes",), words.size),
     ("parameters", ("parameters",), words.count),
     ("on disk", ("disk_bytes", "bytes"), words.size),
 )
@@ -52,6 +54,10 @@ def _row(stage: Stage, label: str, wanted: float, was: float | None, show: Any) 
 def _wanted(planned: Data, label: str, names: tuple[str, ...]) -> float | None:
     """What was planned, of the same things as ``_happened`` tells of."""
     wanted = next((n for name in names if (n := _expected(planned, name)) is not None), None)
+    # On a CPU the plan tells one memory; beside an accelerator its own, and what the host needs.
+    if label in ("memory", "device memory"):
+        on_device = _expected(planned, "host_bytes") is not None
+        return wanted or None if on_device == (label == "device memory") else None
     if label != "on disk" or wanted is None:
         return wanted
     # A record lists the stage's own files: none in the cache folder; and nothing is planned for a
@@ -68,8 +74,10 @@ def _expected(planned: Data, name: str) -> float | None:
 def _happened(stage: Stage, label: str) -> float | None:
     if label == "time":
         return stage.seconds
-    if label == "memory":
+    if label in ("memory", "host memory"):
         return stage.peak_memory_bytes
+    if label == "device memory":
+        return as_number(stage.record.get("device_peak_bytes"))
     if label == "parameters":
         return as_number((stage.scorecard or {}).get("parameters"))
     files = as_dict(stage.record.get("files")).values()

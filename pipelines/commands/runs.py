@@ -82,6 +82,7 @@ def run(
         again=_run_command(recipe, overrides, out, processes),
         verify=verify,
         locked=locked,
+        processes=int(os.environ.get("WORLD_SIZE", processes)),
     )
     if dry_run:
         with patience("looking at what is there"):

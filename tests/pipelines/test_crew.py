@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from shearling_process import Shearling, command, environment
+from torch.distributed.run import config_from_args, parse_args
 
 from pipelines import crew
 
@@ -112,3 +115,13 @@ def test_a_mistake_is_told_once_and_exits_with_2(recipe_file: Path, run: Path) -
     assert output.count("fewer than the 2 processes") == 1
     assert "batch_tokens to 64" in output
     assert "Traceback" not in output
+
+
+def test_slurms_grace_is_torchruns_too() -> None:
+    """What Slurm leaves between the signal and the end is nearly all for the step and its save."""
+    script = (Path(__file__).parents[2] / "docs" / "shearling.slurm").read_text()
+    (grace,) = re.findall(r"--signal=TERM@(\d+)", script)
+    _, _, started = script.replace("\\\n", " ").partition("srun torchrun ")
+    filled = re.sub(r"\$(SLURM_NNODES|SLURM_GPUS_PER_NODE)", "2", started)
+    config, _, _ = config_from_args(parse_args(shlex.split(filled)))
+    assert 0.8 * int(grace) < config.shutdown_timeout < int(grace)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from compress import fused
 from compress.attention import LONGEST, NAME, choose_attention
+from compress.fused import FusedLoss, Term
 from compress.lean import make_lean
+from compress.losses import DIVERGENCES, LiveTargets, MixedTargets
 from compress.optimizers import build_optimizers, optimizer_tensors
 from compress.settings import DistillSettings, PruneSettings
 from pipelines.estimate import (
@@ -22,6 +27,7 @@ from pipelines.estimate import (
     cache_bytes,
     distill_cost,
     hidden_bytes,
+    loss_bytes,
     optimizer_bytes,
     prune_cost,
     steps_of,
@@ -65,6 +71,8 @@ def test_constants_are_those_of_the_code() -> None:
     assert layer.BATCH_TOKENS == WALK_BATCH_TOKENS
     assert 512 <= estimate.JUDGED_OUTPUTS < 2 * reconstruct.JUDGED_OUTPUTS
     assert data._MICRO_TOKENS == estimate.MICRO_TOKENS
+    assert fused._BLOCK_BYTES == estimate.BLOCK_BYTES
+    assert set(DIVERGENCES) == set(estimate.DIFFERENTIATED)
     assert attention.LONGEST == estimate.SHORT_WINDOW
     assert attention.BLOCK == estimate.ATTENTION_BLOCK
 
@@ -129,6 +137,68 @@ def test_the_short_attention_is_planned_where_it_is_used() -> None:
     assert choose_attention(cpu, torch.bfloat16, 1024) == NAME
     assert choose_attention(cpu, torch.bfloat16, 1025) == "sdpa"
     assert choose_attention(cpu, torch.float32, 64) == "sdpa"
+
+
+@pytest.mark.parametrize("product", ["bfloat16", "float32"])
+@pytest.mark.parametrize("teachers", [1, 2])
+@pytest.mark.parametrize(
+    ("others", "temperature", "labels"),
+    [
+        ("", 1.0, 0.3),
+        ("", 2.0, 0.0),
+        ("", 2.0, 0.3),
+        ("reverse_kl", 1.0, 0.3),
+        ("jensen_shannon", 2.0, 0.0),
+        ("skewed_kl", 1.0, 0.3),
+        ("reverse_kl skewed_reverse_kl", 1.0, 0.3),
+        ("reverse_kl jensen_shannon skewed_kl skewed_reverse_kl", 1.0, 0.3),
+    ],
+)
+def test_the_loss_takes_the_memory_that_its_terms_need(
+    others: str, temperature: float, labels: float, teachers: int, product: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of a whole chunk, as on an accelerator; all but the logits in the products' dtype."""
+    monkeypatch.setattr(fused, "_BLOCK_BYTES", 2**40)
+    chunk, vocabulary, dtype = 8, 16384, getattr(torch, product)
+    names = ["forward_kl", *others.split()]
+    loss = FusedLoss(
+        terms=tuple(Term(name, 0.5) for name in names),
+        cross_entropy=labels,
+        temperature=temperature,
+        chunk=chunk,
+        dtype=dtype,
+    )
+    said = LiveTargets(torch.randn(chunk, 8), torch.randn(vocabulary, 8).to(dtype))
+    targets = said if teachers == 1 else MixedTargets((said, said), (0.5, 0.5))
+    logits = torch.randn(chunk, vocabulary).to(dtype)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        labels_N = torch.arange(chunk)
+        list(fused._chunk_losses(logits, targets, labels_N, torch.float32, loss, (1.0, labels)))
+    assert profiled.profiler is not None
+    events = profiled.profiler.kineto_results.events()
+    told = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = max(accumulate(size for _, size in told)) - logits.nbytes  # the teacher's
+    settings = DistillSettings(
+        tokens=1,
+        temperature=temperature,
+        cross_entropy=labels,
+        **dict.fromkeys(names, 0.5),  # type: ignore[arg-type]
+    )
+    planned = loss_bytes(
+        settings, teachers, chunk=chunk, vocabulary=vocabulary, product=product, on_cpu=False
+    )
+    assert peak <= 1.01 * planned
+    assert planned <= 1.12 * peak
+
+
+def test_on_a_cpu_the_loss_takes_the_memory_of_a_block() -> None:
+    settings = DistillSettings(tokens=1, reverse_kl=1.0)
+    sizes: dict[str, Any] = {"chunk": 512, "vocabulary": 128_256, "product": "bfloat16"}
+    on_device, on_cpu = (loss_bytes(settings, 1, **sizes, on_cpu=cpu) for cpu in (False, True))
+    work = FusedLoss(terms=(), dtype=torch.bfloat16)
+    rows = fused._rows_at_once(work, torch.device("cpu"), 128_256, torch.float32)
+    assert on_cpu == on_device * rows / 512
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from shearling_process import Shearling
 
 from pipelines.accelerators import named_machine
@@ -16,6 +17,7 @@ from pipelines.preflight import (
     check_file,
     check_parents,
     check_paths,
+    check_processes,
     check_tokenizers,
     check_with_teacher,
     known_teacher_config,
@@ -130,6 +132,39 @@ def test_a_second_teacher_with_another_tokenizer_is_refused_before_work(
         distill.run(settings, context)
 
 
+def test_what_the_training_loop_would_refuse_is_refused_before_work(
+    recipe_data: dict[str, Any], recipe_file: Path, shearling: Shearling,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Its 256 tokens a step are 8 windows."""
+
+    def refused(processes: int, **settings: float) -> str:
+        data = copy.deepcopy(recipe_data)
+        data["stages"][1] |= settings
+        with pytest.raises(ShearlingError) as caught:
+            check_processes(check_recipe(data), processes)
+        return caught.value.what
+
+    check_processes(check_recipe(recipe_data), 8)
+    assert "8 windows of 32, fewer than the 9 processes; set batch_tokens to 288" in refused(9)
+    assert "on_policy can't be used with 2 processes" in refused(2, on_policy=0.5)
+    mixing = {"adaptive_mix": 1.0, "evaluate_every": 1}
+    assert "adaptive_mix needs several sources" in refused(1, **mixing)
+    assert refused(9, on_policy=0.5, **mixing).count("\n  - distill: ") == 3
+    data = copy.deepcopy(recipe_data)
+    data["stages"][1] |= {"on_policy": 0.5, **mixing}
+    data["transfer_set"]["written"] = {}
+    check_processes(check_recipe(data), 1)
+
+    for command in (("run", recipe_file, "--dry-run"), ("plan", recipe_file)):
+        assert shearling(*command, "--processes", "8").returncode == 0
+        done = shearling(*command, "--processes", "9")
+        assert done.returncode == 2
+        assert "fewer than the 9 processes" in done.stderr
+    monkeypatch.setenv("WORLD_SIZE", "9")  # as torchrun tells it
+    assert "fewer than the 9 processes" in shearling("run", recipe_file, "--dry-run").stderr
+
+
 def test_keys_that_only_a_data_set_obeys_are_told(
     recipe_data: dict[str, Any], tiny_text: Path, tmp_path: Path
 ) -> None:
@@ -158,6 +193,47 @@ def test_a_hash_of_what_is_not_one_file_is_refused(
     recipe = check_recipe({**recipe_data, "transfer_set": {"sources": [given]}})
     with pytest.raises(ShearlingError, match=r"sources\.mine\.sha256 is of one file, and"):
         check_paths(recipe)
+
+
+IDLE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "target_slots: 20 has no effect, for targets is live": (
+        {"target_slots": 20}, {"targets": "sample"},
+    ),
+    "jensen_shannon_beta: 0.2 has no effect, for jensen_shannon is 0": (
+        {"jensen_shannon_beta": 0.2}, {"jensen_shannon": 1.0},
+    ),
+    "skew: 0.2 has no effect, for skewed_kl and skewed_reverse_kl are 0": (
+        {"skew": 0.2}, {"skewed_reverse_kl": {"start": 0, "end": 1}},
+    ),
+    "hidden.kind: mse has no effect, for hidden.weight is 0": (
+        {"hidden": {"kind": "mse"}}, {"hidden": {"kind": "mse", "weight": 1.0}},
+    ),
+    "attention.kind: mse has no effect, for attention.weight is 0": (
+        {"attention": {"kind": "mse"}}, {"attention": {"kind": "mse", "weight": 1.0}},
+    ),
+    "on_policy_temperature: 0.7 has no effect, for on_policy is 0": (
+        {"on_policy_temperature": 0.7}, {"on_policy": 0.5},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", IDLE)
+def test_what_belongs_to_something_that_is_off_is_told(
+    recipe_data: dict[str, Any], message: str
+) -> None:
+    def told(**settings: Any) -> list[str]:
+        data = copy.deepcopy(recipe_data)
+        data["stages"][1] |= settings
+        recipe = check_recipe(data)
+        # A run's own recipe.yaml has every default written out; that says nothing new.
+        again = check_recipe(yaml.safe_load(recipe.to_yaml()))
+        found = [w for w in warnings(recipe, None) if "no effect" in w]
+        assert found == [w for w in warnings(again, None) if "no effect" in w]
+        return found
+
+    alone, switched_on = IDLE[message]
+    assert told(**alone) == [f"distill.{message}."]
+    assert told(**alone | switched_on) == []
 
 
 def test_settings_that_can_only_disappoint_are_told(recipe_data: dict[str, Any]) -> None:

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from shearling_process import Shearling, command, environment
+
+from pipelines.machine import PeakMemory
 
 Status = dict[str, Any]
 
@@ -35,6 +38,15 @@ def decisions(output: str) -> dict[str, str]:
     return {name: text for name, _, text in lines if text.startswith(("runs: ", "not run again: "))}
 
 
+def test_a_cuda_device_has_a_peak_of_its_own() -> None:
+    """Here none of it is used; on a CPU there is no such number."""
+    with PeakMemory("cuda") as device, PeakMemory("cpu") as alone:
+        pass
+    assert device.device_bytes == torch.cuda.max_memory_allocated()
+    assert alone.device_bytes is None
+    assert min(device.bytes, alone.bytes) > 1e7
+
+
 # --- a finished run -----------------------------------------------------------------------------
 
 
@@ -49,6 +61,7 @@ def test_a_run_holds_what_the_formats_say(finished: tuple[Path, str]) -> None:
         assert record["name"] == record["kind"] == stage
         assert record["seconds"] >= 0
         assert record["peak_memory_bytes"] > 1e7
+        assert "device_peak_bytes" not in record, "it ran on a CPU"
         scorecard = json.loads((run / "stages" / stage / "scorecard.json").read_text())
         assert scorecard["schema"] == 1
         assert scorecard["model"] == stage

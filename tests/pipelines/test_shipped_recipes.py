@@ -45,7 +45,8 @@ def test_the_sizes_of_all_students_are_asserted() -> None:
 def test_a_shipped_recipe_is_planned_without_weights(name: str) -> None:
     recipe = load_recipe(name)
     facts = teacher_facts(recipe.teacher)
-    plan = make_plan(recipe, facts, named_machine("h100-sxm"), processes=8)
+    processes = 2 if name == "quickstart" else 8  # windows of its step
+    plan = make_plan(recipe, facts, named_machine("h100-sxm"), processes=processes)
     pruned = [row for row in plan["stages"] if row["kind"] == "prune"]
     assert tuple(row["parameters"] for row in pruned) == STUDENTS[name]
     assert plan["teacher"]["context"] >= recipe.transfer_set.window

@@ -8,6 +8,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -501,6 +502,30 @@ def test_plan_and_reality_stand_side_by_side(run: Path) -> None:
     for wrong in (None, [], {"stages": 3}, {"stages": [{"name": "distill", "seconds": "x"}]}):
         write_json(run / "plan.json", wrong)
         assert make_view(read_run(run), judge(read_run(run))).reality is None
+
+
+def test_a_devices_memory_is_held_against_the_devices(run: Path) -> None:
+    """And not against what the process has in the host's, which is another memory."""
+
+    def told(planned: dict[str, Any], **measured: int) -> dict[str, list[str]]:
+        record = read_json(run / "stages" / "distill" / "stage.json")
+        write_json(run / "stages" / "distill" / "stage.json", {**record, **measured})
+        plan = {"stages": [{"name": "distill", "memory_bytes": 4 * 10**9, **planned}]}
+        write_json(run / "plan.json", plan)
+        table = make_view(read_run(run), judge(read_run(run))).reality
+        assert table is not None
+        return {row[1].text: [cell.text for cell in row[2:]] for row in table.rows}
+
+    assert told({"host_bytes": None}) == {"memory": ["4.00 GB", "1.00 GB", "0.25"]}
+    earlier = told({"host_bytes": 2 * 10**9})
+    assert list(earlier) == ["device memory", "host memory"]
+    assert earlier["device memory"][0] == "4.00 GB"
+    assert "GB" not in earlier["device memory"][1]
+    assert told({"host_bytes": 2 * 10**9}, device_peak_bytes=3 * 10**9) == {
+        "device memory": ["4.00 GB", "3.00 GB", "0.75"],
+        "host memory": ["2.00 GB", "1.00 GB", "0.50"],
+    }
+    assert list(told({"host_bytes": 2 * 10**9, "memory_bytes": 0})) == ["host memory"]
 
 
 def test_secrets_are_not_shown(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
