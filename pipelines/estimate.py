@@ -693,7 +693,9 @@ def distill_cost(
         for name in ("weights", "optimizer", "teacher", "teacher's output head", "average")
         if held[name]
     }
-    moments += _file_moments(teachers, student, between, kept, width=width, on_cpu=on_cpu)
+    moments += _file_moments(
+        teachers, student, between, kept, width=width, stored=dtype_bytes, on_cpu=on_cpu
+    )
     state = 4.0 * parameters + held["optimizer"] + held["average"]
     return Cost(
         moments=tuple(moments),
@@ -720,14 +722,16 @@ def _file_moments(
     kept: Bytes,
     *,
     width: int,
+    stored: int,
     on_cpu: bool,
 ) -> list[Moment]:
     """What reading models, saving checkpoints and writing the student take of the host's memory.
 
     One process reads a whole model before it moves it to its device, and fetches a checkpoint group
     by group. Several read tensor by tensor; each writes its part through a copy as bytes; and the
-    first gathers the student beside one that it has read. On a CPU nothing is moved or fetched.
-    ``between`` is what lies on the device between two steps, ``kept`` beside it.
+    first gathers the student in its ``stored`` bytes a number and opens what it has written. On a
+    CPU nothing is moved or fetched. ``between`` is what lies on the device between two steps,
+    ``kept`` beside it.
     """
     moments = []
     if not on_cpu:
@@ -742,7 +746,7 @@ def _file_moments(
         if copies := (not on_cpu) + split:
             saved = {SAVED: copies * group, **kept}
             moments.append(Moment(what="save", split=split, device=between, host=saved))
-    whole = {GATHERED: 8.0 * student.parameters, **kept}
+    whole = {GATHERED: 2.0 * stored * student.parameters, **kept}
     return [*moments, Moment(what="finish", split=True, device=between, host=whole)]
 
 
