@@ -18,6 +18,9 @@ Turn = tuple[str, str]
 # must be the same tomorrow. This is the date that they themselves fall back on.
 _DATE = "26 Jul 2024"
 
+_WORD = "\ue000"
+"""A character of private use, which no template writes itself."""
+
 
 def read_turns(value: Any, where: str) -> tuple[Turn, ...]:
     """A column's value as turns; none if it, or what one of them says, is null.
@@ -70,7 +73,7 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             if not spans or message["role"] != "assistant":
                 continue
-            before = self._render(messages[:number], prompt=True) if number else ""
+            before = self._render(messages[:number], prompt=True) if number else self._opening()
             through = self._render(messages[: number + 1]).rstrip()
             if not (text.startswith(through) and through.startswith(before)):
                 raise ShearlingError(
@@ -80,6 +83,13 @@ class ChatTemplate:
                 )
             found.append((len(before), len(through)))
         return text.rstrip(), found
+
+    def _opening(self) -> str:
+        """What stands before the words of an assistant who speaks first: BOS and the header.
+
+        There is no prompt to be asked for: a conversation without any turn is refused.
+        """
+        return self._render([{"role": "assistant", "content": _WORD}]).partition(_WORD)[0]
 
     def _disarmed(self, text: str) -> str:
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)

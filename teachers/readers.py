@@ -108,13 +108,20 @@ def source_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]
         ShearlingError: a folder without readable files, or an ending that says no format.
     """
     files = _kinds_of_files(path, settings)
-    if settings.documents == "files" and all(kind != "text" for _, kind in files):
+    plain = [file for file, kind in files if kind == "text"]
+    if settings.messages is not None and len(plain) == len(files):
+        raise ShearlingError(
+            f"The source {settings.name!r} ({path}) is plain text, which has no field "
+            f"{settings.messages!r}.",
+            hint="Remove `messages` from the source, or name JSONL, JSON, Parquet or Arrow.",
+        )
+    if settings.documents == "files" and not plain:
         raise ShearlingError(
             f"The source {settings.name!r} ({path}) has no plain text, whose files could be "
             "documents.",
             hint="Remove `documents` from the source; in tables each row is a document.",
         )
-    return files
+    return [(f, kind) for f, kind in files if settings.messages is None or kind != "text"]
 
 
 def _kinds_of_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
