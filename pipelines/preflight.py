@@ -16,7 +16,7 @@ from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, read_json
 from students.shape import Shape
 from teachers.families import known_family
-from teachers.readers import is_data_set, local_files
+from teachers.readers import is_data_set, local_files, saved_splits
 from teachers.settings import SourceSettings, TeacherSettings
 
 MOST_REPEATS = 4
@@ -293,10 +293,11 @@ def _without_effect(source: SourceSettings) -> list[str]:
 
     No error: a recipe's data set may be replaced by a file of one's own with a single --set.
     """
-    saved = (Path(source.path).expanduser() / "state.json").is_file()  # by datasets, one split
+    saved = saved_splits(Path(source.path).expanduser())
     if not saved and (source.format == "dataset" or not _is_here(source.path)):
         return []
-    given = {"split": None if source.split == "train" else source.split, "config": source.config}
+    split = None if source.split == "train" or saved == "several" else source.split
+    given = {"split": split, "config": source.config}
     return [
         f"transfer_set.sources.{source.name}.{key}: {value} has no effect, for {source.path} is "
         "read as it is."

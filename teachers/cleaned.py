@@ -80,13 +80,13 @@ class Cleaner:
         made = plan(self.settings, self.work, self.shards.count, index)
         workers = processes(self.shards.bytes)
         run_plan(made, workers, self.progress)
-        self._ask_teacher(made, taken, workers)
-        kept, changed, languages = self._left(made.kept)
-        if not kept.any():
+        if next(rows(made.kept), None) is None:  # what follows keeps at least one
             raise ShearlingError(
-                f"Cleaning left none of {kept.size:,} documents.",
+                f"Cleaning left none of {self.shards.documents:,} documents.",
                 hint="Remove parts of transfer_set.clean; quality rules are made for prose.",
             )
+        self._ask_teacher(made, taken, workers)
+        kept, changed, languages = self._left(made.kept)
         facts = self._facts(made, taken, kept, languages)
         left, trimmed = self._apply(made.kept, taken, paths, encoder, kept, changed)
         facts["tokens_in_removed_lines"] = trimmed

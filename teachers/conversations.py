@@ -34,6 +34,9 @@ def same_every_day(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "chat_template": _CLOCK + tokenizer.get_chat_template(),
     }
 
+_WORD = "\ue000"
+"""A character of private use, which no template writes itself."""
+
 
 def read_turns(value: Any, where: str) -> tuple[Turn, ...]:
     """A column's value as turns; none if it, or what one of them says, is null.
@@ -86,7 +89,7 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             if not spans or message["role"] != "assistant":
                 continue
-            before = self._render(messages[:number], prompt=True) if number else ""
+            before = self._render(messages[:number], prompt=True) if number else self._opening()
             through = self._render(messages[: number + 1]).rstrip()
             if not (text.startswith(through) and through.startswith(before)):
                 raise ShearlingError(
@@ -96,6 +99,13 @@ class ChatTemplate:
                 )
             found.append((len(before), len(through)))
         return text.rstrip(), found
+
+    def _opening(self) -> str:
+        """What stands before the words of an assistant who speaks first: BOS and the header.
+
+        There is no prompt to be asked for: a conversation without any turn is refused.
+        """
+        return self._render([{"role": "assistant", "content": _WORD}]).partition(_WORD)[0]
 
     def _disarmed(self, text: str) -> str:
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)

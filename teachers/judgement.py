@@ -222,9 +222,9 @@ def bad_texts(
         "score": settings.score,
         "sample": len(sample),
         "heldout_auc": round(auc, 3),
-        "used": auc >= _LEAST_AUC,
+        "used": model is not None,
     }
-    if auc < _LEAST_AUC:
+    if model is None:
         return np.zeros(numbers.size, np.bool_), facts
     badness = np.concatenate([model(batch) for batch in _in_batches(texts())])
     return badness > np.quantile(badness, settings.keep), facts
@@ -232,8 +232,11 @@ def bad_texts(
 
 def _taught(
     texts: list[str], bad: NDArray[np.bool_], seed: int
-) -> tuple[Callable[[list[str]], NDArray[np.float64]], float]:
-    """Logistic regression on hashed words and pairs; and its area under the curve, held out."""
+) -> tuple[Callable[[list[str]], NDArray[np.float64]] | None, float]:
+    """Logistic regression on hashed words and pairs; and its area under the curve, held out.
+
+    None if that is too small, or the texts are too few to know.
+    """
     from sklearn.feature_extraction.text import HashingVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
@@ -250,6 +253,8 @@ def _taught(
     auc = 0.5
     if 0 < bad[held].sum() < held.size and 0 < bad[rest].sum() < rest.size:
         auc = float(roc_auc_score(bad[held], fit(rest).decision_function(features[held])))
+    if auc < _LEAST_AUC:
+        return None, auc
     model = fit(order)
 
     def badness(batch: list[str]) -> NDArray[np.float64]:

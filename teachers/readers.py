@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from shearling import ShearlingError
 from teachers.conversations import Turn, read_turns
@@ -65,6 +65,13 @@ def format_of(path: Path) -> str | None:
     return FORMATS_BY_ENDING.get(Path(name).suffix)
 
 
+def saved_splits(folder: Path) -> Literal["one", "several"] | None:
+    """What ``save_to_disk`` of ``datasets`` left in a folder; None if it left nothing."""
+    if (folder / "dataset_dict.json").is_file():
+        return "several"
+    return "one" if (folder / "state.json").is_file() else None
+
+
 def is_data_set(settings: SourceSettings) -> bool:
     """Whether a source is something for ``datasets``, and not files.
 
@@ -72,7 +79,7 @@ def is_data_set(settings: SourceSettings) -> bool:
     does not look like a file's.
     """
     local = Path(settings.path).expanduser()
-    if settings.format == "dataset" or (local / "state.json").is_file():
+    if settings.format == "dataset" or saved_splits(local):
         return True
     plain = settings.format == "auto" and not settings.path.startswith(("pypi:", ".", "/", "~"))
     named = plain and format_of(Path(settings.path)) is None and settings.path.count("/") <= 1
@@ -101,13 +108,20 @@ def source_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]
         ShearlingError: a folder without readable files, or an ending that says no format.
     """
     files = _kinds_of_files(path, settings)
-    if settings.documents == "files" and all(kind != "text" for _, kind in files):
+    plain = [file for file, kind in files if kind == "text"]
+    if settings.messages is not None and len(plain) == len(files):
+        raise ShearlingError(
+            f"The source {settings.name!r} ({path}) is plain text, which has no field "
+            f"{settings.messages!r}.",
+            hint="Remove `messages` from the source, or name JSONL, JSON, Parquet or Arrow.",
+        )
+    if settings.documents == "files" and not plain:
         raise ShearlingError(
             f"The source {settings.name!r} ({path}) has no plain text, whose files could be "
             "documents.",
             hint="Remove `documents` from the source; in tables each row is a document.",
         )
-    return files
+    return [(f, kind) for f, kind in files if settings.messages is None or kind != "text"]
 
 
 def _kinds_of_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]:
@@ -118,6 +132,9 @@ def _kinds_of_files(path: Path, settings: SourceSettings) -> list[tuple[Path, st
         if forced is not None:
             base = "text" if forced == "wikitext" else forced
             files = [(p, forced) for p, kind in files if kind == base]
+        if any(kind != "text" for _, kind in files):  # beside tables it tells of them
+            files = [(p, kind) for p, kind in files if p.suffix.lower() != ".md"]
+        _check_splits(path, [p for p, kind in files if kind != "text"], settings)
         if not files:
             raise ShearlingError(
                 f"The folder {path} of the source {settings.name!r} has no file with text.",
@@ -132,6 +149,28 @@ def _kinds_of_files(path: Path, settings: SourceSettings) -> list[tuple[Path, st
             "or wikitext.",
         )
     return [(path, kind)]
+
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in a path by which ``datasets`` tells splits."""
+
+
+def _check_splits(folder: Path, tables: list[Path], settings: SourceSettings) -> None:
+    """A folder's tables are of one split: nobody is to be trained on what is kept for tests."""
+    names = {table.relative_to(folder).as_posix().lower() for table in tables}
+    words = {word for name in names for word in re.split("[^a-z]+", name)}
+    splits = sorted({split for word, split in _SPLITS.items() if word in words})
+    if len(splits) > 1:
+        raise ShearlingError(
+            f"The folder {folder} of the source {settings.name!r} holds several splits: "
+            f"{', '.join(splits)}.",
+            hint=f"Set its `format` to dataset, which reads the `split` {settings.split}, or name "
+            "the folder or file of one split in `path`.",
+        )
 
 
 def documents(path: Path, kind: str, settings: SourceSettings) -> Iterator[Document]:
@@ -464,6 +503,18 @@ READERS: dict[str, Callable[[Path, SourceSettings], Iterator[Document]]] = {
 _SHUFFLE_BUFFER = 10_000
 
 
+def _split(saved: Any, settings: SourceSettings) -> Any:
+    """The split that is asked for, where several were saved."""
+    if not isinstance(saved, dict):
+        return saved
+    if settings.split not in saved:
+        raise ShearlingError(
+            f"{settings.path} has no split {settings.split!r}.",
+            hint=f"Set `split` of the source {settings.name!r}; there is: {', '.join(saved)}.",
+        )
+    return saved[settings.split]
+
+
 def dataset_documents(settings: SourceSettings, seed: int) -> Iterator[Document]:
     """The rows of what ``datasets.load_dataset`` opens, streamed.
 
@@ -474,8 +525,8 @@ def dataset_documents(settings: SourceSettings, seed: int) -> Iterator[Document]
 
     local = Path(settings.path).expanduser()
     try:
-        if (local / "state.json").is_file():
-            rows = datasets.load_from_disk(str(local)).to_iterable_dataset()
+        if saved_splits(local):
+            rows = _split(datasets.load_from_disk(str(local)), settings).to_iterable_dataset()
         else:
             rows = datasets.load_dataset(
                 settings.path, settings.config, split=settings.split, streaming=True

@@ -208,9 +208,21 @@ def _shares(settings: TransferSetSettings) -> list[int | None]:
 def _balanced(
     settings: TransferSetSettings, shares: list[int | None], taken: list[Tokenised]
 ) -> list[int | None]:
-    """Without a total, the smallest source decides how much the weighted ones may give."""
+    """Without a total, the smallest source decides how much the weighted ones may give.
+
+    Raises:
+        ShearlingError: one of them has nothing left to give.
+    """
     if settings.tokens is not None:
         return shares
+    for source, tokenised in zip(settings.all_sources, taken, strict=True):
+        if source.weight is not None and not len(tokenised):
+            raise ShearlingError(
+                f"Cleaning left nothing of the source {source.name!r}, and without "
+                "transfer_set.tokens the smallest source decides how much the others give.",
+                hint="Remove the source or parts of transfer_set.clean, or set "
+                "transfer_set.tokens.",
+            )
     weighted = [
         int(tokenised.lengths.sum()) / source.weight
         for source, tokenised in zip(settings.all_sources, taken, strict=True)

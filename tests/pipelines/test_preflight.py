@@ -182,6 +182,10 @@ def test_keys_that_only_a_data_set_obeys_are_told(
     assert told(path=str(tmp_path), format="dataset", split="test") == []
     (tmp_path / "state.json").write_text("{}")
     assert len(told(path=str(tmp_path), format="dataset", split="test")) == 1
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    assert told(path=str(tmp_path), split="test") == []
+    (config,) = told(path=str(tmp_path), split="test", config="en")
+    assert config.startswith("transfer_set.sources.mine.config: en has no effect")
 
 
 @pytest.mark.parametrize("path", ["owner/texts", "."])

@@ -177,16 +177,48 @@ def test_a_set_is_built_of_what_is_left(folder: Path, tmp_path: Path) -> None:
     assert again == facts
 
 
-def test_cleaning_everything_away_is_told(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "teacher", [{}, {"classifier": {}}, {"semantic_duplicates": 0.9}, {"classifier": {"keep": 0.5}}]
+)
+def test_cleaning_everything_away_is_told(
+    folder: Path, tmp_path: Path, teacher: dict[str, Any]
+) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"short {n}"}) + "\n" for n in range(9)))
     settings = TransferSetSettings(
         sources=(SourceSettings(name="a", path=str(path)),),
         window=8,
-        clean=CleanSettings(quality=("gopher",)),
+        clean=CleanSettings(quality=("gopher",), **teacher),
     )
     with pytest.raises(ShearlingError, match="left none of 9 documents"):
         build_transfer_set(settings, folder, tmp_path / "set", seed=0, cache=tmp_path)
+
+
+@pytest.mark.parametrize("total", [None, 8000])
+def test_a_source_that_cleaning_leaves_nothing_of_is_named(
+    folder: Path, good: list[str], tmp_path: Path, total: int | None
+) -> None:
+    sources = []
+    for name, texts in (("prose", good), ("lists", [f"short {n}" for n in range(9)])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        sources.append(SourceSettings(name=name, path=str(path), weight=1))
+    settings = TransferSetSettings(
+        sources=tuple(sources),
+        tokens=total,
+        window=16,
+        heldout_windows=2,
+        clean=CleanSettings(quality=("gopher",), benchmarks=False),
+    )
+
+    def facts() -> dict[str, Any]:
+        return build_transfer_set(settings, folder, tmp_path / "set", seed=0, cache=tmp_path)
+
+    if total is None:
+        with pytest.raises(ShearlingError, match="left nothing of the source 'lists'"):
+            facts()
+    else:
+        assert "lists: cleaning left nothing of it." in facts()["notes"]
 
 
 def test_rules_for_prose_leave_conversations_alone(tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ def test_ids_and_the_assistants_part_are_those_of_transformers(folder: Path) -> 
         [{"role": "system", "content": "Be brief."}, *chat(2)],
         [{"role": "user", "content": "\n  é🐑 "}, {"role": "assistant", "content": " yes\n"}],
         [{"role": "user", "content": "no answer yet"}],
+        [{"role": "assistant", "content": "Hello."}, *chat(3)],
+        [{"role": "assistant", "content": ""}, {"role": "user", "content": "Well?"}],
     ]
     encoder = Encoder(AutoTokenizer.from_pretrained(folder), folder)
     mine = encoder.batch([as_document(c) for c in conversations], answers=True)
@@ -141,6 +143,34 @@ def test_only_answers_reach_the_loss(folder: Path, tmp_path: Path) -> None:
     assert "<|im_start|>" not in learnt
     assert any(document[5:] in learnt for document in tiny_documents(40, seed=9))
     assert positions < 0.9 * len(text) * 256
+
+
+def test_an_assistant_who_speaks_first_is_learnt_from_the_first_word_on(folder: Path) -> None:
+    """By a template that puts a system turn before all others, as Llama 3.1's does."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+        + TEMPLATE.replace("{{ m.content }}", "{{ m.content | trim }}")
+    )
+    messages = [{"role": "assistant", "content": " Hello."}, *chat(1)]
+    ((ids, learn),) = Encoder(tokenizer, folder).batch([as_document(messages)], answers=True)
+    assert learn is not None
+    learnt = tokenizer.decode(ids[learn == 1], clean_up_tokenization_spaces=False)
+    answers = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+    assert learnt == "".join(f"{answer}<|im_end|>" for answer in answers)
+
+
+def test_plain_text_beside_conversations_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "chats").mkdir()
+    write(tmp_path / "chats" / "a.jsonl", [chat(number) for number in range(40)])
+    for name in ("README.md", "LICENSE.txt"):
+        (tmp_path / "chats" / name).write_text("No conversation.")
+    source = SourceSettings(name="c", path=str(tmp_path / "chats"), messages="messages")
+    text = build(folder, tmp_path / "set", source)
+    assert text.facts["sources"][0]["documents"] == 40
+    alone = source.model_copy(update={"path": str(tmp_path / "chats" / "LICENSE.txt")})
+    with pytest.raises(ShearlingError, match="is plain text, which has no field 'messages'"):
+        build(folder, tmp_path / "none", alone)
 
 
 def test_windows_without_any_answer_are_taught_on_in_peace(folder: Path, tmp_path: Path) -> None:

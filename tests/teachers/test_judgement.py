@@ -87,6 +87,22 @@ def test_what_can_not_be_learnt_removes_nothing() -> None:
     assert abs(auc - 0.5) < 0.2
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_few_documents_teach_nothing(folder: Path, reader: Reader, count: int) -> None:
+    texts = tiny_documents(count, seed=9)
+    documents = ids_of(folder, texts)
+    doomed, facts = bad_texts(
+        reader,
+        np.arange(count),
+        lambda: texts,
+        lambda some: [documents[n] for n in some],
+        ClassifierSettings(),
+        seed=0,
+    )
+    assert not facts["used"]
+    assert not doomed.any()
+
+
 def test_a_teacher_without_template_can_not_be_asked(reader: Reader) -> None:
     with pytest.raises(ShearlingError, match="no chat template"):
         reader.recommendations(["a text"])

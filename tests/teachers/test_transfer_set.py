@@ -21,7 +21,13 @@ from transformers import AutoTokenizer
 from pipelines.tiny import make_tiny_llama, tiny_documents
 from shearling import ShearlingError
 from teachers.heldout import is_reserved
-from teachers.readers import dataset_documents, detokenize, documents
+from teachers.readers import (
+    dataset_documents,
+    detokenize,
+    documents,
+    is_data_set,
+    local_files,
+)
 from teachers.settings import SourceSettings, TransferSetSettings
 from teachers.transfer_set import TransferSet, _positions, build_transfer_set
 
@@ -223,6 +229,53 @@ def test_datasets_are_opened(tokenizer: Path, tmp_path: Path) -> None:
         settings_ = source(tmp_path / name, format="dataset", field="body", tokens=900)
         facts, _ = build(tokenizer, tmp_path / f"out-{name}", settings_)
         assert facts["sources"][0]["tokens"] == 900
+
+
+@pytest.mark.parametrize("form", ["auto", "arrow", "dataset"])
+def test_of_a_saved_data_set_the_split_is_read(tmp_path: Path, form: Any) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = {name: Dataset.from_dict({"text": [f"a {name} text"]}) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    for name in splits:
+        asked = source(tmp_path / "saved", format=form, split=name)
+        assert is_data_set(asked)
+        assert [d.text for d in dataset_documents(asked, seed=0)] == [f"a {name} text"]
+    with pytest.raises(ShearlingError, match="has no split 'dev'") as caught:
+        list(dataset_documents(source(tmp_path / "saved", format=form, split="dev"), seed=0))
+    assert "train, test" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        ("data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+        ("train.parquet", "deep/validation.parquet"),
+        ("train/0.parquet", "Test/0.parquet"),
+    ],
+)
+def test_a_folder_of_several_splits_is_not_read_as_one(
+    tokenizer: Path, tmp_path: Path, train: str, test: str
+) -> None:
+    """A data set as the hub gives it: its card is no text, and its test split no training."""
+    folder = tmp_path / "copy"
+    texts = dict(zip((train, test), (tiny_documents(100), ["kept for tests"]), strict=True))
+    for name, rows in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": rows}), folder / name)
+    (folder / "README.md").write_text("# The card")
+    with pytest.raises(ShearlingError, match=r"holds several splits: (test, train|train, val)"):
+        build(tokenizer, tmp_path / "set", source(folder))
+    (folder / test).unlink()
+    assert [path.name for path in local_files(source(folder))] == [Path(train).name]
+    facts, _ = build(tokenizer, tmp_path / "set", source(folder))
+    assert facts["sources"][0]["documents"] == 100
+
+
+def test_a_folder_of_plain_texts_may_be_called_anything(tmp_path: Path) -> None:
+    for name in ("a test.txt", "train ride.md"):
+        (tmp_path / name).write_text("text")
+    assert len(local_files(source(tmp_path))) == 2
 
 
 def test_large_vocabularies_get_wide_integers(
