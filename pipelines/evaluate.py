@@ -34,7 +34,8 @@ def evaluate_model(
     ``teacher`` (in any of the same forms) the model's answers on text are held against its.
 
     Raises:
-        ShearlingError: a model can't be read, or not one task could be measured.
+        ShearlingError: a model can't be read, the teacher's tokenizer gives other ids, or not one
+            task could be measured.
     """
     chosen = _settings(settings)
     check_tasks(chosen)
@@ -63,12 +64,15 @@ def evaluate_model(
         if missing := missing_mirror(chosen):
             display.line(missing, style="yellow")
         measured, size = opened(model, "model")
+        taught_by = opened(teacher, "teacher")[0] if teacher else None
+        if teacher and taught_by:
+            _check_same_tokenizer(taught_by, measured, names=(teacher, model))
         scorecard = benchmark(
             measured,
             chosen,
             name=model,
             cache=cache,
-            teacher=opened(teacher, "teacher")[0] if teacher else None,
+            teacher=taught_by,
             size=size,
             device=pick_device("auto"),
             progress=progress,
@@ -81,6 +85,17 @@ def evaluate_model(
             f"that come with Shearling: {', '.join(OWN)}.",
         )
     return scorecard
+
+
+def _check_same_tokenizer(teacher: Path, model: Path, *, names: tuple[str, str]) -> None:
+    from teachers.tokenizer import check_same_tokenizer
+
+    try:
+        check_same_tokenizer(teacher, model)
+    except ShearlingError as error:  # its user knows the paths that were given, not ours
+        what = error.what.replace(str(teacher), names[0]).replace(str(model), names[1])
+        hint = "Name a teacher with the model's own tokenizer, or leave --teacher out."
+        raise ShearlingError(what, hint=hint) from error
 
 
 def _settings(settings: dict[str, Any]) -> BenchmarkSettings:

@@ -107,7 +107,7 @@ def benchmark(
         reading = read_text(loaded, tokenizer, text, settings, progress)
     del lm, loaded  # before the teacher comes
     if reading is not None:
-        add_agreement(card, reading, teacher, device, progress)
+        add_agreement(card, reading, model, teacher, device, progress)
     if settings.speed:
         progress("speed and memory", 0, 1)
         card.update(measure_speed(model, device=device))
