@@ -72,13 +72,17 @@ def read_text(
 
 
 def add_agreement(
-    card: dict[str, Any], reading: Reading, model: Path, teacher: Path | None, device: str,
+    card: dict[str, Any], reading: Reading | None, model: Path, teacher: Path | None, device: str,
     progress: Progress,
 ) -> None:  # fmt: skip
     """Calibration of the model, and where there is a teacher, how far the model is from it.
 
     Compared are the tokens that both have a row for: rows of padding say nothing.
     """
+    if reading is None:
+        for metric in ("calibration_error", *(["teacher_kl"] if teacher else [])):
+            _leave_out(card, metric, f"the model or the text is shorter than {WINDOW} tokens")
+        return
     value, error = calibration_error(*confidences(reading))
     _add(card, "calibration_error", value, error, None, higher_is_better=False)
     card["tasks"][TASK]["agreement_windows"] = len(reading.ids_WT)
@@ -88,7 +92,7 @@ def add_agreement(
         check_same_tokenizer(teacher, model)
     except ShearlingError as error:
         named = error.what.replace(str(teacher), "the teacher").replace(str(model), "the model")
-        _leave_out(card, "teacher_kl", named)
+        _leave_out(card, "teacher_kl", named.removesuffix("."))
         return
     card["teacher_sha256"] = Checkpoint(teacher).fingerprint()
     taught_by, tokenizer = load_model(teacher, device)

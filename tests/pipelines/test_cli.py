@@ -285,6 +285,14 @@ def test_eval_refuses_a_teacher_with_another_tokenizer(
     assert "leave --teacher out" in said
 
 
+def test_eval_with_a_teacher_and_nothing_to_hold_against_it(
+    shearling: Shearling, tiny_llama: Path
+) -> None:
+    done = shearling("eval", tiny_llama, "--teacher", tiny_llama, "--tasks", "copa")
+    assert done.returncode == 2
+    assert "Add wikitext2 to --tasks" in done.stderr
+
+
 # --- JSON for programs --------------------------------------------------------------------------
 
 

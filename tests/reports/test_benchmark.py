@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from padding import other_ids, padded
 from pydantic import ValidationError
+from rich.console import Console
 
 from pipelines.difference import settings_like
-from pipelines.display import headline
-from pipelines.tiny import tiny_documents
+from pipelines.display import headline, skipped_lines
+from pipelines.evaluate import scorecard_table
+from pipelines.tiny import make_tiny_llama, tiny_documents
 from reports.benchmark import benchmark, finite, floors, keep_samples, read_metrics
 from reports.compare import compare_models, mismatch, unpack, written_alike
 from reports.hub import hub_answers
@@ -248,6 +252,22 @@ def test_a_teacher_of_other_ids_is_not_held_against_the_model(
     reason = card["tasks"]["wikitext2"]["left_out"]["teacher_kl"]
     assert "tokens in the teacher, 384 in the model, 2 of" in reason
     assert "teacher_sha256" not in card
+    (line,) = (line for line in skipped_lines(card, set()) if "teacher_kl" in line)
+    assert line.startswith("skipped wikitext2, teacher_kl: Teacher and student have different tok")
+    Console(width=400, file=(shown := io.StringIO())).print(scorecard_table(card))
+    assert re.search(r"^ *wikitext2, teacher_kl +skipped: Teacher", shown.getvalue(), re.MULTILINE)
+
+
+def test_a_model_too_short_for_windows_says_so(
+    tiny_llama: Path, settings: BenchmarkSettings, local_wikitext: str, tmp_path: Path
+) -> None:
+    short = make_tiny_llama(tmp_path / "short", max_position_embeddings=256)
+    asked = settings.model_copy(update={"tasks": ("wikitext2",), "limits": {}})
+    card = benchmark(short, asked, name="x", cache=tmp_path, teacher=tiny_llama)
+    told = card["tasks"]["wikitext2"]["left_out"]
+    assert list(told) == [
+        "token_perplexity_512", "token_perplexity_2048", "calibration_error", "teacher_kl",
+    ]  # fmt: skip
 
 
 def test_the_chat_template_reaches_the_prompts(models: Any, mirror: Path, tmp_path: Path) -> None:
