@@ -15,6 +15,7 @@ from rich.text import Text
 from pipelines.journal import Pace
 from reports import words
 from reports.groups import whole_results
+from reports.run_folder import not_measured
 from shearling import without_secrets
 
 _SHRINKS = Column(no_wrap=True, overflow="ellipsis")
@@ -163,14 +164,14 @@ def headline(scorecard: Mapping[str, Any]) -> str:
 
 
 def skipped_lines(scorecard: Mapping[str, Any], told: set[tuple[str, str]]) -> Iterator[str]:
-    """A line for each reason for which tasks were not measured, but for what ``told`` holds.
+    """A line for each reason for which tasks or metrics were not measured, but for ``told`` ones.
 
     All models of a run skip the same tasks for the same reason, which is told once.
     """
-    tasks: dict[str, list[str]] = {}
-    for task, reason in scorecard.get("skipped", {}).items():
-        if (task, reason) not in told:
-            told.add((task, reason))
-            tasks.setdefault(reason, []).append(task)
-    for reason, names in tasks.items():
-        yield f"skipped {', '.join(names)}: {reason}"
+    skipped: dict[str, list[str]] = {}
+    for name, reason in not_measured(scorecard).items():
+        if (name, reason) not in told:
+            told.add((name, reason))
+            skipped.setdefault(reason, []).append(name)
+    for reason, names in skipped.items():
+        yield f"skipped {'; '.join(names)}: {reason}"

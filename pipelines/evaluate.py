@@ -14,6 +14,7 @@ from pipelines.display import Display, format_bytes, skipped_lines
 from pipelines.machine import pick_device
 from pipelines.named import find_model
 from pipelines.preflight import check_mirror, check_tasks, missing_mirror
+from reports.run_folder import not_measured
 from reports.settings import BenchmarkSettings
 from reports.tasks import OWN
 from shearling import ShearlingError
@@ -34,10 +35,17 @@ def evaluate_model(
     ``teacher`` (in any of the same forms) the model's answers on text are held against its.
 
     Raises:
-        ShearlingError: a model can't be read, or not one task could be measured.
+        ShearlingError: a model can't be read, the teacher is asked for nothing or gives a text
+            other ids, or not one task could be measured.
     """
     chosen = _settings(settings)
     check_tasks(chosen)
+    if teacher and "wikitext2" not in chosen.tasks:
+        raise ShearlingError(
+            "A teacher is held against the model on the text of wikitext2, which is not among the "
+            "tasks.",
+            hint="Add wikitext2 to --tasks, or leave --teacher out.",
+        )
     check_mirror(chosen)
     from reports.benchmark import benchmark
     from teachers.checkpoint import import_teacher
@@ -63,12 +71,15 @@ def evaluate_model(
         if missing := missing_mirror(chosen):
             display.line(missing, style="yellow")
         measured, size = opened(model, "model")
+        taught_by = opened(teacher, "teacher")[0] if teacher else None
+        if teacher and taught_by:
+            _check_same_tokenizer(taught_by, measured, names=(teacher, model))
         scorecard = benchmark(
             measured,
             chosen,
             name=model,
             cache=cache,
-            teacher=opened(teacher, "teacher")[0] if teacher else None,
+            teacher=taught_by,
             size=size,
             device=pick_device("auto"),
             progress=progress,
@@ -83,6 +94,17 @@ def evaluate_model(
     return scorecard
 
 
+def _check_same_tokenizer(teacher: Path, model: Path, *, names: tuple[str, str]) -> None:
+    from teachers.tokenizer import check_same_tokenizer
+
+    try:
+        check_same_tokenizer(teacher, model)
+    except ShearlingError as error:  # its user knows the paths that were given, not ours
+        what = error.what.replace(str(teacher), names[0]).replace(str(model), names[1])
+        hint = "Name a teacher with the model's own tokenizer, or leave --teacher out."
+        raise ShearlingError(what, hint=hint) from error
+
+
 def _settings(settings: dict[str, Any]) -> BenchmarkSettings:
     if "tasks" in settings and not settings["tasks"]:
         raise ShearlingError(
@@ -92,7 +114,7 @@ def _settings(settings: dict[str, Any]) -> BenchmarkSettings:
 
 
 def scorecard_table(scorecard: dict[str, Any]) -> Table:
-    """A scorecard as a table: one row a metric."""
+    """A scorecard as a table: one row a metric, those left out and skipped tasks included."""
     size = f"{scorecard['parameters']:,} parameters, {format_bytes(scorecard['bytes'])}"
     table = Table(title=Text(f"{scorecard['model']}: {size}"), box=None, title_justify="left")
     for column in ("task", "metric"):
@@ -105,6 +127,6 @@ def scorecard_table(scorecard: dict[str, Any]) -> Table:
             shown = "not finite" if value is None else f"{value:.5g}"
             spread = f"{stderr:.4g}" if stderr is not None else ""
             table.add_row(Text(task), Text(metric), shown, spread)
-    for task, reason in scorecard.get("skipped", {}).items():
-        table.add_row(Text(task), Text(f"skipped: {reason}", style="dim"), "", "")
+    for name, reason in not_measured(scorecard).items():
+        table.add_row(Text(name), Text(f"skipped: {reason}", style="dim"), "", "")
     return table

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,10 @@ class Reading:
         """[C, V]: log-probabilities at the window's positions from ``start`` on."""
         hidden_CD = self.hidden_WPD[window, start : start + PROJECTED_AT_ONCE]
         return (hidden_CD @ self.vocabulary_VD.T).float().log_softmax(dim=-1)
+
+    def of_rows(self, rows: int) -> Reading:
+        """The same with the vocabulary's first ``rows`` alone."""
+        return replace(self, vocabulary_VD=self.vocabulary_VD[:rows])
 
     def chunks(self) -> list[tuple[int, int]]:
         """(window, first position) of every piece that is projected at one time."""

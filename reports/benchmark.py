@@ -108,14 +108,14 @@ def benchmark(
     for task_name in settings.tasks:
         lm.what = task_name
         _run_task(task_name, lm, settings, card, cache=cache, seed=seed, progress=progress)
-    reading = None
-    if "wikitext2" in card["results"]:
+    reading, has_text = None, "wikitext2" in card["results"]
+    if has_text:
         text = wikitext.raw_test_text(cache)
         add_perplexities(card, loaded, tokenizer, text, settings, progress)
         reading = read_text(loaded, tokenizer, text, settings, progress)
     del lm, loaded  # before the teacher comes
-    if reading is not None:
-        add_agreement(card, reading, teacher, device, progress)
+    if has_text:
+        add_agreement(card, reading, model, teacher, device, progress)
     if settings.speed:
         progress("speed and memory", 0, 1)
         card.update(measure_speed(model, device=device))

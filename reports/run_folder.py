@@ -252,6 +252,15 @@ def read_scorecard(path: Path, problems: list[str]) -> Data | None:
     return card
 
 
+def not_measured(card: Mapping[str, Any]) -> dict[str, str]:
+    """Why tasks were skipped, and single metrics of others ("task, metric") left out."""
+    reasons = {str(task): str(reason) for task, reason in card.get("skipped", {}).items()}
+    for task, facts in card.get("tasks", {}).items():
+        for metric, reason in as_dict(facts.get("left_out")).items():
+            reasons[f"{task}, {metric}"] = str(reason)
+    return reasons
+
+
 def _by_position(measured: Any) -> Data:
     """Only stretches of positions that were measured and are numbers."""
     known = as_dict(measured)

@@ -21,8 +21,9 @@ from reports.load import load_model
 from reports.perplexity import losses_by_position, perplexity_of_windows, position_losses
 from reports.settings import MAIN_WINDOW as WINDOW
 from reports.settings import BenchmarkSettings
-from shearling import Progress
+from shearling import Progress, ShearlingError
 from teachers.checkpoint import Checkpoint
+from teachers.tokenizer import check_same_tokenizer, token_count
 
 TASK = "wikitext2"
 
@@ -38,8 +39,9 @@ def add_perplexities(
     for length in sorted(settings.perplexity_lengths):
         metric = f"token_perplexity_{length}"
         if length > model.config.max_position_embeddings:
-            reason = f"the model has {model.config.max_position_embeddings} positions"
-            card["tasks"][TASK].setdefault("left_out", {})[metric] = reason
+            _leave_out(
+                card, metric, f"the model has {model.config.max_position_embeddings} positions"
+            )
             continue
         windows = settings.windows_of(length)
         losses_WP = position_losses(
@@ -70,23 +72,39 @@ def read_text(
 
 
 def add_agreement(
-    card: dict[str, Any], reading: Reading, teacher: Path | None, device: str, progress: Progress
-) -> None:
-    """Calibration of the model, and where there is a teacher, how far the model is from it."""
+    card: dict[str, Any], reading: Reading | None, model: Path, teacher: Path | None, device: str,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Calibration of the model, and where there is a teacher, how far the model is from it.
+
+    Compared are the tokens that both have a row for: rows of padding say nothing.
+    """
+    if reading is None:
+        for metric in ("calibration_error", *(["teacher_kl"] if teacher else [])):
+            _leave_out(card, metric, f"the model or the text is shorter than {WINDOW} tokens")
+        return
     value, error = calibration_error(*confidences(reading))
     _add(card, "calibration_error", value, error, None, higher_is_better=False)
     card["tasks"][TASK]["agreement_windows"] = len(reading.ids_WT)
     if teacher is None:
         return
-    card["teacher_sha256"] = Checkpoint(teacher).fingerprint()
-    model, _ = load_model(teacher, device)
-    if model.lm_head.weight.shape[0] != reading.vocabulary_VD.shape[0]:
-        reason = "teacher and student have different vocabularies"
-        card["tasks"][TASK].setdefault("left_out", {})["teacher_kl"] = reason
+    try:
+        check_same_tokenizer(teacher, model)
+    except ShearlingError as error:
+        named = error.what.replace(str(teacher), "the teacher").replace(str(model), "the model")
+        _leave_out(card, "teacher_kl", named.removesuffix("."))
         return
-    kl_W, same_W = agreement(read_windows(model, reading.ids_WT, progress), reading, progress)
+    card["teacher_sha256"] = Checkpoint(teacher).fingerprint()
+    taught_by, tokenizer = load_model(teacher, device)
+    theirs = read_windows(taught_by, reading.ids_WT, progress)
+    rows = min(token_count(tokenizer), len(theirs.vocabulary_VD), len(reading.vocabulary_VD))
+    kl_W, same_W = agreement(theirs.of_rows(rows), reading.of_rows(rows), progress)
     _add(card, "teacher_kl", *mean_and_error(kl_W), kl_W, higher_is_better=False)
     _add(card, "teacher_first_choice", *mean_and_error(same_W), same_W, higher_is_better=True)
+
+
+def _leave_out(card: dict[str, Any], metric: str, reason: str) -> None:
+    card["tasks"][TASK].setdefault("left_out", {})[metric] = reason
 
 
 def _add(

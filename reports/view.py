@@ -16,7 +16,7 @@ from reports.cuts import find_cuts, kept, remarks
 from reports.pace import why_no_ratio
 from reports.reality import reality_table
 from reports.rivals import rival_table
-from reports.run_folder import Data, Run, as_dict
+from reports.run_folder import Data, Run, as_dict, not_measured
 from reports.tables import (
     TRANSFER_HASHES,
     Table,
@@ -124,10 +124,10 @@ def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> Vie
 
 
 def skipped(run: Run) -> list[tuple[str, str]]:
-    """Tasks that were asked for and not measured, each with its reason."""
+    """Tasks and metrics that were asked for and not measured, each with its reason."""
     found: dict[str, str] = {}
     for stage in run.measured:
-        found |= {str(k): str(v) for k, v in (stage.scorecard or {})["skipped"].items()}
+        found |= not_measured(stage.scorecard or {})
     return list(found.items())
 
 

@@ -34,6 +34,7 @@ def same_every_day(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "chat_template": _CLOCK + tokenizer.get_chat_template(),
     }
 
+
 _WORD = "\ue000"
 """A character of private use, which no template writes itself."""
 

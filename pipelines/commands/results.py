@@ -66,7 +66,9 @@ def evaluate(
     ] = False,
     teacher: Annotated[
         str | None,
-        typer.Option(help="Hold the model's answers on text against this one.", metavar="MODEL"),
+        typer.Option(
+            help="Hold the model's answers on wikitext2 against this one's.", metavar="MODEL"
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the scorecard to this file.", metavar="FILE")

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from padding import other_ids
 from shearling_process import Shearling, command, environment
 from typer.main import get_command
 
@@ -271,6 +272,25 @@ def test_eval_that_measures_nothing_is_an_error(
     assert message in done.stderr
     assert mirror in done.stderr
     assert not (tmp_path / "card.json").exists()
+
+
+def test_eval_refuses_a_teacher_with_another_tokenizer(
+    shearling: Shearling, tiny_llama: Path, tmp_path: Path
+) -> None:
+    other_ids(tiny_llama, tmp_path / "other")
+    done = shearling("eval", tiny_llama, "--teacher", "other", "--tasks", "wikitext2")
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert f"in other, 384 in {tiny_llama}" in said
+    assert "leave --teacher out" in said
+
+
+def test_eval_with_a_teacher_and_nothing_to_hold_against_it(
+    shearling: Shearling, tiny_llama: Path
+) -> None:
+    done = shearling("eval", tiny_llama, "--teacher", tiny_llama, "--tasks", "copa")
+    assert done.returncode == 2
+    assert "Add wikitext2 to --tasks" in done.stderr
 
 
 # --- JSON for programs --------------------------------------------------------------------------

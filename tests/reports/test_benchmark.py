@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
+import re
 import shutil
 import threading
 import time
@@ -21,11 +23,14 @@ from huggingface_hub import hf_hub_download
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from padding import other_ids, padded
 from pydantic import ValidationError
+from rich.console import Console
 
 from pipelines.difference import settings_like
-from pipelines.display import headline
-from pipelines.tiny import tiny_documents
+from pipelines.display import headline, skipped_lines
+from pipelines.evaluate import scorecard_table
+from pipelines.tiny import make_tiny_llama, tiny_documents
 from reports.benchmark import (
     benchmark,
     finite,
@@ -228,6 +233,53 @@ def test_agreement_with_the_teacher_is_that_of_dense_logits(
     assert told == [None, Checkpoint(models.teacher).fingerprint()]
     assert cards["teacher"]["tokenizer_sha256"] == cards["distill"]["tokenizer_sha256"]
     assert cards["distill"]["tasks"]["wikitext2"]["higher_is_better"]["teacher_kl"] is False
+
+
+def test_padding_of_the_vocabulary_has_no_part_in_agreement(
+    cards: dict[str, dict[str, Any]],
+    models: Any,
+    settings: BenchmarkSettings,
+    local_wikitext: str,
+    tmp_path: Path,
+) -> None:
+    asked = settings.model_copy(update={"tasks": ("wikitext2",), "limits": {}})
+    teacher, student = (padded(folder, tmp_path / folder.name, rows)
+                        for folder, rows in ((models.teacher, 40), (models.taught, 8)))  # fmt: skip
+    for measured in (models.taught, student):
+        card = benchmark(measured, asked, name="x", cache=tmp_path, teacher=teacher)
+        for metric in ("teacher_kl", "teacher_first_choice"):
+            wanted = cards["distill"]["results"]["wikitext2"][metric]["value"]
+            found = card["results"]["wikitext2"][metric]["value"]
+            assert found == pytest.approx(wanted, rel=1e-4), metric
+
+
+def test_a_teacher_of_other_ids_is_not_held_against_the_model(
+    models: Any, settings: BenchmarkSettings, local_wikitext: str, tmp_path: Path
+) -> None:
+    """Also where the vocabularies are of one size."""
+    other = other_ids(models.teacher, tmp_path / "other")
+    asked = settings.model_copy(update={"tasks": ("wikitext2",), "limits": {}})
+    card = benchmark(models.taught, asked, name="x", cache=tmp_path, teacher=other)
+    assert "teacher_kl" not in card["results"]["wikitext2"]
+    reason = card["tasks"]["wikitext2"]["left_out"]["teacher_kl"]
+    assert "tokens in the teacher, 384 in the model, 2 of" in reason
+    assert "teacher_sha256" not in card
+    (line,) = (line for line in skipped_lines(card, set()) if "teacher_kl" in line)
+    assert line.startswith("skipped wikitext2, teacher_kl: Teacher and student have different tok")
+    Console(width=400, file=(shown := io.StringIO())).print(scorecard_table(card))
+    assert re.search(r"^ *wikitext2, teacher_kl +skipped: Teacher", shown.getvalue(), re.MULTILINE)
+
+
+def test_a_model_too_short_for_windows_says_so(
+    tiny_llama: Path, settings: BenchmarkSettings, local_wikitext: str, tmp_path: Path
+) -> None:
+    short = make_tiny_llama(tmp_path / "short", max_position_embeddings=256)
+    asked = settings.model_copy(update={"tasks": ("wikitext2",), "limits": {}})
+    card = benchmark(short, asked, name="x", cache=tmp_path, teacher=tiny_llama)
+    told = card["tasks"]["wikitext2"]["left_out"]
+    assert list(told) == [
+        "token_perplexity_512", "token_perplexity_2048", "calibration_error", "teacher_kl",
+    ]  # fmt: skip
 
 
 def test_the_chat_template_reaches_the_prompts(models: Any, mirror: Path, tmp_path: Path) -> None:

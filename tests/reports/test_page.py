@@ -79,6 +79,10 @@ def test_a_whole_run_is_told_in_the_agreed_order(run: Path) -> None:
     assert "came back" in page.text
     assert "within noise" in page.text
     assert "hellaswag: " in page.text
+    left_out = "wikitext2, token_perplexity_2048"
+    assert f"{left_out}: the model has 512 positions." in page.text
+    markdown = (run / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    assert f"- {left_out} was skipped: the model has 512 positions.\n" in markdown
     assert "3 of 4 (75%)" in page.text
     assert "shearling run tiny --set distill.tokens=6144" in page.text
     drawn = [attrs["data-chart"] for _, attrs in page.elements if "data-chart" in attrs]
