@@ -109,6 +109,19 @@ class Writing:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What a training writes while it works, and waits for."""
+
+    bytes: float
+    """Of a checkpoint."""
+    every: float
+    """Seconds between two of them."""
+    steps: int
+    best: float
+    """Bytes of the weights that are kept as the best so far, if each evaluation is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Cost:
     """A stage's needs. ``flops`` are by arithmetic: product (the fast dtype), float32, float64."""
 
@@ -129,6 +142,8 @@ class Cost:
     """The dtype of the products, where the stage says it."""
     most_processes: int = 1
     """That can share it."""
+    saving: Saving | None = None
+    """What it writes besides ``moved``."""
 
     def moments_of(self, processes: int) -> list[Moment]:
         """Those that come where so many share the stage."""
@@ -695,20 +710,27 @@ def distill_cost(
     }
     moments += _file_moments(teachers, student, between, kept, width=width, on_cpu=on_cpu)
     state = 4.0 * parameters + held["optimizer"] + held["average"]
+    keeps_best = settings.keep == "best" and settings.evaluate_every > 0
+    bests = (steps - 1) // settings.evaluate_every if keeps_best else 0
     return Cost(
         moments=tuple(moments),
         disk=parameters * dtype_bytes + cached,
         cached=cached,
         # The new checkpoint is whole before the old one goes; beside them lie the best weights,
         # and those that the old one names.
-        scratch=2 * state
-        + (8.0 * parameters if settings.keep == "best" and settings.evaluate_every else 0.0),
+        scratch=2 * state + (8.0 * parameters if keeps_best else 0.0),
         flops={"product": flops},
         tokens=tokens,
         product=product,
         # Each takes a window of the step at least; a split student can't write.
         most_processes=1 if settings.on_policy else step_tokens // window,
         writing=_on_policy(teachers, student, settings, window, micro, tokens, width),
+        saving=Saving(
+            bytes=state,
+            every=settings.save_every_seconds,
+            steps=steps,
+            best=4.0 * parameters * bests,
+        ),
         moved=float(dtype_bytes * (2 * parameters + sum(t.parameters for t in teachers))),
     )
 
