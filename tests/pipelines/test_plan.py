@@ -68,7 +68,6 @@ def test_a_teacher_that_is_known_by_name_need_not_be_here(big: dict[str, Any]) -
 
 
 def test_a_stage_that_does_not_fit_says_how_many_processes_it_needs(big: dict[str, Any]) -> None:
-    big["stages"][1]["micro_batch_windows"] = 2
     plan = planned(big, "a100-40gb")
     distill = row(plan, "distill")
     assert distill["least_processes"] > 1
@@ -197,6 +196,13 @@ def test_models_and_checkpoints_pass_through_the_hosts_memory(big: dict[str, Any
     big["teacher"]["model"] = "meta-llama/Llama-3.1-70B"
     assert beside(1) == 2 * 70_553_706_496  # as it is read
     assert beside(4) < 9 * student
+
+
+def test_of_a_split_model_each_process_has_the_embeddings_whole(big: dict[str, Any]) -> None:
+    """The student's in float32; the live teacher's two matrices in the products' dtype."""
+    one, many = (row(planned(big, processes=count), "distill")["memory"] for count in (1, 8))
+    assert "gathered embeddings" not in one
+    assert many["gathered embeddings"] == 128_256 * (4 * 3072 + 2 * 2 * 4096)
 
 
 def test_processes_on_one_cpu_share_what_one_of_them_gathers(big: dict[str, Any]) -> None:
