@@ -54,8 +54,9 @@ SHARDED = frozenset(
 )
 """What is divided among processes, most of it by FSDP; the rest each process has for itself, the
 layers too that are gathered just now."""
-GATHERED = "gathered student"
-"""What only the first process has."""
+GATHERED, ENDS = "gathered student", "gathered embeddings"
+"""What only the first process has; and what each of several has whole, where a single one has it
+among its weights."""
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 Bytes = Mapping[str, float]
@@ -82,14 +83,22 @@ class Moment:
 
     def together_bytes(self, processes: int) -> float:
         """Of all processes, where they and their devices have one memory."""
-        held, once = (*self.device.items(), *self.host.items()), SHARDED | {GATHERED}
-        sizes = (size if name in once else processes * size for name, size in held)
+        held = (share_of(self.device, processes), share_of(self.host, processes))
+        sizes = (
+            size if name == GATHERED else processes * size
+            for part in held
+            for name, size in part.items()
+        )
         return sum(sizes) + processes * LIBRARIES
 
 
 def share_of(held: Bytes, processes: int) -> dict[str, float]:
     """What one of the processes has of it."""
-    return {name: size / processes if name in SHARDED else size for name, size in held.items()}
+    return {
+        name: size / processes if name in SHARDED else size
+        for name, size in held.items()
+        if name != ENDS or processes > 1
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +115,19 @@ class Writing:
     flops: float
     bytes: float
     """Read and written in the device's memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What a training writes while it works, and waits for."""
+
+    bytes: float
+    """Of a checkpoint."""
+    every: float
+    """Seconds between two of them."""
+    steps: int
+    best: float
+    """Bytes of the weights that are kept as the best so far, if each evaluation is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +151,8 @@ class Cost:
     """The dtype of the products, where the stage says it."""
     most_processes: int = 1
     """That can share it."""
+    saving: Saving | None = None
+    """What it writes besides ``moved``."""
 
     def moments_of(self, processes: int) -> list[Moment]:
         """Those that come where so many share the stage."""
@@ -642,6 +666,8 @@ def distill_cost(
         "average": 4.0 * parameters if settings.ema else 0.0,
         NARROW: narrow_weights,
         "gathered layers": 2.0 * width * max(s.layer_parameters for s in (student, *teachers)),
+        ENDS: 4.0 * student.embedding_parameters
+        + sum(1.0 * width * t.embedding_parameters for t in teachers if live),
         "activations": activations,
         "mask": MASK * micro * window,
         "logits": chunk * vocabulary * (2.0 * width) + 4.0 * tables[0] + width * sum(tables),
@@ -683,6 +709,7 @@ def distill_cost(
             "weights": 4.0 * parameters,
             "teacher": float(width * max((t.parameters for t in teachers), default=0)),
             "gathered layers": held["gathered layers"],
+            ENDS: 1.0 * width * max((t.embedding_parameters for t in teachers), default=0),
             "logits": 3.0 * 4 * min(window, MICRO_TOKENS) * vocabulary,
             "activations": max(window, MICRO_TOKENS)
             * max((answer_bytes(each, window, product) for each in teachers), default=0.0),
@@ -697,20 +724,27 @@ def distill_cost(
         teachers, student, between, kept, width=width, stored=dtype_bytes, on_cpu=on_cpu
     )
     state = 4.0 * parameters + held["optimizer"] + held["average"]
+    keeps_best = settings.keep == "best" and settings.evaluate_every > 0
+    bests = (steps - 1) // settings.evaluate_every if keeps_best else 0
     return Cost(
         moments=tuple(moments),
         disk=parameters * dtype_bytes + cached,
         cached=cached,
         # The new checkpoint is whole before the old one goes; beside them lie the best weights,
         # and those that the old one names.
-        scratch=2 * state
-        + (8.0 * parameters if settings.keep == "best" and settings.evaluate_every else 0.0),
+        scratch=2 * state + (8.0 * parameters if keeps_best else 0.0),
         flops={"product": flops},
         tokens=tokens,
         product=product,
         # Each takes a window of the step at least; a split student can't write.
         most_processes=1 if settings.on_policy else step_tokens // window,
         writing=_on_policy(teachers, student, settings, window, micro, tokens, width),
+        saving=Saving(
+            bytes=state,
+            every=settings.save_every_seconds,
+            steps=steps,
+            best=4.0 * parameters * bests,
+        ),
         moved=float(dtype_bytes * (2 * parameters + sum(t.parameters for t in teachers))),
     )
 

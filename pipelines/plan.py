@@ -18,6 +18,7 @@ from pipelines.estimate import (
     LIBRARIES,
     Cost,
     Moment,
+    Saving,
     Writing,
     benchmark_cost,
     distill_cost,
@@ -48,7 +49,9 @@ PLAN_FILE = "plan.json"
 TOKENISING = 100_000.0
 """Tokens a second and core (measured: tests/bench/bench_tokenising.py)."""
 DISK = 0.5e9
-"""Bytes a second, read or written and hashed; a guess for a common disk."""
+"""Bytes a second, read or written and hashed, of all processes; a guess for a common disk."""
+SAVES_APART = 20.0
+"""How many times as long as a checkpoint takes a training waits for the next, at least."""
 LAYER_STEP = 0.8e-3
 """Seconds that a layer takes for one step of writing, however small it is (measured on a CPU;
 launching a GPU's kernels is of that order)."""
@@ -330,7 +333,7 @@ def _row(
         "scratch_bytes": round(cost.scratch),
         "tokens": cost.tokens,
         "flops": float(f"{_all_flops(cost):.6g}"),
-        "seconds": round(seconds(kind, cost, machine) / divided, 1),
+        "seconds": round(seconds(kind, cost, machine, divided), 1),
         "least_processes": least,
         "most_processes": most,
     }
@@ -348,12 +351,26 @@ def _parts(moment: Moment, machine: Machine, processes: int) -> dict[str, float]
     return {name: size for name, size in parts.items() if size}
 
 
-def seconds(kind: str, cost: Cost, machine: Machine) -> float:
-    """Time of one process: each arithmetic at its share of the machine's rate, and the disk."""
-    spent = OPENING.get(kind, 0.0) + cost.moved / DISK
+def seconds(kind: str, cost: Cost, machine: Machine, processes: int) -> float:
+    """Time of a step: what its processes share, the disk, that is one, and the libraries."""
+    working = _working_seconds(kind, cost, machine) / processes
+    saving = saving_seconds(cost.saving, working) if cost.saving else 0.0
+    return OPENING.get(kind, 0.0) + cost.moved / DISK + working + saving
+
+
+def saving_seconds(saving: Saving, working: float) -> float:
+    """Time in which a training that works for so long waits for its checkpoints to be written."""
+    each = saving.bytes / DISK
+    between = max(saving.every, SAVES_APART * each, working / saving.steps)
+    return working // between * each + saving.best / DISK
+
+
+def _working_seconds(kind: str, cost: Cost, machine: Machine) -> float:
+    """Time of one process: each arithmetic at its share of the machine's rate."""
     if kind == "transfer_set":
         written = cost.writing.tokens if cost.writing else 0
-        return spent + (cost.tokens - written) / TOKENISING + writing_seconds(cost.writing, machine)
+        return (cost.tokens - written) / TOKENISING + writing_seconds(cost.writing, machine)
+    spent = 0.0
     product = machine.rates[cost.product or machine.precision("auto")]
     for arithmetic, flops in cost.flops.items():
         if arithmetic == "product":
@@ -418,7 +435,7 @@ def _assumptions(machine: Machine) -> list[str]:
     return [
         f"{machine.name}: TFLOP/s {rates} ({machine.source})",
         f"of these rates the stages reach: {shares}",
-        f"a disk moves {DISK / 1e9:g} GB/s; downloads are not counted",
+        f"a disk moves {DISK / 1e9:g} GB/s, of all processes; downloads are not counted",
         "benchmarks: a rough number of tokens for each task",
     ]
 

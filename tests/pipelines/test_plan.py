@@ -60,14 +60,14 @@ def test_a_teacher_that_is_known_by_name_need_not_be_here(big: dict[str, Any]) -
     # Twice the parameters forward, four times backward, and the teacher's forward pass.
     least = 10**9 * (6 * 3.21e9 + 2 * 7.5e9)
     assert least < distill["flops"] < 1.3 * least
-    assert distill["seconds"] == pytest.approx(distill["flops"] / (8 * 0.4 * 989.4e12), rel=0.02)
+    work = distill["flops"] / (8 * 0.4 * 989.4e12)
+    assert work < distill["seconds"] < 1.07 * work  # it opens, reads, and saves
     assert distill["memory"]["teacher"] == pytest.approx(2 * 8_030_261_248 / 8, rel=1e-6)
     assert not plan["warnings"]
     assert json.loads(json.dumps(plan)) == plan
 
 
 def test_a_stage_that_does_not_fit_says_how_many_processes_it_needs(big: dict[str, Any]) -> None:
-    big["stages"][1]["micro_batch_windows"] = 2
     plan = planned(big, "a100-40gb")
     distill = row(plan, "distill")
     assert distill["least_processes"] > 1
@@ -198,6 +198,13 @@ def test_models_and_checkpoints_pass_through_the_hosts_memory(big: dict[str, Any
     assert beside(4) < 9 * student
 
 
+def test_of_a_split_model_each_process_has_the_embeddings_whole(big: dict[str, Any]) -> None:
+    """The student's in float32; the live teacher's two matrices in the products' dtype."""
+    one, many = (row(planned(big, processes=count), "distill")["memory"] for count in (1, 8))
+    assert "gathered embeddings" not in one
+    assert many["gathered embeddings"] == 128_256 * (4 * 3072 + 2 * 2 * 4096)
+
+
 def test_processes_on_one_cpu_share_what_one_of_them_gathers(big: dict[str, Any]) -> None:
     recipe = check_recipe(big)
     facts, cpu = teacher_facts(recipe.teacher), replace(named_machine("h200"), device="cpu")
@@ -209,6 +216,29 @@ def test_processes_on_one_cpu_share_what_one_of_them_gathers(big: dict[str, Any]
     moment = Moment(what="finish", device={"weights": 6.0}, host={"gathered student": 8.0})
     assert moment.together_bytes(3) == 6 + 8 + 3 * LIBRARIES
     assert moment.host_bytes(3) == 8 + LIBRARIES
+
+
+def test_checkpoints_take_their_time(big: dict[str, Any]) -> None:
+    """38.6 GB of a 3B with AdamW at half a gigabyte a second, and the best weights so far."""
+    stage, disk = big["stages"][1], 0.5e9
+    stage |= {"optimizer": "adamw", "keep": "last"}
+
+    def lasts(processes: int = 8, **settings: Any) -> float:
+        stage.update(settings)
+        return float(row(planned(big, processes=processes), "distill")["seconds"])
+
+    each = 12 * 3_212_749_824 / disk
+    never = lasts(save_every_seconds=1e9)
+    # However often it is asked for, 20 parts of 21 go to the work.
+    assert lasts(save_every_seconds=0) == lasts(save_every_seconds=60) > never
+    assert 0.04 * never < lasts(save_every_seconds=60) - never <= 0.05 * never
+    assert lasts(save_every_seconds=3600) - never == pytest.approx(never // 3600 * each, abs=0.2)
+    # All processes write to one disk; 64 are done before it would be time for one.
+    assert lasts(64, save_every_seconds=60) - lasts(64, save_every_seconds=1e9) == 0
+    stage["evaluate_every"] = 1000  # of 3815 steps
+    assert lasts(8, keep="best", save_every_seconds=1e9) - lasts(8, keep="last") == pytest.approx(
+        3 * 4 * 3_212_749_824 / disk, abs=0.2
+    )
 
 
 def test_kept_hidden_states_take_their_disk(big: dict[str, Any]) -> None:
@@ -368,7 +398,7 @@ def test_a_plan_is_whole_on_a_narrow_terminal(width: int) -> None:
             assert not number or words.count(number) in numbers
         assert format_bytes(row["memory_bytes"]) in numbers
         assert row["moment"] in memory
-    assert re.search(r"^distill .* 7 h 41 min\b", printed, re.MULTILINE)
+    assert re.search(r"^distill .* 8 h 12 min\b", printed, re.MULTILINE)
     assert re.search(r"^distill .* 2-256\b", printed, re.MULTILINE)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.accelerators import named_machine
+from pipelines.display import format_bytes, format_seconds
 from pipelines.plan import make_plan, teacher_facts
 from pipelines.recipe import DistillStage, load_recipe, shipped_recipes
 
@@ -67,3 +68,34 @@ def test_large_students_are_measured_as_far_as_they_are_taught(name: str) -> Non
 
 def test_a_halved_llama_is_half() -> None:
     assert STUDENTS["llama-1-7b-halved"][0] / 6_738_415_616 == pytest.approx(0.5, abs=0.001)
+
+
+def sizes_page() -> str:
+    """The table of docs/CLUSTERS.md. With 512 GPUs a step needs more windows than the recipe's."""
+    memory = ["memory per GPU", "host's memory, first process"]
+    rows = [["H100", "`batch_tokens`", *memory, "distillation", "whole run"]]
+    for processes in (8, 64, 512):
+        recipe = load_recipe("llama-3.1-8b-to-3b")
+        (stage,) = (each for each in recipe.stages if isinstance(each, DistillStage))
+        batch = max(stage.batch_tokens, processes * recipe.transfer_set.window)
+        recipe = load_recipe("llama-3.1-8b-to-3b", [f"distill.batch_tokens={batch}"])
+        facts = teacher_facts(recipe.teacher)
+        plan = make_plan(recipe, facts, named_machine("h100-sxm"), processes=processes)
+        (row,) = (row for row in plan["stages"] if row["kind"] == "distill")
+        told = [
+            str(processes),
+            f"{batch:,}",
+            format_bytes(row["memory_bytes"]),
+            format_bytes(row["host_bytes"]),
+            format_seconds(row["seconds"]),
+            format_seconds(plan["total"]["seconds"]),
+        ]
+        rows.append(told)
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *lines])
+
+
+def test_the_page_on_sizes_is_what_the_plan_says() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "CLUSTERS.md").read_text()
+    table = sizes_page()
+    assert table in page, f"docs/CLUSTERS.md should have:\n{table}"
