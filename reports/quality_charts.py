@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from reports.chart import Chart, colours_of, finish, values
+from reports.chart import Chart, finish, shortened, told_apart, values
 from reports.compare import headline_metrics
 from reports.groups import whole_results
 from reports.pace import WRITES, Pace, measured_pace
@@ -191,10 +191,11 @@ def _quality(
         ]
     if len(rows) < 2:
         return None
+    _label(rows, measure)
     x = alt.X(
         "x:Q",
         title=axis,
-        scale=alt.Scale(zero=False, nice=False, padding=60),
+        scale=alt.Scale(zero=False, nice=False, padding=20),
         axis=alt.Axis(tickCount=6),
     )
     y = alt.Y(
@@ -204,27 +205,24 @@ def _quality(
         axis=alt.Axis(tickCount=5, format="~g" if measure.logarithmic else "%"),
     )
     runs = list(dict.fromkeys(row["run"] for row in rows))
-    colour = alt.Color(
-        "run:N",
-        scale=colours_of(runs),
-        title=None,
-        legend=alt.Legend() if len(runs) > 1 else None,
-    )
+    looks = told_apart("run", runs, by="shape", legend=len(runs) > 1)
     base = alt.Chart(values(rows))
     path = base.mark_line(strokeDash=[4, 4], strokeWidth=1.2).encode(
-        x, y, order="order:Q", color=colour
+        x, y, order="order:Q", color=looks["color"]
     )
     bars = base.mark_rule(strokeWidth=1.5).encode(x, alt.Y("low:Q", title=""), alt.Y2("high:Q"))
     across = base.mark_rule(strokeWidth=1.5).encode(alt.X("slow:Q", title=""), alt.X2("fast:Q"), y)
     points = base.mark_point(filled=True, size=110, opacity=1).encode(
-        x, y, color=colour, tooltip=["run:N", "model:N", "x:Q", "quality:Q"]
+        x, y, tooltip=["run:N", "model:N", "x:Q", "quality:Q"], **looks
     )
     # The same text twice: first a halo in the paper's colour, or the bars would cross it out.
     halo, ink = (
-        base.mark_text(align="center", dy=-16, **look).encode(x, y, text="label:N")
+        base.mark_text(align={"expr": "datum.align"}, dy=-16, **look).encode(x, y, text="label:N")
         for look in ({"stroke": "var(--sheet)", "strokeWidth": 5, "strokeJoin": "round"}, {})
     )
-    said = "; ".join(f"{told(row['x'])}: {row['label']}" for row in rows)
+    said = "; ".join(
+        f"{told(row['x'])}: {row['model']} · {measure.show(row['quality'])}" for row in rows
+    )
     return finish(
         name,
         title,
@@ -264,12 +262,30 @@ def _points(run: Run, measure: Measure, of: Any) -> list[Data]:
                 "quality": value,
                 "low": max(value - spread, value / 10),
                 "high": value + spread,
-                "label": f"{stage.name} · {measure.show(value)}",
             }
         )
     return rows
 
 
+def _label(rows: Sequence[Data], measure: Measure) -> None:
+    """Give the rows the names that stand beside their points, and a side where there is room.
+
+    Of many points only the first, the last and the best that a run has made have one.
+    """
+    named = list(range(len(rows)))
+    if len(rows) > _MOST_LABELS:
+        made = [place for place in named if rows[place]["order"]] or named
+        best = min if measure.logarithmic else max
+        named = [0, len(rows) - 1, best(made, key=lambda place: rows[place]["quality"])]
+    least, most = (limit(row["x"] for row in rows) for limit in (min, max))
+    for place, row in enumerate(rows):
+        across = (row["x"] - least) / (most - least) if most > least else 0.5
+        row["align"] = "left" if across < 1 / 3 else "right" if across > 2 / 3 else "center"
+        text = f"{shortened(row['model'])} · {measure.show(row['quality'])}"
+        row["label"] = text if place in named else ""
+
+
+_MOST_LABELS = 8
 _MOST_NATS = 700.0  # exp of more is no number
 
 
@@ -307,14 +323,14 @@ def quality_by_position(run: Run) -> Chart | None:
         scale=alt.Scale(type="log", nice=False, padding=20),
         axis=alt.Axis(tickCount=5),
     )
-    colour = alt.Color("model:N", scale=colours_of(names), title=None)
+    looks = told_apart("model", names, by="shape")
     base = alt.Chart(values(rows))
     bars = base.mark_rule(strokeWidth=1.2).encode(
-        x, alt.Y("low:Q", title=""), alt.Y2("high:Q"), color=colour
+        x, alt.Y("low:Q", title=""), alt.Y2("high:Q"), color=looks["color"]
     )
-    line = base.mark_line().encode(x, y, color=colour)
+    line = base.mark_line().encode(x, y, color=looks["color"])
     points = base.mark_point(filled=True, size=50, opacity=1).encode(
-        x, y, color=colour, tooltip=["model:N", "positions:N", "perplexity:Q"]
+        x, y, tooltip=["model:N", "positions:N", "perplexity:Q"], **looks
     )
     longest = max((s.scorecard or {})["by_position"]["window"] or 0.0 for s in run.measured)
     said = "; ".join(
@@ -362,16 +378,16 @@ def tasks_by_model(run: Run) -> Chart | None:
     y = alt.Y("task:N", title=None, sort=tasks)
     offset = alt.YOffset("model:N", sort=names)
     base = alt.Chart(values(rows))
-    colour = alt.Color("model:N", scale=colours_of(names), title=None)
+    looks = told_apart("model", names, by="shape")
     x = alt.X(
         "value:Q", title="share of right answers", axis=alt.Axis(format="%", tickCount=5),
         scale=alt.Scale(domain=[0, 1]),
     )  # fmt: skip
     bars = base.mark_rule(strokeWidth=2).encode(
-        alt.X("low:Q"), alt.X2("high:Q"), y, yOffset=offset, color=colour
+        alt.X("low:Q"), alt.X2("high:Q"), y, yOffset=offset, color=looks["color"]
     )
     points = base.mark_point(filled=True, size=70, opacity=1).encode(
-        x, y, yOffset=offset, color=colour, tooltip=["model:N", "task:N", "value:Q"]
+        x, y, yOffset=offset, tooltip=["model:N", "task:N", "value:Q"], **looks
     )
     chance_marks = (
         alt.Chart(values(list({row["task"]: row for row in guesses}.values())))

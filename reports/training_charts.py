@@ -12,7 +12,7 @@ from typing import Any
 
 import altair as alt
 
-from reports.chart import SERIES, Chart, colours_of, finish, values
+from reports.chart import SERIES, Chart, finish, told_apart, values
 from reports.run_folder import Data, Run, Stage, as_list, as_number
 from reports.words import significant
 
@@ -139,8 +139,8 @@ def _by_name(lines: Any, field: str, names: Sequence[str], title: str, *, zero: 
     return lines.encode(
         _tokens_axis(),
         alt.Y("value:Q", title=title, scale=alt.Scale(zero=zero)),
-        alt.Color(f"{field}:N", scale=colours_of(names), title=None),
         tooltip=[f"{field}:N", "tokens:Q", "value:Q"],
+        **told_apart(field, names, by="strokeDash"),
     )
 
 

@@ -229,6 +229,21 @@ def run(models: Models, cards: dict[str, dict[str, Any]], tmp_path: Path) -> Pat
     return folder
 
 
+@pytest.fixture
+def crowded_run(run: Path) -> Path:
+    """The run with twenty models, whose names are as long as a recipe allows."""
+    journal = read_json(run / "run.json")
+    card = read_json(run / "stages" / "distill" / "scorecard.json")
+    for number in range(17):
+        name = f"{'prune-and-distill-' * 4}"[:62] + f"{number:02}"
+        folder = run / "stages" / name
+        folder.mkdir()
+        write_json(folder / "scorecard.json", card | {"parameters": 9000 + 900 * number})
+        journal["stages"].append({"name": name, "kind": "distill", "state": "done"})
+    write_json(run / "run.json", journal)
+    return run
+
+
 def poison(data: Any) -> Any:
     """The data with every text replaced by, and every key of a task or metric made, hostile."""
     if isinstance(data, dict):

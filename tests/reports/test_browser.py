@@ -155,6 +155,31 @@ def test_the_report_in_a_browser(chromium: Browser, run: Path, width: int, schem
     assert dark == (scheme == "dark")
 
 
+BACKWARDS = """() => [...document.querySelectorAll(".role-axis")].filter((axis) => {
+  const labels = [...axis.querySelectorAll(".role-axis-label text")]
+    .map((e) => [e.getBoundingClientRect(), parseFloat(e.textContent.replace(/,/g, ""))])
+    .filter(([, number]) => !Number.isNaN(number)).sort(([a], [b]) => a.left - b.left);
+  const lies = labels.length > 1 && Math.abs(labels[0][0].top - labels[1][0].top) < 2;
+  return lies && labels[0][1] > labels.at(-1)[1];
+}).length"""
+CUT_OFF = """() => [...document.querySelectorAll("[data-chart] svg")].filter((svg) => {
+  const edge = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll("text")].some((text) => {
+    const place = text.getBoundingClientRect();
+    return place.right > edge.right + 1 || place.left < edge.left - 1;
+  });
+}).length"""
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_twenty_models_with_long_names_fit_their_charts(
+    chromium: Browser, crowded_run: Path, width: int
+) -> None:
+    seen = look(chromium, write_report(crowded_run), width)
+    assert seen.number(OVERFLOW) <= 0
+    assert seen.page.evaluate(BACKWARDS) == seen.page.evaluate(CUT_OFF) == 0
+
+
 def test_the_tables_of_a_whole_run_fit_a_desk(chromium: Browser, run: Path) -> None:
     seen = look(chromium, write_report(run), 1200)
     fits = "(e) => e.scrollWidth - e.clientWidth"

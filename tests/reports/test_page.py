@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -10,11 +11,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from reports import words
+from reports.chart import SERIES, told_apart
 from reports.charts import make_charts
 from reports.page import (
+    TEMPLATES,
     markdown_cell,
     render_markdown,
     report_data,
@@ -380,6 +384,48 @@ def test_a_stage_name_cannot_lead_out_of_the_run(run: Path, tmp_path: Path) -> N
     journal["stages"].append({"name": "../../../secret", "kind": "x"})
     write_json(run / "run.json", journal)
     assert "SECRET" not in parse(run).text
+
+
+def test_no_two_models_look_alike(crowded_run: Path) -> None:
+    found = read_run(crowded_run)
+    names = [stage.name for stage in found.measured]
+    looks = told_apart("model", names, by="shape")
+    ranges = [looks[channel].to_dict()["scale"]["range"] for channel in ("color", "shape")]
+    assert len(set(zip(*ranges, strict=True))) == len(names) == 20
+    assert set(told_apart("model", names[:8], by="shape")) == {"color"}
+    chart = next(chart for chart in make_charts(found) if chart.name == "quality-by-size")
+    labels = [row["label"] for row in chart.spec["data"]["values"] if row["label"]]
+    assert 2 <= len(labels) <= 3  # of so many points
+    assert labels[0].startswith("teacher · ")
+    assert labels[-1].startswith("prune-and…une-an16 · ")
+    for stage in names:
+        assert stage in chart.numbers
+
+
+VIEWS = {
+    "everybody": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+"""What is seen of linear RGB (Machado, Oliveira, Fernandes 2009)."""
+
+
+@pytest.mark.parametrize("seen_by", VIEWS)
+def test_colours_are_told_apart_by_all_eyes(seen_by: str) -> None:
+    """Distances in Oklab (Ottosson 2020), times 100: of Okabe and Ito's eight colours 7.6."""
+    style = (TEMPLATES / "report.css").read_text()
+    series = re.findall(r"--series-\d: #(\w{6})", style)
+    assert len(series) == 3 * len(SERIES)  # in light, in the dark, on paper
+    cones = [[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]]
+    axes = [[0.2105, 0.7936, -0.0041], [1.9780, -2.4286, 0.4506], [0.0259, 0.7828, -0.8087]]
+    for start in range(0, len(series), len(SERIES)):
+        colours = series[start : start + len(SERIES)]
+        rgb = np.array([list(bytes.fromhex(colour)) for colour in colours]) / 255
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        seen = (linear @ np.transpose(VIEWS[seen_by])).clip(0, 1)
+        lab = np.cbrt(seen @ np.transpose(cones)) @ np.transpose(axes) * 100
+        assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > 12
 
 
 def test_charts_are_valid_vega_lite(run: Path) -> None:
