@@ -21,7 +21,7 @@ from reports.compare import Comparison, compare_models, written_alike
 from reports.groups import whole_results
 from reports.pace import READS, WRITES, Pace, measured_pace
 from reports.page import markdown_cell
-from reports.run_folder import Data, open_scorecard
+from reports.run_folder import Data, as_number, open_scorecard
 from shearling import ShearlingError
 
 SCHEMA = 1
@@ -161,7 +161,6 @@ def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:
     asked = {key: value for key, value in settings.items() if value is not None}
     tasks = {task: facts for task, facts in card["tasks"].items() if task in card["results"]}
     chosen = asked.get("tasks") or [task for task in whole_results(card) if task in tasks]
-    shots = {facts.get("num_fewshot") for task, facts in tasks.items() if task in chosen}
     like: dict[str, Any] = {
         "tasks": chosen,
         "limits": {
@@ -169,8 +168,6 @@ def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:
         },
         "speed": bool(card["speed"]),
     }
-    if len(shots) == 1:
-        like["num_fewshot"] = shots.pop()
     known = [facts for task, facts in tasks.items() if task in chosen]
     if not known:
         raise ShearlingError(
@@ -178,12 +175,19 @@ def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:
             "another model against.",
             hint=f"Leave --tasks out, or name some of {', '.join(tasks) or 'its tasks'}.",
         )
+    # Scorecards of earlier versions don't say what was asked; tasks of no examples have fewer.
+    most = max(as_number(facts.get("num_fewshot")) or 0 for facts in known)
+    if (shots := card.get("num_fewshot", most)) is not None:
+        like["num_fewshot"] = shots
     # Not any: some tasks go through the template by themselves.
     if all(facts.get("chat_template") for facts in known):
         like["chat_template"] = True
     for windows in ("perplexity_windows", "agreement_windows"):
         if found := tasks.get("wikitext2", {}).get(windows):
             like[windows] = found
+    names = (metric.rpartition("_") for metric in card["results"].get("wikitext2", {}))
+    if lengths := [int(n) for name, _, n in names if name == "token_perplexity" and n.isdecimal()]:
+        like["perplexity_lengths"] = lengths
     return like | asked
 
 

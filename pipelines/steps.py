@@ -167,6 +167,7 @@ def build_steps(recipe: Recipe, fingerprint: Callable[..., str]) -> list[Step]:
             recipe.benchmark,
             stage=stage,
             name=f"{stage}/benchmark",
+            seeded=False,  # questions and examples are lm-eval's own
             leave_out=frozenset({"mirror"}),
             # The students' answers are held against the teacher's.
             needs={"model": stage} | ({} if stage == "teacher" else {"teacher": "teacher"}),

@@ -44,6 +44,9 @@ from shearling import Progress, ShearlingError, __version__, silent
 from teachers.tokenizer import ids_fingerprint
 
 SCHEMA = 1
+RANDOM_SEED, FEWSHOT_SEED = 0, 1234
+"""Those of lm-eval's own command, whatever a recipe's seed: with other examples in the prompts, or
+the choices at other places, other questions would be asked."""
 BOOTSTRAPS = 1000
 ANSWER_CHARACTERS = 400
 """What is kept of a written answer."""
@@ -59,7 +62,6 @@ def benchmark(
     teacher: Path | None = None,
     size: int | None = None,
     device: str = "cpu",
-    seed: int = 0,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Measure the checkpoint folder ``model`` and return its scorecard.
@@ -68,7 +70,8 @@ def benchmark(
     ``size``: bytes of what the folder was converted from, where that is what people have on disk.
 
     {"schema", "model", "parameters", "bytes", "tokenizer_sha256": of the ids that it gives a text,
-    "teacher_sha256": of the teacher's files, "results": {task: {metric: {"value", "stderr"}}},
+    "teacher_sha256": of the teacher's files, "num_fewshot": as asked for,
+    "results": {task: {metric: {"value", "stderr"}}},
     "tasks": {task: facts that must agree before two scorecards may be compared, chance, and of a
     task that a group of tasks counts, which `group`},
     "skipped": {task: reason}, "speed", "peak_memory_bytes", "completions", "versions",
@@ -92,6 +95,7 @@ def benchmark(
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "bytes": weights if size is None else size,
         "tokenizer_sha256": ids_fingerprint(tokenizer),
+        "num_fewshot": settings.num_fewshot,
         "results": {},
         "tasks": {},
         "skipped": {},
@@ -107,7 +111,7 @@ def benchmark(
         lm = PrefixLM(loaded, tokenizer, batch_size=settings.batch_size, progress=progress)
     for task_name in settings.tasks:
         lm.what = task_name
-        _run_task(task_name, lm, settings, card, cache=cache, seed=seed, progress=progress)
+        _run_task(task_name, lm, settings, card, cache=cache, progress=progress)
     reading, has_text = None, "wikitext2" in card["results"]
     if has_text:
         text = wikitext.raw_test_text(cache)
@@ -158,13 +162,15 @@ def _run_task(
     card: dict[str, Any],
     *,
     cache: Path,
-    seed: int,
     progress: Progress,
 ) -> None:
     """Evaluate one task (or one of lm-eval's groups) and add what came out to the scorecard."""
     limit = settings.limits.get(name, settings.limit)
     with tempfile.TemporaryDirectory(prefix="shearling-tasks-") as folder, quiet_libraries():
         task = tasks.prepare(name, settings, Path(folder), cache, progress)
+        random.seed(RANDOM_SEED)  # before loading, for some tasks shuffle their choices then
+        np.random.seed(FEWSHOT_SEED)
+        torch.manual_seed(FEWSHOT_SEED)
         loaded = load_task(task, settings, card["skipped"])
         if loaded is None:
             return
@@ -177,7 +183,6 @@ def _run_task(
                 limit=limit,
                 num_fewshot=settings.num_fewshot,
                 chat_template=in_chat,
-                seed=seed,
             )
         except OverflowError:  # lm-eval's exp of a mean loss above 709 nats
             card["skipped"][name] = "the model's loss is too large for a perplexity"
@@ -289,7 +294,6 @@ def evaluate(
     *,
     limit: int | None,
     num_fewshot: int | None,
-    seed: int,
     chat_template: bool = False,
 ) -> dict[str, Any]:
     """lm-eval's `evaluate`, prepared as its `simple_evaluate` does.
@@ -300,16 +304,13 @@ def evaluate(
     """
     from lm_eval.evaluator import evaluate as run
 
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
         if num_fewshot is not None and own != 0:
             task.set_config(key="num_fewshot", value=num_fewshot)
         elif own is None:
             task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seed)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
     results: dict[str, Any] = run(
         lm=lm,
         task_dict=loaded,

@@ -5,6 +5,7 @@ Nothing here knows HTML. The same view makes report.html and report.md.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -178,10 +179,9 @@ def hashes(run: Run) -> list[tuple[str, str]]:
 def commands(run: Run) -> list[str]:
     """How to do it again."""
     again = run.journal.get("command") or run.lock.get("command")
-    folder = str(run.folder)
     return [
         *([str(again)] if again else []),
-        f"shearling report {folder}",
+        f"shearling report {shlex.quote(str(run.folder))}",
     ]
 
 

@@ -24,7 +24,6 @@ def run(settings: BenchmarkSettings, context: Context) -> dict[str, Any]:
         cache=context.cache,
         teacher=teacher / "model" if teacher else None,
         device=context.device,
-        seed=context.seed,
         progress=context.progress,
     )
     write_json(context.out / "scorecard.json", scorecard)

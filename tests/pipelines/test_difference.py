@@ -163,17 +163,24 @@ def test_settings_follow_the_scorecard(measured_run: Path) -> None:
     card["tasks"]["copa"]["limit"] = 3
     like = settings_like(card, {"limit": None, "mirror": "here"})
     assert like == {
-        "tasks": ["copa"], "limits": {"copa": 3}, "num_fewshot": 0, "speed": False,
-        "mirror": "here",
+        "tasks": ["copa"], "limits": {"copa": 3}, "speed": False, "mirror": "here",
     }  # fmt: skip
+    card["num_fewshot"] = 2
+    assert settings_like(card, {})["num_fewshot"] == 2
     card["tasks"]["copa"]["chat_template"] = True
     card["tasks"]["wikitext2"] = {"agreement_windows": 2, "chat_template": True}
-    card["results"]["wikitext2"] = {}
+    metrics = ("word_perplexity", "token_perplexity_64", "token_perplexity_256")
+    card["results"]["wikitext2"] = {metric: {"value": 9.0, "stderr": None} for metric in metrics}
     like = settings_like(card, {})
+    assert like["perplexity_lengths"] == [64, 256]
     assert like["chat_template"]
     assert like["agreement_windows"] == 2
     card["tasks"]["wikitext2"]["chat_template"] = False  # copa alone went through it
     assert "chat_template" not in settings_like(card, {})
+    del card["num_fewshot"]  # of an earlier version: wikitext2 shows no examples
+    card["tasks"]["copa"]["num_fewshot"] = 5
+    card["tasks"]["wikitext2"]["num_fewshot"] = 0
+    assert settings_like(card, {})["num_fewshot"] == 5
     with pytest.raises(ShearlingError, match="not measured on piqa"):
         settings_like(card, {"tasks": ["piqa"]})
 

@@ -35,6 +35,7 @@ from reports.benchmark import (
     benchmark,
     finite,
     floors,
+    hash_of_samples,
     keep_samples,
     load_task,
     read_metrics,
@@ -139,6 +140,27 @@ def test_numbers_are_those_of_simple_evaluate_with_stock_hflm(
         assert found["piqa"][metric]["value"] == expected["piqa"][f"{metric},none"]
         stderr = expected["piqa"][f"{metric}_stderr,none"]
         assert found["piqa"][metric]["stderr"] == pytest.approx(stderr)
+
+
+def test_examples_in_the_prompts_are_those_of_stock_lm_eval(
+    models: Any, settings: BenchmarkSettings, tmp_path: Path
+) -> None:
+    asked = settings.model_copy(update={"tasks": ("piqa",), "limits": {}, "num_fewshot": 3})
+    card = benchmark(models.teacher, asked, name="x", cache=tmp_path)
+    with quiet_libraries():
+        prepare("piqa", settings, tmp_path, tmp_path, silent)
+        model, tokenizer = load_model(models.teacher)
+        stock = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+            tasks=["piqa"],
+            num_fewshot=3,
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+            bootstrap_iters=10,
+        )
+    assert card["tasks"]["piqa"]["hash"] == hash_of_samples(stock["samples"]["piqa"])
+    value = card["results"]["piqa"]["acc"]["value"]
+    assert value == stock["results"]["piqa"]["acc,none"]
+    assert (card["num_fewshot"], card["tasks"]["piqa"]["num_fewshot"]) == (3, 3)
 
 
 def test_token_perplexity_is_what_the_formats_say(

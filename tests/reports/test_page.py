@@ -368,6 +368,21 @@ def test_no_text_can_become_markup(hostile_run: Path) -> None:
     assert "<script" not in fenced.replace("\\<", "")
 
 
+def test_names_in_captions_and_commands_stay_names(run: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "my runs" / "tiny"
+    shutil.copytree(run, moved)
+    journal = read_json(moved / "run.json")
+    journal["stages"][-1]["name"] = "<b>*last*"
+    write_json(moved / "run.json", journal)
+    (moved / "stages" / "distill").rename(moved / "stages" / "<b>*last*")
+    (moved / "recipe.yaml").write_text("name: a *run* <b>\n")
+    write_report(moved, run)
+    markdown = (moved / "report.md").read_text(encoding="utf-8")
+    assert "Is \\<b\\>\\*last\\* worse than the teacher" in markdown
+    assert "to that of a \\*run\\* \\<b\\>, from the same documents" in markdown
+    assert f"shearling report '{moved}'\n" in markdown
+
+
 def test_json_and_scripts_cannot_close_their_element() -> None:
     assert "</" not in script_json({"x": HOSTILE})
     assert json.loads(str(script_json({"x": HOSTILE}))) == {"x": HOSTILE}
