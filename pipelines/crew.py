@@ -156,7 +156,8 @@ def follow() -> None:
         context = Context(
             name=told["name"],
             inputs={role: Path(path) for role, path in told["inputs"].items()},
-            history=(),  # only an export looks at it, which rank 0 makes alone
+            history=(),  # only an export looks at these, which rank 0 makes alone
+            tried=(),
             seed=told["seed"],
             benchmark=BenchmarkSettings(),  # only the transfer set looks at it, on rank 0 alone
             device=told["device"],

@@ -122,13 +122,15 @@ def write_card(
     *,
     name: str,
     history: Sequence[str],
+    tried: Sequence[str] = (),
     export: Mapping[str, Any],
     text: Mapping[str, Any] | None = None,
 ) -> None:
     """The model card beside an exported model.
 
-    ``history`` are the kinds of stages that made it out of the teacher, ``export`` is what
-    ``export_checkpoint`` returned, ``text`` the transfer set's facts.
+    ``history`` are the kinds of stages that made it out of the teacher, ``tried`` those of which
+    nothing was kept, ``export`` is what ``export_checkpoint`` returned, ``text`` the transfer set's
+    facts.
     """
     from reports.model_card import model_card
     from shearling import write_text
@@ -138,6 +140,7 @@ def write_card(
         dict(teacher) if teacher is not None else None,
         name=name,
         history=history,
+        tried=tried,
         export=dict(export),
         text=dict(text or {}),
         origin=export["origin"],

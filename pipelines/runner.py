@@ -279,10 +279,12 @@ class _Run:
                 self.journal.row(step.stage)["seconds"] = seconds
             self.journal.progress(step.name, what, done, total, **numbers)
 
+        done, tried = history(step, self.steps, self.store)
         return Context(
             name=step.stage,
             inputs={role: self._artefact(name) for role, name in step.needs.items()},
-            history=history(step, self.steps),
+            history=done,
+            tried=tried,
             out=out,
             run=self.run,
             seed=self.recipe.seed,

@@ -20,6 +20,7 @@ from pipelines.stages import benchmark, correct, distill, export, prune, teacher
 from pipelines.stages.distill import teacher_role
 from pipelines.store import Store, stage_key
 from reports.hub import is_passing, worth_another_try
+from reports.run_folder import as_dict, kept_nothing
 from reports.tasks import mirror_file
 from shearling import without_secrets
 from students.settings import Settings
@@ -220,13 +221,19 @@ def build_steps(recipe: Recipe, fingerprint: Callable[..., str]) -> list[Step]:
     return list(builder.steps.values())
 
 
-def history(step: Step, steps: Mapping[str, Step]) -> tuple[str, ...]:
-    """Kinds of the steps that made the model which ``step`` reads out of the teacher, in order."""
-    kinds: list[str] = []
+def history(step: Step, steps: Mapping[str, Step], store: Store) -> tuple[list[str], list[str]]:
+    """Kinds of the steps that made the model which ``step`` reads out of the teacher, in order.
+
+    Then those of trainings on its way whose weights were thrown away.
+    """
+    done: list[str] = []
+    tried: list[str] = []
     while "model" in step.needs:
         step = steps[step.needs["model"]]
-        kinds.insert(0, step.kind)
-    return tuple(kind for kind in kinds if kind != "teacher")
+        summary = (store.read(step.kind, step.key) or {}).get("summary")
+        if step.kind != "teacher":
+            (tried if kept_nothing(as_dict(summary)) else done).insert(0, step.kind)
+    return done, tried
 
 
 def _forget_places(slice_: dict[str, Any]) -> None:

@@ -401,9 +401,15 @@ def floors(samples: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
 
 def _right_choice(sample: Mapping[str, Any]) -> int | None:
-    """Index of the right choice; lm-eval logs it as a number, as its digits, or as its text."""
-    target = str(sample["target"]).strip()
+    """Index of the right choice; lm-eval logs it as a number, as its digits, or as its text.
+
+    A number is an index also where a choice reads the same, as in arithmetic.
+    """
     texts = [arguments[1].strip() for arguments in sample["arguments"]]
+    target = sample["target"]
+    if isinstance(target, int):
+        return int(target) if 0 <= target < len(texts) else None
+    target = str(target).strip()
     if target in texts:
         return texts.index(target)
     return int(target) if target.isdigit() else None

@@ -23,6 +23,7 @@ from shearling import ShearlingError, __version__, write_text
 from teachers.origin import Origin, known_terms, texts
 
 DONE = {"correct": "trained on the transfer set", "prune": "pruned", "distill": "distilled"}
+TRIED = {"correct": "A training on the transfer set", "distill": "A distillation"}
 TAGS = {"prune": "pruning", "distill": "distillation"}
 
 
@@ -47,13 +48,15 @@ def write_model_card(
             f"The stage {stage} of {run} has no scorecard.",
             hint=f"Measured stages: {known}. Finish the run with `shearling run` first.",
         )
+    history, tried = found.history(stage)
     teacher = next((entry.summary for entry in found.models if entry.kind == "teacher"), {})
     path = Path(model) / "README.md"
     text = model_card(
         made.scorecard,
         found.teacher,
         name=f"{found.name}-{stage}",
-        history=found.history(stage),
+        history=history,
+        tried=tried,
         export=export,
         stage=stage,
         recipe=found.recipe_text,
@@ -70,6 +73,7 @@ def model_card(
     *,
     name: str,
     history: Sequence[str],
+    tried: Sequence[str] = (),
     export: Data | None = None,
     stage: str = "",
     recipe: str = "",
@@ -79,7 +83,8 @@ def model_card(
     """The text of a model card, front matter included.
 
     ``history`` are the kinds of stages that made the model out of the teacher, in order; a teacher
-    has none, so its card holds nothing of the run but its own results. ``stage`` is the last one's
+    has none, so its card holds nothing of the run but its own results. ``tried`` are those of
+    trainings on the way whose weights were thrown away. ``stage`` is the last one's
     name in ``recipe``, ``text`` the run's transfer_set.json, ``origin`` what ``teachers.origin``
     knows of licence and base model.
     """
@@ -95,6 +100,7 @@ def model_card(
             f"# {markdown_cell(name)}",
             "",
             *_introduction(card, teacher, history, export, texts(terms.get("base_model"))),
+            *_tried(tried),
             *_written_text(text or {}),
             "",
             "## Results",
@@ -167,6 +173,13 @@ def _done(history: Sequence[str]) -> str:
     done = [DONE.get(kind, "made") for kind in history]
     told = " and ".join(filter(None, (", ".join(done[:-1]), done[-1])))
     return told if "distill" in history or "prune" not in history else f"{told}, not distilled,"
+
+
+def _tried(kinds: Sequence[str]) -> list[str]:
+    """What is not among the things that were done, because nothing came of it."""
+    told = [TRIED[kind] for kind in dict.fromkeys(kinds) if kind in TRIED]
+    why = "was tried and not kept: no evaluation found a better model than the one before it."
+    return ["", " ".join(f"{what} {why}" for what in told)] if told else []
 
 
 def _quantised(export: Data) -> list[str]:

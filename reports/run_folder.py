@@ -45,6 +45,11 @@ class Stage:
         """What the stage itself found worth telling."""
         return as_dict(self.record.get("summary"))
 
+    @property
+    def kept_nothing(self) -> bool:
+        """Whether it trained and its model has the weights that the training began with."""
+        return kept_nothing(self.summary)
+
 
 @dataclass
 class Run:
@@ -72,17 +77,26 @@ class Run:
         """The models whose scorecard is there."""
         return [stage for stage in self.models if stage.scorecard]
 
-    def history(self, name: str) -> list[str]:
-        """Kinds of the stages that made a model out of the teacher, in order; of a teacher none."""
+    def history(self, name: str) -> tuple[list[str], list[str]]:
+        """Kinds of the stages that made a model out of the teacher, in order; of a teacher none.
+
+        Then those of trainings on its way whose weights were thrown away.
+        """
         made = [stage for stage in self.models if stage.kind != "teacher"]
         place = next((place for place, stage in enumerate(made, 1) if stage.name == name), 0)
-        return [stage.kind for stage in made[:place]]
+        done = [stage.kind for stage in made[:place] if not stage.kept_nothing]
+        return done, [stage.kind for stage in made[:place] if stage.kept_nothing]
 
     @property
     def teacher(self) -> Data | None:
         """The teacher's scorecard."""
         found = [stage.scorecard for stage in self.measured if stage.kind == "teacher"]
         return found[0] if found else None
+
+
+def kept_nothing(summary: Data) -> bool:
+    """Whether a training's summary says that it kept the weights of its start (step 0)."""
+    return as_number(summary.get("kept_step")) == 0
 
 
 def as_dict(value: Any) -> Data:

@@ -17,7 +17,7 @@ from reports.cuts import find_cuts, kept, remarks
 from reports.pace import why_no_ratio
 from reports.reality import reality_table
 from reports.rivals import rival_table
-from reports.run_folder import Data, Run, as_dict, not_measured
+from reports.run_folder import Data, Run, Stage, as_dict, not_measured
 from reports.tables import (
     TRANSFER_HASHES,
     Table,
@@ -97,6 +97,7 @@ def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> Vie
         verdict=verdict(run, judgement),
         details=[
             *verdict_details(run, judgement),
+            *_kept_nothing(student),
             *why_no_ratio(run, student),
             *closeness(student, run.teacher),
         ],
@@ -122,6 +123,16 @@ def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> Vie
         commands=commands(run),
         problems=problems(run),
     )
+
+
+def _kept_nothing(student: Stage | None) -> list[str]:
+    """That the student's last training is in none of its numbers."""
+    if student is None or not student.kept_nothing:
+        return []
+    return [
+        f"Nothing of {student.name} was kept: no evaluation found a better model than the one that "
+        "it began with, which is the one judged here."
+    ]
 
 
 def skipped(run: Run) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ class Context:
     """The stage's name in the recipe."""
     inputs: Mapping[str, Path]
     """Finished artefact folders by their role: teacher, model, transfer_set."""
-    history: tuple[str, ...] = ()
+    history: Sequence[str] = ()
     """Kinds of the stages that made the input ``model`` out of the teacher, in order."""
+    tried: Sequence[str] = ()
+    """Kinds of trainings on its way whose weights were thrown away."""
     out: Path
     """The folder to fill. It is empty unless the stage is resumable and was interrupted."""
     run: Path

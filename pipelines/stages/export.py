@@ -38,6 +38,7 @@ def run(settings: ExportStage, context: Context) -> dict[str, Any]:
         read_json(context.inputs["teacher_scorecard"] / "scorecard.json"),
         name=name,
         history=context.history,
+        tried=context.tried,
         export=facts,
         text=read_json(written / "transfer_set.json") if written else None,
     )

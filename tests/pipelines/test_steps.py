@@ -13,7 +13,7 @@ import torch
 
 from pipelines.recipe import check_recipe
 from pipelines.stages.prune import joined_map, joined_selection, student_shape
-from pipelines.steps import Step, build_steps, decide, differences
+from pipelines.steps import Step, build_steps, decide, differences, history
 from pipelines.store import FileHashes, Store
 from reports.hub import FAILED_NOW, FROM_CACHE, NO_ANSWER
 from students.shape import Shape
@@ -373,6 +373,17 @@ def test_a_task_that_missed_the_hub_is_measured_when_it_answers(
     assert not decide(step, store, record(step)).runs
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert not decide(step, store, record(step)).runs
+
+
+def test_an_export_knows_what_was_kept(recipe_data: dict[str, Any], store: Store) -> None:
+    data = copy.deepcopy(recipe_data)
+    data["stages"].append({"name": "small", "kind": "export", "to": "gguf"})
+    steps = steps_of(data, store)
+    assert history(steps["small"], steps, store) == (["prune", "distill"], [])
+    distill = steps["distill"]
+    store.open_work(distill.kind, distill.key, resumable=False)
+    store.publish(distill.kind, distill.key, record(distill) | {"summary": {"kept_step": 0}})
+    assert history(steps["small"], steps, store) == (["prune"], ["distill"])
 
 
 def with_teachers(data: dict[str, Any]) -> dict[str, Any]:

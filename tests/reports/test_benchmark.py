@@ -491,6 +491,11 @@ def test_floors_are_those_of_guessing_and_of_one_constant_answer() -> None:
     numbers = [sample(0, 2), sample(1, 4), sample("1", 4), sample(" 1 apples", 2)]
     assert floors(numbers) == {"chance": 0.375, "constant": 0.75}
     assert floors([sample(0, 2), sample(0, 2)])["constant"] is None
+    # Of numbers as choices a number says which, a text what.
+    sums = [sample(target, 3) for target in (0, 0, 1, "0")]
+    for question in sums:
+        question["arguments"] = [("1 - 1 =", f" {choice}") for choice in (2, 0, 1)]
+    assert floors(sums) == {"chance": pytest.approx(1 / 3), "constant": 0.5}
     several = {"mc2_targets": {"labels": [1, 0, 0, 0]}}
     assert floors([sample(0, 4, several)]) == {"chance": 0.25, "constant": None}
 

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCard
 
 from reports.model_card import model_card, write_model_card
 from reports.run_folder import read_run
+from reports.verdict import judge
+from reports.view import make_view
 from shearling import ShearlingError, read_json, write_json
 
 
@@ -60,6 +62,20 @@ def test_the_stages_in_words(
     cards: dict[str, dict[str, Any]], history: list[str], told: str
 ) -> None:
     assert told in model_card(cards["distill"], cards["teacher"], name="x", history=history)
+
+
+@pytest.mark.parametrize("kept", [0, 12])
+def test_a_distillation_that_was_thrown_away_is_not_claimed(
+    run: Path, tmp_path: Path, kept: int
+) -> None:
+    record = run / "stages" / "distill" / "stage.json"
+    write_json(record, {**read_json(record), "summary": {"kept_step": kept}})
+    card = ModelCard.load(write_model_card(tmp_path, run, "distill"))
+    assert ("It was pruned, not distilled, with Shearling" in card.text) == (kept == 0)
+    assert ("distillation" in card.data.tags) == (kept > 0)
+    assert ("A distillation was tried and not kept: no evaluation" in card.text) == (kept == 0)
+    view = make_view(read_run(run), judge(read_run(run)))
+    assert any("Nothing of distill was kept" in said for said in view.details) == (kept == 0)
 
 
 GGUF = {
