@@ -33,6 +33,7 @@ RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
 """Ridges tried for a map: the one of the layer before and its neighbours; about how many outputs
 judge them; rows of a Gram matrix in one product (compress.reconstruct)."""
 MICRO_TOKENS = 1024  # as in compress.data
+LOGIT_POSITIONS = 512  # as in compress.answers
 BLOCK_BYTES = 8 * 2**20  # as in compress.fused
 DIFFERENTIATED = {
     "forward_kl": 8.25,
@@ -680,9 +681,8 @@ def distill_cost(
             on_cpu=on_cpu,
         ),
     }
-    # Each process keeps its own live ones; of kept ones it reads all.
     asked = float(heldout_windows * window * width * sum(t.hidden_size for t in teachers))
-    kept = {HELDOUT if live else "kept " + HELDOUT: asked} if asked else {}
+    kept = {HELDOUT: asked}
     moments = [
         Moment(what="step", device={name: size for name, size in held.items() if size}, host=kept)
     ]
@@ -710,11 +710,12 @@ def distill_cost(
             "teacher": float(width * max((t.parameters for t in teachers), default=0)),
             "gathered layers": held["gathered layers"],
             ENDS: 1.0 * width * max((t.embedding_parameters for t in teachers), default=0),
-            "logits": 3.0 * 4 * min(window, MICRO_TOKENS) * vocabulary,
+            "logits": 3.0 * 4 * min(window, LOGIT_POSITIONS) * vocabulary,
             "activations": max(window, MICRO_TOKENS)
             * max((answer_bytes(each, window, product) for each in teachers), default=0.0),
         }
-        moments.append(Moment(what="capture", device=capture, host=kept))
+        # Here each process has the answers to all held-out windows.
+        moments.append(Moment(what="capture", device=capture, host={"all " + HELDOUT: asked}))
     between = {
         name: held[name]
         for name in ("weights", "optimizer", "teacher", "teacher's output head", "average")

@@ -361,7 +361,9 @@ def seconds(kind: str, cost: Cost, machine: Machine, processes: int) -> float:
 def saving_seconds(saving: Saving, working: float) -> float:
     """Time in which a training that works for so long waits for its checkpoints to be written."""
     each = saving.bytes / DISK
-    between = max(saving.every, SAVES_APART * each, working / saving.steps)
+    # 0 asks for one after every step, whatever it takes.
+    rarely = max(saving.every, SAVES_APART * each) if saving.every else 0.0
+    between = max(rarely, working / saving.steps)
     return working // between * each + saving.best / DISK
 
 

@@ -54,8 +54,19 @@ def llama(**changes: Any) -> LlamaForCausalLM:
 
 
 def test_constants_are_those_of_the_code() -> None:
-    from compress import attention, data, depth, ends, layer, reconstruct, survey, taylor
-    from pipelines import estimate
+    from compress import (
+        answers,
+        attention,
+        data,
+        depth,
+        distill,
+        ends,
+        layer,
+        reconstruct,
+        survey,
+        taylor,
+    )
+    from pipelines import estimate, plan
     from students import build
 
     assert survey.SURVEY_TOKENS == SURVEY_TOKENS
@@ -71,6 +82,8 @@ def test_constants_are_those_of_the_code() -> None:
     assert layer.BATCH_TOKENS == WALK_BATCH_TOKENS
     assert 512 <= estimate.JUDGED_OUTPUTS < 2 * reconstruct.JUDGED_OUTPUTS
     assert data._MICRO_TOKENS == estimate.MICRO_TOKENS
+    assert answers._LOGIT_POSITIONS == estimate.LOGIT_POSITIONS
+    assert distill._SAVING_PART == plan.SAVES_APART
     assert fused._BLOCK_BYTES == estimate.BLOCK_BYTES
     assert set(DIVERGENCES) == set(estimate.DIFFERENTIATED)
     assert attention.LONGEST == estimate.SHORT_WINDOW
