@@ -770,11 +770,11 @@ def _file_moments(
     """
     moments = []
     if not on_cpu:
-        read = 1.0 * max(4 * student.parameters, *(width * each.parameters for each in teachers))
+        read = 1.0 * max([4 * student.parameters, *(width * each.parameters for each in teachers)])
         moments.append(Moment(what="load", split=False, device={}, host={"a model": read}))
     table = student.vocab_size * student.hidden_size
     tables = (width * each.vocab_size * each.hidden_size for each in teachers)
-    tensor = 1.0 * max(4 * table, *tables)
+    tensor = 1.0 * max([4 * table, *tables])
     moments.append(Moment(what="load", split=True, device={}, host={"one tensor": tensor}))
     group = max(between[name] for name in ("weights", "optimizer"))
     for split in (False, True):

@@ -180,6 +180,12 @@ def test_what_the_teacher_says_of_held_out_text_waits_in_the_hosts_memory(
     assert found["memory"]["held-out answers"] == 2 * states
 
 
+def test_a_training_without_a_teacher_reads_the_student_alone(big: dict[str, Any]) -> None:
+    big["stages"].insert(0, {"kind": "correct", "name": "mend", "tokens": 10**8})
+    found = row(planned(big, "h200"), "mend")
+    assert found["host_bytes"] - 500_000_000 >= 4 * 8_030_261_248
+
+
 def test_models_and_checkpoints_pass_through_the_hosts_memory(big: dict[str, Any]) -> None:
     """One process reads whole models and fetches the optimizer's state whole; of several each
     writes its part through a copy, and the first gathers the student as it is stored and opens
