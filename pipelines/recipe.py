@@ -264,8 +264,10 @@ class Recipe(Settings):
     )
 
     def to_yaml(self) -> str:
-        """The recipe with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The recipe with every default written out, and whole the paths of what is here."""
+        data = self.model_dump(mode="json")
+        resolve_paths(data, Path())  # so `resume` finds them from everywhere
+        return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
 
 
 RESERVED_NAMES = frozenset({*Recipe.model_fields, "store"})
@@ -291,7 +293,6 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     resolve_paths(data, path.parent)
     data.setdefault("name", path.stem)
     mistakes = [m for m in (apply_override(data, text) for text in overrides) if m]
-    resolve_paths(data, Path())  # so `resume` finds them from everywhere
     return check_recipe(data, where=reference, mistakes=mistakes)
 
 

@@ -105,7 +105,8 @@ def source_files(path: Path, settings: SourceSettings) -> list[tuple[Path, str]]
     """The files of a source with their formats, in the order of their names.
 
     Raises:
-        ShearlingError: a folder without readable files, or an ending that says no format.
+        ShearlingError: a folder without readable files or of several splits, an ending that says no
+            format, or files that can't be what the settings say.
     """
     files = _kinds_of_files(path, settings)
     plain = [file for file, kind in files if kind == "text"]
@@ -161,13 +162,15 @@ _SPLITS = {
 
 def _check_splits(folder: Path, tables: list[Path], settings: SourceSettings) -> None:
     """A folder's tables are of one split: nobody is to be trained on what is kept for tests."""
-    names = {table.relative_to(folder).as_posix().lower() for table in tables}
-    words = {word for name in names for word in re.split("[^a-z]+", name)}
-    splits = sorted({split for word, split in _SPLITS.items() if word in words})
+    splits = set()
+    for table in tables:
+        words = re.split("[^a-z]+", table.relative_to(folder).as_posix().lower())
+        named = {_SPLITS[word] for word in words if word in _SPLITS}
+        splits |= named if len(named) == 1 else set()
     if len(splits) > 1:
         raise ShearlingError(
             f"The folder {folder} of the source {settings.name!r} holds several splits: "
-            f"{', '.join(splits)}.",
+            f"{', '.join(sorted(splits))}.",
             hint=f"Set its `format` to dataset, which reads the `split` {settings.split}, or name "
             "the folder or file of one split in `path`.",
         )

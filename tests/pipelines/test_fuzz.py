@@ -20,7 +20,7 @@ from rich.console import Console
 from pipelines.difference import as_markdown, as_table, compare_targets
 from pipelines.journal import read_status
 from pipelines.provenance import check_locked
-from pipelines.recipe import check_recipe, load_recipe
+from pipelines.recipe import check_recipe, load_recipe, resolve_paths
 from pipelines.status import status_lines
 from pipelines.steps import build_steps, decide_all
 from pipelines.store import FileHashes, Store
@@ -102,8 +102,10 @@ def test_any_change_of_a_recipe(recipe_data: dict[str, Any], draw: st.DataObject
     data = damaged(draw, recipe_data, anything | numbers)
     with at_worst_a_message():
         recipe = check_recipe(data if isinstance(data, dict) else {"stages": data})
-        assert yaml.safe_load(recipe.to_yaml()) == recipe.model_dump(mode="json")
-        json.dumps(recipe.model_dump(mode="json"), allow_nan=False)  # as a step's key is made
+        plain = recipe.model_dump(mode="json")
+        json.dumps(plain, allow_nan=False)  # as a step's key is made
+        resolve_paths(plain, Path())
+        assert yaml.safe_load(recipe.to_yaml()) == plain
 
 
 @few

@@ -230,23 +230,35 @@ def test_paths_count_from_the_recipe_then_from_here(
     recipe = load_recipe("recipes/r.yaml")
     assert recipe.teacher.model == str(folder / "near")
     assert recipe.transfer_set.sources[0].path == "far.txt"
-    (tmp_path / "far.txt").write_text("text")
-    assert load_recipe("recipes/r.yaml").transfer_set.sources[0].path == str(tmp_path / "far.txt")
-    (tmp_path / "here").mkdir()
-    recipe = load_recipe("recipes/r.yaml", ["teacher.model=./here"])
-    assert recipe.teacher.model == str(tmp_path / "here")
 
 
-def test_a_linked_text_keeps_its_ending(
+def test_a_written_recipe_is_read_the_same_from_everywhere(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    data["transfer_set"]["sources"][0]["path"] = "text.txt"
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "elsewhere"):
+        Path(name).mkdir()
+    Path("here", "text.txt").write_text("text")
+    monkeypatch.chdir("here")
+    given = load_recipe("../r.yaml", ["teacher.model=../here"])
+    assert given.teacher.model == "../here"  # messages name it as it was given
+    Path("../elsewhere/recipe.yaml").write_text(given.to_yaml(), encoding="utf-8")
+    monkeypatch.chdir("../elsewhere")
+    written = load_recipe("recipe.yaml")
+    assert Path(written.teacher.model).samefile("../here")
+    assert written.transfer_set.sources[0].path == str(tmp_path / "here" / "text.txt")
+
+
+def test_a_linked_text_keeps_its_ending(data: dict[str, Any], tmp_path: Path) -> None:
     """As in the hub's cache, where snapshots link to files that are named by their hashes."""
     (tmp_path / "0a1b2c").write_text("text")
     (tmp_path / "text.txt").symlink_to("0a1b2c")
     data["transfer_set"]["sources"][0]["path"] = "./text.txt"
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    assert load_recipe("r.yaml").transfer_set.sources[0].path == str(tmp_path / "text.txt")
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    assert recipe.transfer_set.sources[0].path == str(tmp_path / "text.txt")
 
 
 def test_the_name_is_the_files_by_default(data: dict[str, Any], tmp_path: Path) -> None:

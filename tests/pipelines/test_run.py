@@ -410,7 +410,7 @@ def unchanged_after(
         ("benchmark.mirror=tiny.yaml", "tiny.yaml is a file, not a folder"),
         ("transfer_set.window=4096", "transfer_set.window is 4096, and the teacher was made for 5"),
         ("transfer_set.written.length=9000", "written.length is 9000, and the teacher was made"),
-        ("teacher.model=./tiny.yaml", "tiny.yaml is a single file, but no .gguf"),
+        ("teacher.model=./tiny.yaml", "teacher.model: ./tiny.yaml is a single file, but no .gguf"),
     ],
 )
 def test_mistakes_end_a_run_before_it_touches_anything(

@@ -272,10 +272,13 @@ def test_a_folder_of_several_splits_is_not_read_as_one(
     assert facts["sources"][0]["documents"] == 100
 
 
-def test_a_folder_of_plain_texts_may_be_called_anything(tmp_path: Path) -> None:
+def test_what_names_no_split_may_be_called_anything(tmp_path: Path) -> None:
     for name in ("a test.txt", "train ride.md"):
         (tmp_path / name).write_text("text")
     assert len(local_files(source(tmp_path))) == 2
+    for name in ("train-test.jsonl", "train-0.jsonl"):
+        write_jsonl(tmp_path / name, ["text"])
+    assert len(local_files(source(tmp_path))) == 3  # the Markdown tells of the tables
 
 
 def test_large_vocabularies_get_wide_integers(
