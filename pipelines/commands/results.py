@@ -121,7 +121,7 @@ def diff(
         Path | None, typer.Option(help="A folder of JSONL files instead of the hub's data.")
     ] = None,
     every_metric: Annotated[
-        bool, typer.Option("--all", help="Compare every metric, not one or two a task.")
+        bool, typer.Option("--all", help="Compare every metric, and the tasks inside groups.")
     ] = False,
     as_json: JsonOption = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown.")] = False,
