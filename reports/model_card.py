@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from reports import words
 from reports.compare import compare_models, headline_metrics
+from reports.groups import whole_results
 from reports.page import markdown_cell
 from reports.run_folder import Data, as_dict, as_list, as_number, read_run
 from reports.tables import transfer
@@ -129,7 +130,7 @@ def metadata(card: Data, *, name: str, history: Sequence[str], export: Data, ori
             metric_name=words.metric_label(task, metric) + before,
             metric_value=entry["value"],
         )
-        for task, metrics in card["results"].items()
+        for task, metrics in whole_results(card).items()
         for metric in headline_metrics(task, metrics)
         if (entry := metrics[metric]).get("value") is not None
     ]
@@ -217,7 +218,7 @@ def _results(card: Data, teacher: Data | None) -> list[str]:
     lines = ["| task | this model | teacher | difference |", "| --- | ---: | ---: | ---: |"]
     if alone:
         lines = ["| task | this model |", "| --- | ---: |"]
-    for task, metrics in card["results"].items():
+    for task, metrics in whole_results(card).items():
         for metric in headline_metrics(task, metrics):
             found = metrics[metric]
             entry = judged.get((task, metric))

@@ -353,7 +353,7 @@ def tasks_by_model(run: Run) -> Chart | None:
     guesses: list[Data] = []
     for stage in run.measured:
         card = stage.scorecard or {}
-        for task, metrics in card["results"].items():
+        for task, metrics in whole_results(card).items():
             metric = headline_metrics(task, metrics)[0] if metrics else ""
             value, error = metric_number(card, task, metric)
             if value is None or metric not in ("acc", "exact_match", "exact"):

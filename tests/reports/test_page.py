@@ -17,6 +17,7 @@ import pytest
 from reports import words
 from reports.chart import SERIES, told_apart
 from reports.charts import make_charts
+from reports.model_card import write_model_card
 from reports.page import (
     TEMPLATES,
     markdown_cell,
@@ -28,6 +29,7 @@ from reports.page import (
     write_report,
 )
 from reports.pruning_charts import layer_scores
+from reports.quality_charts import tasks_by_model
 from reports.run_folder import read_run
 from reports.verdict import judge, mean_difference
 from reports.view import make_view
@@ -185,6 +187,13 @@ def test_members_of_a_group_stand_in_all_metrics_only(run: Path) -> None:
     assert "1 task" in view.stages.rows[0][3].note
     assert view.all_metrics is not None
     assert {"grammar_pairs", "piqa", "zoo"} < {row[0].text for row in view.all_metrics.rows}
+    bars = tasks_by_model(found)
+    assert bars is not None
+    assert "zoo" in str(bars.spec)
+    assert "piqa" not in str(bars.spec)
+    card = write_model_card(run, run, "distill").read_text()
+    assert "zoo" in card
+    assert "piqa, " not in card
 
 
 def test_lines_do_not_end_between_a_number_and_its_error() -> None:
