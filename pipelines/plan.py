@@ -1,7 +1,8 @@
 """`shearling plan`: what a recipe will need, told before anything is spent.
 
 Everything comes from shapes: no weights are read, and a teacher that is known by name need not be
-here at all. The formulas are in ``pipelines.estimate``, the machines in ``pipelines.accelerators``.
+here at all. The formulas are in ``pipelines.estimate`` and its two neighbours, the machines in
+``pipelines.accelerators``.
 """
 
 from __future__ import annotations
@@ -14,22 +15,16 @@ from typing import Any
 from compress.settings import DistillSettings
 from pipelines import preflight
 from pipelines.accelerators import MEMORY_SHARE, Machine
+from pipelines.cost import LIBRARIES, Cost, Moment, Saving, Writing, share_of
 from pipelines.estimate import (
-    LIBRARIES,
-    Cost,
-    Moment,
-    Saving,
-    Writing,
     benchmark_cost,
-    distill_cost,
     export_cost,
     import_cost,
-    prune_cost,
-    search_cost,
-    share_of,
     transfer_set_cost,
     written_cost,
 )
+from pipelines.estimate_distill import distill_cost
+from pipelines.estimate_prune import prune_cost, search_cost
 from pipelines.recipe import (
     CorrectStage,
     DistillStage,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.settings import DistillSettings
-from pipelines.estimate import steps_of
+from pipelines.estimate_distill import steps_of
 from pipelines.recipe import CorrectStage, DistillStage, PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
 from reports import tasks

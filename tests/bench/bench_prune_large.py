@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from compress.precision import fast_dtype, product_rate
 from compress.prune import prune
 from compress.settings import PruneSettings
-from pipelines.estimate import prune_cost
+from pipelines.estimate_prune import prune_cost
 from shearling import read_json, write_json
 from students.shape import Shape, resolve_shape
 from teachers.families import FAMILIES

@@ -20,18 +20,16 @@ from compress.lean import make_lean
 from compress.losses import DIVERGENCES, LiveTargets, MixedTargets
 from compress.optimizers import build_optimizers, optimizer_tensors
 from compress.settings import DistillSettings, PruneSettings
-from pipelines.estimate import (
-    SURVEY_TOKENS,
-    WALK_BATCH_TOKENS,
+from pipelines.estimate_distill import (
     activation_bytes,
     cache_bytes,
     distill_cost,
     hidden_bytes,
     loss_bytes,
     optimizer_bytes,
-    prune_cost,
     steps_of,
 )
+from pipelines.estimate_prune import SURVEY_TOKENS, WALK_BATCH_TOKENS, prune_cost
 from students.shape import Shape
 from teachers.targets import HiddenCache, TargetFormat
 
@@ -66,28 +64,28 @@ def test_constants_are_those_of_the_code() -> None:
         survey,
         taylor,
     )
-    from pipelines import estimate, plan
+    from pipelines import estimate_distill, estimate_prune, plan
     from students import build
 
     assert survey.SURVEY_TOKENS == SURVEY_TOKENS
-    assert survey.GREEDY_TOKENS == estimate.GREEDY_TOKENS
-    assert layer.OPENING_EVERY == estimate.OPENING_EVERY
-    assert taylor.HEAD_POSITIONS == estimate.HEAD_POSITIONS
-    assert survey.FINAL_POSITIONS == estimate.FINAL_POSITIONS
-    assert depth.DEPTH_TOKENS == estimate.DEPTH_TOKENS
-    assert taylor.TAYLOR_TOKENS == estimate.TAYLOR_TOKENS
-    assert ends._CHUNK == estimate.METRIC_CHUNK
-    assert reconstruct._SOLVED == estimate.SOLVED_OUTPUTS
-    assert build.SHARD_BYTES == estimate.STUDENT_SHARD
+    assert survey.GREEDY_TOKENS == estimate_prune.GREEDY_TOKENS
+    assert layer.OPENING_EVERY == estimate_prune.OPENING_EVERY
+    assert taylor.HEAD_POSITIONS == estimate_prune.HEAD_POSITIONS
+    assert survey.FINAL_POSITIONS == estimate_prune.FINAL_POSITIONS
+    assert depth.DEPTH_TOKENS == estimate_prune.DEPTH_TOKENS
+    assert taylor.TAYLOR_TOKENS == estimate_prune.TAYLOR_TOKENS
+    assert ends._CHUNK == estimate_prune.METRIC_CHUNK
+    assert reconstruct._SOLVED == estimate_prune.SOLVED_OUTPUTS
+    assert build.SHARD_BYTES == estimate_prune.STUDENT_SHARD
     assert layer.BATCH_TOKENS == WALK_BATCH_TOKENS
-    assert 512 <= estimate.JUDGED_OUTPUTS < 2 * reconstruct.JUDGED_OUTPUTS
-    assert data._MICRO_TOKENS == estimate.MICRO_TOKENS
-    assert answers._LOGIT_POSITIONS == estimate.LOGIT_POSITIONS
+    assert 512 <= estimate_prune.JUDGED_OUTPUTS < 2 * reconstruct.JUDGED_OUTPUTS
+    assert data._MICRO_TOKENS == estimate_distill.MICRO_TOKENS
+    assert answers._LOGIT_POSITIONS == estimate_distill.LOGIT_POSITIONS
     assert distill._SAVING_PART == plan.SAVES_APART
-    assert fused._BLOCK_BYTES == estimate.BLOCK_BYTES
-    assert set(DIVERGENCES) == set(estimate.DIFFERENTIATED)
-    assert attention.LONGEST == estimate.SHORT_WINDOW
-    assert attention.BLOCK == estimate.ATTENTION_BLOCK
+    assert fused._BLOCK_BYTES == estimate_distill.BLOCK_BYTES
+    assert set(DIVERGENCES) == set(estimate_distill.DIFFERENTIATED)
+    assert attention.LONGEST == estimate_distill.SHORT_WINDOW
+    assert attention.BLOCK == estimate_distill.ATTENTION_BLOCK
 
 
 @pytest.mark.parametrize("keys", [2, 4])

@@ -18,8 +18,8 @@ from rich.table import Table
 from shearling_process import Shearling
 
 from pipelines.accelerators import accelerators, named_machine, this_machine
+from pipelines.cost import LIBRARIES, Moment
 from pipelines.display import format_bytes
-from pipelines.estimate import LIBRARIES, Moment
 from pipelines.plan import make_plan, teacher_facts
 from pipelines.preflight import transfer_set_tokens
 from pipelines.recipe import Recipe, check_recipe, load_recipe
