@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,11 @@ class ShearlingError(Exception):
 
     def __str__(self) -> str:
         return f"{self.what}\n{self.hint}" if self.hint else self.what
+
+
+def itemised(sentence: str, items: Iterable[object]) -> str:
+    """A sentence that ends with a colon, and below it an item a line."""
+    return "\n".join([sentence, *(f"  - {item}" for item in items)])
 
 
 class Progress(Protocol):

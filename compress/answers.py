@@ -158,7 +158,7 @@ class CachedAnswers:
         return SparseTargets(ids.to(device), weights.to(device), entropy.to(device), tail_N), kept
 
     def heldout(self, number: int, batch: Batch) -> LiveTargets:
-        nothing_NE = torch.empty(0, self.head_VE.shape[1])  # for a batch in which nothing counts
+        nothing_NE = self.head_VE[:0]  # for a batch in which nothing counts
         hidden_NE = self.heldout_NE.get(number, nothing_NE)
         return LiveTargets(hidden_NE.to(self.head_VE.device), self.head_VE)
 

@@ -210,8 +210,8 @@ def save_best(folder: Path, step: int, weights: Mapping[str, Tensor]) -> None:
 
 
 def best_name(step: int) -> str:
-    """Where below a stage's folder `save_best` keeps the weights of ``step``."""
-    return f"resume/{_BEST.format(step)}" + (_WHOLE if processes() == 1 else "")
+    """What `save_best` calls what it keeps for ``step``: a file, or a folder of parts."""
+    return _BEST.format(step) + (_WHOLE if processes() == 1 else "")
 
 
 def load_best(folder: Path, step: int) -> Group:

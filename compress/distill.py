@@ -401,7 +401,7 @@ def _after_divergence(course: Course) -> str:
     if best:
         said.append(
             f"The weights of step {best}, the best on held-out text, lie in the stage's folder as "
-            f"{best_name(best)}."
+            f"resume/{best_name(best)}."
         )
     return " ".join(said)
 

@@ -22,7 +22,7 @@ from reports.groups import whole_results
 from reports.pace import READS, WRITES, Pace, measured_pace
 from reports.page import markdown_cell
 from reports.run_folder import Data, as_number, open_scorecard
-from shearling import ShearlingError
+from shearling import ShearlingError, itemised
 
 SCHEMA = 1
 COLUMNS = ("task", "metric", "A", "B", "B - A", "p (Holm)", "B is")
@@ -132,8 +132,7 @@ def compare_targets(
     if found and all(entry.p is None for entry in found):
         reasons = dict.fromkeys(f"{entry.task}: {entry.reason}" for entry in found)
         raise ShearlingError(
-            f"{first} and {second} can't be compared:\n"
-            + "\n".join(f"  - {reason}" for reason in reasons),
+            itemised(f"{first} and {second} can't be compared:", reasons),
             hint="Measure both alike: shearling eval MODEL --tasks ... --limit ... --out FILE",
         )
     return Difference(first=one, second=two, comparisons=found)

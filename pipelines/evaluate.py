@@ -17,7 +17,7 @@ from pipelines.preflight import check_mirror, check_tasks, missing_mirror
 from reports.run_folder import not_measured
 from reports.settings import BenchmarkSettings
 from reports.tasks import OWN
-from shearling import ShearlingError
+from shearling import ShearlingError, itemised
 from teachers.settings import TeacherSettings
 
 
@@ -86,8 +86,7 @@ def evaluate_model(
         )
     if not scorecard["results"]:
         raise ShearlingError(
-            "Not one task could be measured:\n"
-            + "\n".join(f"  - {line}" for line in skipped_lines(scorecard, set())),
+            itemised("Not one task could be measured:", skipped_lines(scorecard, set())),
             hint="Name the folder of the tasks' JSONL files with --mirror, or with --tasks some "
             f"that come with Shearling: {', '.join(OWN)}.",
         )

@@ -13,7 +13,7 @@ from pipelines.recipe import CorrectStage, DistillStage, PruneStage, Recipe, Tea
 from pipelines.stages.prune import student_shape
 from reports import tasks
 from reports.settings import BenchmarkSettings
-from shearling import ShearlingError, read_json
+from shearling import ShearlingError, itemised, read_json
 from students.shape import Shape
 from teachers.families import known_family
 from teachers.readers import is_data_set, local_files, saved_splits
@@ -150,8 +150,7 @@ def check_paths(recipe: Recipe) -> None:
     problems += _mirror_problems(recipe.benchmark)
     if problems:
         raise ShearlingError(
-            "The recipe names files that can't be used like that:\n"
-            + "\n".join(f"  - {problem}" for problem in problems),
+            itemised("The recipe names files that can't be used like that:", problems),
             hint="Relative paths count from the recipe's folder, then from the folder the command "
             "runs in. Override one with --set, as in --set teacher.model=PATH.",
         )
@@ -172,8 +171,7 @@ def check_processes(recipe: Recipe, processes: int) -> None:
     ]
     if problems:
         raise ShearlingError(
-            "The recipe can't be trained like that:\n"
-            + "\n".join(f"  - {problem}" for problem in problems),
+            itemised("The recipe can't be trained like that:", problems),
             hint="Change the recipe, override a key with --set, or start another number of "
             "processes.",
         )

@@ -14,6 +14,7 @@ from pipelines.recipe import Recipe
 from pipelines.steps import STAGES, Step, differences
 from shearling import (
     ShearlingError,
+    itemised,
     read_json,
     sha256_of_json,
     without_secrets,
@@ -99,8 +100,7 @@ def check_locked(file: Path, now_: Mapping[str, Any], steps: Sequence[Step]) -> 
     found = list(dict.fromkeys([*_around(wanted, now_), *_steps(wanted["steps"], steps)]))
     if found:
         raise ShearlingError(
-            f"This run would not be the one that {file} locks:\n"
-            + "\n".join(f"  - {difference}" for difference in found),
+            itemised(f"This run would not be the one that {file} locks:", found),
             hint="Mend what differs, or run without --locked.",
         )
 

@@ -30,7 +30,7 @@ from pydantic import (
 
 from compress.settings import CorrectSettings, DistillSettings, PruneSettings
 from reports.settings import BenchmarkSettings
-from shearling import ShearlingError
+from shearling import ShearlingError, itemised
 from students.search import read_budget
 from students.settings import Count, ExportSettings, Settings, in_our_words, read_count
 from students.shape import PRESETS, Shape
@@ -506,7 +506,7 @@ def check_recipe(
         return recipe
     count = "a mistake" if len(found) == 1 else f"{len(found)} mistakes"
     raise ShearlingError(
-        f"The recipe {where} has {count}:\n" + "\n".join(f"  - {m}" for m in found),
+        itemised(f"The recipe {where} has {count}:", found),
         hint="Mend the recipe or the --set options. `shearling init` writes a commented recipe "
         "that shows the keys.",
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Self
 
-from shearling import ShearlingError
+from shearling import ShearlingError, itemised
 
 WIDTH_STEP = 8  # widths of proportional shapes are multiples of this, as matrix kernels like them
 
@@ -290,8 +290,7 @@ def resolve_shape(spec: str | Mapping[str, Any], teacher: Shape) -> Shape:
     problems = shape.problems_as_student_of(teacher)
     if problems:
         raise ShearlingError(
-            "The student's shape does not fit the teacher:\n"
-            + "\n".join(f"  - {problem}" for problem in problems),
+            itemised("The student's shape does not fit the teacher:", problems),
             hint="Change `shape` in the recipe's prune stage. The teacher has: "
             + ", ".join(f"{name} {getattr(teacher, name)}" for name in _SHRINKABLE)
             + ".",
@@ -324,7 +323,7 @@ def _from_axes(axes: Mapping[str, Any], teacher: Shape) -> Shape:
             problems.append(f"{name} must be a whole number, not {value!r}")
     if problems:
         raise ShearlingError(
-            "The student's shape can't be read:\n" + "\n".join(f"  - {p}" for p in problems),
+            itemised("The student's shape can't be read:", problems),
             hint=f"Axes of a shape: {', '.join(known)}.",
         )
     return replace(teacher, **axes)

@@ -23,6 +23,7 @@ from shearling import (
     Progress,
     ShearlingError,
     disk_errors,
+    itemised,
     read_json,
     silent,
 )
@@ -222,8 +223,7 @@ def _refuse_features(checkpoint: Checkpoint) -> None:
     problems += checkpoint.shape.internal_problems()
     if problems:
         raise ShearlingError(
-            f"{checkpoint.folder} can't be taken as a stock Llama:\n"
-            + "\n".join(f"  - {problem}" for problem in problems),
+            itemised(f"{checkpoint.folder} can't be taken as a stock Llama:", problems),
             hint="Use a plain Llama-family checkpoint in 16 or 32 bits.",
         )
 

@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
-from shearling import ShearlingError
+from shearling import ShearlingError, itemised
 
 AGAIN = "Download or copy the file again."
 _CHUNK_ELEMENTS = 1 << 18
@@ -38,7 +38,7 @@ _SCALARS = {
 def refusal(path: Path, *problems: str) -> ShearlingError:
     """What a stock Llama can't hold, by name."""
     return ShearlingError(
-        f"{path} can't be taken as a stock Llama:\n" + "\n".join(f"  - {p}" for p in problems),
+        itemised(f"{path} can't be taken as a stock Llama:", problems),
         hint="Use the original Hugging Face checkpoint, or a GGUF of a plain Llama.",
     )
 

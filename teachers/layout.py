@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import LlamaConfig
 
-from shearling import ShearlingError, read_json
+from shearling import ShearlingError, itemised, read_json
 from students.shape import Shape
 from teachers.weights import are_equal
 
@@ -117,8 +117,7 @@ def tensor_problems(shape: Shape, found: Mapping[str, tuple[int, ...]], told_by:
 def misfit(folder: Path, problems: Sequence[str], what: str = "weights") -> ShearlingError:
     """Why the tensors in a folder are not what its config.json says."""
     return ShearlingError(
-        f"The {what} in {folder} don't fit its config.json:\n"
-        + "\n".join(f"  - {problem}" for problem in problems),
+        itemised(f"The {what} in {folder} don't fit its config.json:", problems),
         hint=AGAIN,
     )
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig
 
-from shearling import Progress, ShearlingError, read_json, silent
+from shearling import Progress, ShearlingError, itemised, read_json, silent
 from students.shape import Shape
 from teachers.families import FAMILIES, Family
 from teachers.gguf_tokenizer import save_tokenizer
@@ -99,8 +99,7 @@ class MetaRelease:
         problems += [what for key, what in _FEATURES.items() if found.get(key)]
         if problems:
             raise ShearlingError(
-                f"{self.folder / 'params.json'} is not that of a stock Llama:\n"
-                + "\n".join(f"  - {problem}" for problem in problems),
+                itemised(f"{self.folder / 'params.json'} is not that of a stock Llama:", problems),
                 hint=_AGAIN,
             )
         return found
@@ -240,8 +239,7 @@ def _check(release: MetaRelease, shape: Shape) -> None:
         problems.append(f"tensors that a stock Llama does not have: {', '.join(extra[:8])}")
     if problems:
         raise ShearlingError(
-            f"The weights in {release.folder} don't fit its params.json:\n"
-            + "\n".join(f"  - {problem}" for problem in problems),
+            itemised(f"The weights in {release.folder} don't fit its params.json:", problems),
             hint=_AGAIN,
         )
 

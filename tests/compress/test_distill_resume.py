@@ -141,18 +141,29 @@ def test_sigterm_finishes_the_step_and_saves(
     same(out, whole)
 
 
+Folders = tuple[Path, Path, Path, Path]
+
+
+@pytest.fixture
+def interrupted(
+    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> Folders:
+    """A run that was stopped behind step 3: its folders, as `distill` takes them."""
+    folders = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set)
+    with pytest.raises(KeyboardInterrupt):
+        distill(*folders, DistillSettings(**SETTINGS), on_metrics=interrupt_after(3))
+    return folders
+
+
 def test_a_checkpoint_with_what_is_no_longer_kept_goes_on(
-    whole: Path, tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
+    whole: Path, interrupted: Folders, tmp_path: Path
 ) -> None:
     """Earlier ones counted ``windows_seen``."""
-    arguments = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set, DistillSettings(**SETTINGS))
-    with pytest.raises(KeyboardInterrupt):
-        distill(*arguments, on_metrics=interrupt_after(3))
     path = tmp_path / "resume" / "step-00000003" / "state.json"
     state = {**read_json(path), "windows_seen": 24}
     del state["sha256"]
     write_json(path, {**state, "sha256": sha256_of_json(state)})
-    distill(*arguments)
+    distill(*interrupted, DistillSettings(**SETTINGS))
     same(tmp_path, whole)
 
 
@@ -173,16 +184,11 @@ def test_what_a_recipe_calls_the_stage_changes_nothing(
     same(tmp_path, whole)
 
 
-def test_a_stage_that_needs_less_memory_goes_on(
-    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
-) -> None:
+def test_a_stage_that_needs_less_memory_goes_on(interrupted: Folders, tmp_path: Path) -> None:
     """What a lack of memory is answered with changes results by rounding at most."""
-    folders = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set)
-    with pytest.raises(KeyboardInterrupt):
-        distill(*folders, DistillSettings(**SETTINGS), on_metrics=interrupt_after(3))
     before = curve(tmp_path)
     smaller = {"micro_batch_windows": 1, "gradient_checkpointing": True, "chunk_tokens": 16}
-    distill(*folders, DistillSettings(**SETTINGS, **smaller))
+    distill(*interrupted, DistillSettings(**SETTINGS, **smaller))
     assert curve(tmp_path)[: len(before)] == before
     assert curve(tmp_path)[-1]["step"] == 24
 
@@ -197,33 +203,25 @@ def test_a_model_s_own_text_hangs_on_the_micro_batch() -> None:
 
 @pytest.mark.parametrize("lost", [1, 700])
 def test_of_a_shortened_log_whole_lines_stay(
-    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path, lost: int
+    interrupted: Folders, tmp_path: Path, lost: int
 ) -> None:
     """Whatever befell the file, every line of it can be read and what is run anew is in it."""
-    arguments = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set, DistillSettings(**SETTINGS))
-    with pytest.raises(KeyboardInterrupt):
-        distill(*arguments, on_metrics=interrupt_after(3))
     log = tmp_path / "metrics.jsonl"
     os.truncate(log, log.stat().st_size - lost)
-    distill(*arguments)
+    distill(*interrupted, DistillSettings(**SETTINGS))
     assert b"\0" not in log.read_bytes()
     assert [line["step"] for line in curve(tmp_path) if line["step"] > 3][-1] == 24
 
 
-def test_a_run_that_goes_on_lets_go_of_its_checkpoint(
-    tiny_llama: Path, tiny_student: Path, tiny_transfer_set: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_goes_on_lets_go_of_its_checkpoint(interrupted: Folders, tmp_path: Path) -> None:
     """Mapped, the files of a checkpoint that was replaced would stay on the disk to the end."""
-    arguments = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set, DistillSettings(**SETTINGS))
-    with pytest.raises(KeyboardInterrupt):
-        distill(*arguments, on_metrics=interrupt_after(3))
     mapped: list[str] = []
 
     def look(line: dict[str, Any]) -> None:
         if line["step"] == 10:
             mapped.extend(Path("/proc/self/maps").read_text().splitlines())
 
-    distill(*arguments, on_metrics=look)
+    distill(*interrupted, DistillSettings(**SETTINGS), on_metrics=look)
     assert mapped
     assert not [line for line in mapped if str(tmp_path) in line and "step-00000003" in line]
 

@@ -19,6 +19,7 @@ from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from compress import answers
+from compress.data import make_batch
 from compress.distill import distill
 from compress.hashed import load_hashed, save_hashed
 from compress.settings import DistillSettings
@@ -511,3 +512,11 @@ def test_a_student_learns_from_kept_hidden_states_what_it_learns_live(
     assert "captured_windows" not in again, "nothing is asked twice"
     assert again == {name: kept[name] for name in kept if name != "captured_windows"}
     assert metrics(tmp_path / "again", "hidden") == pytest.approx(cached, rel=1e-4)
+
+
+def test_of_no_held_out_batch_nothing_is_said_in_the_heads_own_dtype(tmp_path: Path) -> None:
+    """Of several processes one may have none left, and float32 does not multiply with bfloat16."""
+    head_VE = torch.ones(5, 3, dtype=torch.bfloat16)
+    batch = make_batch(torch.zeros(1, 4, dtype=torch.long), torch.arange(4)[None], head_VE.device)
+    said = answers.CachedAnswers(cache(tmp_path), {}, head_VE, None).heldout(7, batch)
+    assert (said.hidden_NE @ said.head_VE.T).shape == (0, 5)
