@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from compress.workspace import momentary
+
 NAME = "shearling_short_windows"
 LONGEST = 1024
 """Above this many positions PyTorch's own kernel is used: it needs no T² memory."""
@@ -44,7 +46,8 @@ class _Attention(torch.autograd.Function):
             query = query_BHTC[:, :, start:end].reshape(groups, -1, dim)
             scores = torch.bmm(query, key[:, :end].transpose(1, 2))
             scores = scores.view(batch, heads, end - start, end)
-            wide = torch.add(bias[:, :, start:end, :end], scores, alpha=s)
+            wide = momentary("scores", scores.shape, torch.float32, scores)
+            torch.add(bias[:, :, start:end, :end], scores, alpha=s, out=wide)
             torch.ops.aten._softmax.out(wide, -1, False, out=wide)
             probability = scores.copy_(wide).view(groups, -1, end)
             mixed = torch.bmm(probability, value[:, :end])

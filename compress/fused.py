@@ -6,7 +6,8 @@ logits computed in the same memory, and the gradient projected back, before the 
 `compress.losses` has the dense references.
 
 Legend of shape suffixes: N positions, C positions of a chunk, B of a block of rows that fits into
-the processor's cache, V vocabulary, D student hidden, E teacher hidden, K kept tokens.
+the processor's cache, V vocabulary, R some of it, D student hidden, E teacher hidden,
+K kept tokens.
 """
 
 from __future__ import annotations
@@ -32,25 +33,7 @@ from compress.losses import (
     cross_entropy,
 )
 from compress.parallel import total
-
-
-class Workspace:
-    """Buffers that live as long as the loop: fresh memory costs a page fault for every 4 KB.
-
-    On a CPU that made a softmax over the vocabulary take twice its time.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, rows: int, columns: int, dtype: torch.dtype, like: Tensor) -> Tensor:
-        """A [rows, columns] tensor with any content, valid until ``name`` is taken again."""
-        key = (name, dtype, like.device)
-        held = self._buffers.get(key)
-        if held is None or held.numel() < rows * columns:
-            held = torch.empty(rows * columns, dtype=dtype, device=like.device)
-            self._buffers[key] = held
-        return held[: rows * columns].view(rows, columns)
+from compress.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -118,7 +101,8 @@ class FusedLoss:
 
     def logits(self, hidden_ND: Tensor, head_VD: Tensor, name: str) -> Tensor:
         """Project a chunk into the workspace, in the products' dtype."""
-        out_NV = self.workspace.take(name, len(hidden_ND), len(head_VD), self.dtype, hidden_ND)
+        size = (len(hidden_ND), len(head_VD))
+        out_NV = self.workspace.take(name, size, self.dtype, hidden_ND)
         return torch.mm(hidden_ND.to(self.dtype), head_VD.T, out=out_NV)
 
     def is_forward_kl(self) -> bool:
@@ -142,7 +126,7 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         work = torch.promote_types(student_ND.dtype, torch.float32)
         ready, vocabulary = _ready(targets, len(head_VD), fused)
-        head_used_VD = head_VD[:vocabulary].to(fused.dtype)
+        head_used_VD = _narrowed(fused, head_VD[:vocabulary])
         grad_ND = torch.empty_like(student_ND, dtype=work)
         grad_VD = torch.zeros_like(head_VD, dtype=work)
         loss = torch.zeros((), dtype=work, device=student_ND.device)
@@ -174,6 +158,9 @@ class _Fused(torch.autograd.Function):
 
 _BLOCK_BYTES = 8 * 2**20
 """Rows are worked on in blocks of this size so that the softmax's passes stay in the cache."""
+_HEAD_BYTES = 8 * 2**20
+"""A chunk's part of the head's gradient is made so much at a time, in the products' dtype, and
+added in the wide one: whole, its two copies were a tenth of a step's memory on a CPU."""
 
 Sums = tuple[Tensor, Tensor]
 """A block's part of the loss, and its sums by term."""
@@ -221,8 +208,15 @@ def _widened(fused: FusedLoss, name: str, logits_BV: Tensor, work: torch.dtype) 
     """The same memory where the dtype is right, else a copy in the workspace."""
     if logits_BV.dtype == work:
         return logits_BV
-    rows, columns = logits_BV.shape
-    return fused.workspace.take(name, rows, columns, work, logits_BV).copy_(logits_BV)
+    return fused.workspace.take(name, logits_BV.shape, work, logits_BV).copy_(logits_BV)
+
+
+def _narrowed(fused: FusedLoss, head_VD: Tensor) -> Tensor:
+    """The student's head in the products' dtype, which it needs once a micro-batch: on a CPU in
+    the workspace, elsewhere in memory that is free again behind the loss."""
+    if head_VD.device.type != "cpu" or head_VD.dtype == fused.dtype:
+        return head_VD.to(fused.dtype)
+    return fused.workspace.take("student head", head_VD.shape, fused.dtype, head_VD).copy_(head_VD)
 
 
 def _chunk_losses(
@@ -249,9 +243,7 @@ def _chunk_losses(
         else:
             teacher_BV = _widened(fused, "teacher block", teacher_CV[block], work)
             if by_hand:
-                spare_BV = fused.workspace.take(
-                    "spare block", len(grad_BV), vocabulary, work, grad_BV
-                )
+                spare_BV = fused.workspace.take("spare block", grad_BV.shape, work, grad_BV)
                 sums = _forward_kl_block(student_BV, teacher_BV, spare_BV, labels_B, fused, scales)
             else:
                 sums = _any_block(student_BV, teacher_BV, labels_B, fused, scales)
@@ -383,11 +375,15 @@ def _project_back(
     used_VD = grad_VD[: len(head_VD)]
     if grad_CV.dtype == grad_VD.dtype:
         used_VD.addmm_(grad_CV.T, hidden_CD)
-    else:
-        narrow_VD = fused.workspace.take(
-            "head", head_VD.shape[0], head_VD.shape[1], grad_CV.dtype, grad_CV
-        )
-        used_VD.add_(torch.mm(grad_CV.T, hidden_CD, out=narrow_VD))
+        return
+    rows = max(1, _HEAD_BYTES // (head_VD.shape[1] * grad_CV.itemsize))
+    if grad_CV.device.type != "cpu":
+        rows = len(head_VD)  # there each call costs more than what it saves
+    for start in range(0, len(head_VD), rows):
+        block = slice(start, start + rows)
+        wide_RD = used_VD[block]
+        narrow_RD = fused.workspace.take("head", wide_RD.shape, grad_CV.dtype, grad_CV)
+        wide_RD.add_(torch.mm(grad_CV[:, block].T, hidden_CD, out=narrow_RD))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -436,7 +432,7 @@ def compare(
         totals += _compare_block(
             _widened(fused, "student block", student_BV, work),
             _widened(fused, "teacher block", teacher_BV, work),
-            fused.workspace.take("spare block", len(student_BV), vocabulary, work, student_BV),
+            fused.workspace.take("spare block", student_BV.shape, work, student_BV),
             labels_N[block],
         )
     kl, labels, teacher_labels, agreements = totals.tolist()

@@ -1,10 +1,10 @@
-"""A Llama layer's norms and gated products, with gradients by hand that keep less.
+"""A Llama's lookup, norms and gated products, with gradients by hand that keep less.
 
 transformers' norm keeps its input, the normalised input and, under autocast, a narrow copy of what
-it gives for each product that reads it; here the input and one narrow copy are all. Of the gated
-product the gate's activation is computed again instead of kept. The values are transformers' own.
+it gives for each product that reads it; here the input and one narrow copy are all. The gated
+product is computed again from gate and up instead of kept. The values are transformers' own.
 
-Legend: N positions (any leading sizes), D hidden, F neurons.
+Legend: B windows, T positions, N positions (any leading sizes), D hidden, F neurons, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+from compress.parallel import processes
+from compress.workspace import momentary
 
 
 class _Norm(torch.autograd.Function):
@@ -27,9 +30,14 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, eps: float, out: torch.dtype) -> Tensor:
         wide_ND = x_ND.float()
-        scale_N1 = wide_ND.pow(2).mean(-1, keepdim=True).add_(eps).rsqrt_()
+        spare_ND = momentary("norm", wide_ND.shape, wide_ND.dtype, wide_ND)
+        square_ND = torch.pow(wide_ND, 2, out=spare_ND)
+        scale_N1 = square_ND.mean(-1, keepdim=True).add_(eps).rsqrt_()
         ctx.save_for_backward(x_ND, weight_D, scale_N1)
-        return (weight_D * (wide_ND * scale_N1).to(x_ND.dtype)).to(out)
+        normed_ND = torch.mul(wide_ND, scale_N1, out=spare_ND).to(x_ND.dtype)
+        if normed_ND.dtype == weight_D.dtype != out:
+            return normed_ND.mul_(weight_D).to(out)
+        return (weight_D * normed_ND).to(out)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -43,19 +51,53 @@ class _Norm(torch.autograd.Function):
         return grad_ND.to(x_ND.dtype), grad_D.to(weight_D.dtype), None, None
 
 
-class _Gated(torch.autograd.Function):
-    """silu(gate) · up."""
+class _GatedDown(torch.autograd.Function):
+    """(silu(gate) · up) Wᵀ. The product in brackets is made again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_NF, up_NF)
-        return nn.functional.silu(gate_NF).mul_(up_NF)
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, weight_DF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_NF, up_NF, weight_DF)
+        gated_NF = nn.functional.silu(gate_NF).mul_(up_NF)
+        return nn.functional.linear(gated_NF, weight_DF.to(gate_NF.dtype))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        gate_NF, up_NF = ctx.saved_tensors
-        grad_up_NF = nn.functional.silu(gate_NF).mul_(grads[0])
-        return torch.ops.aten.silu_backward(grads[0] * up_NF, gate_NF), grad_up_NF
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate_NF, up_NF, weight_DF = ctx.saved_tensors
+        grad_ND = grads[0]
+        grad_NF = grad_ND @ weight_DF.to(grad_ND.dtype)
+        active_NF = nn.functional.silu(gate_NF)
+        gated_NF = active_NF * up_NF
+        grad_DF = grad_ND.flatten(0, -2).T @ gated_NF.flatten(0, -2)
+        grad_up_NF = active_NF.mul_(grad_NF)
+        grad_gate_NF = torch.ops.aten.silu_backward(grad_NF.mul_(up_NF), gate_NF)
+        return grad_gate_NF, grad_up_NF, grad_DF.to(weight_DF.dtype)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a table whose gradient lies in memory already, if it is not the first."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, input_BT: Tensor) -> Tensor:
+        ctx.weight_VD = weight_VD
+        ctx.save_for_backward(input_BT)
+        return nn.functional.embedding(input_BT, weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        (input_BT,) = ctx.saved_tensors
+        sum_VD = ctx.weight_VD.grad
+        into_VD = torch.zeros_like(ctx.weight_VD) if sum_VD is None else sum_VD
+        into_VD.index_add_(0, input_BT.flatten(), grads[0].flatten(0, -2).to(into_VD.dtype))
+        return (into_VD, None) if sum_VD is None else (None, None)
+
+
+class LeanEmbedding(nn.Embedding):
+    """PyTorch's lookup, but that in a step's later micro-batches the gradient of the few rows is
+    added to that of the earlier ones, and no table of zeros is made for it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows: Tensor = _Lookup.apply(self.weight, input)  # type: ignore[no-untyped-call]
+        return rows
 
 
 class LeanNorm(LlamaRMSNorm):  # type: ignore[misc]
@@ -74,11 +116,11 @@ class LeanNorm(LlamaRMSNorm):  # type: ignore[misc]
 
 
 class LeanMLP(LlamaMLP):  # type: ignore[misc]
-    """transformers' MLP but for what it keeps, where its activation is SiLU."""
+    """transformers' MLP but for what it keeps, where its activation is SiLU and it has no bias."""
 
     def forward(self, x: Tensor) -> Tensor:
-        gated = _Gated.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
-        down: Tensor = self.down_proj(gated)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        down: Tensor = _GatedDown.apply(gate, up, self.down_proj.weight)  # type: ignore[no-untyped-call]
         return down
 
 
@@ -87,9 +129,14 @@ def make_lean(model: LlamaForCausalLM) -> None:
 
     The final norm stays transformers' own: what reads it wants its full width. Classes are
     changed, not the modules' `forward`: torch.compile would compile each layer anew for that.
+
+    The lookup is for a CPU and one process: elsewhere rows are added in any order, or gradients
+    are not where the weights are.
     """
+    if model.device.type == "cpu" and processes() == 1:
+        model.model.embed_tokens.__class__ = LeanEmbedding
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             norm.__class__ = LeanNorm
-        if model.config.hidden_act == "silu":
+        if model.config.hidden_act == "silu" and layer.mlp.down_proj.bias is None:
             layer.mlp.__class__ = LeanMLP

@@ -1,8 +1,9 @@
 """Whether the C library keeps freed memory for the next tensor or gives it back.
 
-Training makes the same tensors in every step, so what is kept is used again. Pruning makes few
-and large ones of many sizes, and what is kept of one size is of no use to the next: of an 8B
-teacher's walk the process had grown to half more than it needed.
+Training makes the same tensors in every step, so what is kept is used again, but for the largest:
+among the others they leave holes that these fill, and the process grows from step to step. Pruning
+makes few and large ones of many sizes, and what is kept of one size is of no use to the next: of an
+8B teacher's walk the process had grown to half more than it needed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE = 32 * 1024**2
 """The largest size from which glibc can be told to ask the kernel for pages of a tensor's own."""
 
@@ -18,16 +19,16 @@ _LARGE = 32 * 1024**2
 def reuse_freed_memory() -> bool:
     """Make the C library keep freed memory for the next tensor; True where that is possible.
 
-    glibc gives every tensor above 32 MB fresh pages from the kernel and takes them away when it is
-    freed. Zeroing and mapping those pages again in each step cost a fifth of its time on a CPU.
-    Elsewhere than with glibc nothing is changed. It holds for the whole process.
+    Only tensors above 32 MB, of which a training step makes few, get pages of their own and give
+    them back; in the default the library gives back the others' memory too. Elsewhere than with
+    glibc nothing is changed. It holds for the whole process.
     """
-    return _set({_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1})
+    return _set({_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: 2**31 - 1})
 
 
 def give_back_freed_memory() -> bool:
-    """Make the C library give large freed tensors back to the system, whatever was said before."""
-    return _set({_M_MMAP_MAX: 65536, _M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: _LARGE})
+    """Make the C library give freed memory back to the system, whatever was said before."""
+    return _set({_M_MMAP_THRESHOLD: _LARGE, _M_TRIM_THRESHOLD: _LARGE})
 
 
 def _set(options: dict[int, int]) -> bool:

@@ -35,7 +35,7 @@ class SplitMuon(Muon):
         updates = [self.momentum(p) for p in matrices]
         whole = gather_rows(updates, shapes)
         if whole is not None:
-            whole = orthogonalised(whole, self.products).to(whole.dtype)
+            whole = orthogonalised([whole], 1, self.products)[0].to(whole.dtype)
         updates = return_rows(whole, updates, shapes)
         for p, shape, update in zip(matrices, shapes, updates, strict=True):
             move(mine(p), shape, update, group)

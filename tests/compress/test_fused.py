@@ -218,6 +218,20 @@ def test_bfloat16_products_stay_near_the_exact_loss() -> None:
     assert cosine > 0.999
 
 
+def test_the_head_s_gradient_is_the_same_in_one_piece_and_in_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gradient(pieces: int) -> Tensor:
+        monkeypatch.setattr("compress.fused._HEAD_BYTES", V * D * 2 // pieces)
+        given = problem(torch.float32)
+        FusedLoss(**OBJECTIVES["forward"], chunk=7, dtype=torch.bfloat16)(**given)[0].backward()
+        found: Tensor = given["head_VD"].grad
+        return found
+
+    assert gradient(1).abs().sum() > 0
+    assert torch.equal(gradient(1), gradient(4)), "every column is a sum of its own"
+
+
 def test_nothing_of_the_size_of_all_logits_is_kept_for_backward() -> None:
     kept: list[int] = []
 

@@ -25,7 +25,7 @@ def test_singular_values_come_near_one_and_their_vectors_stay(
     size: tuple[int, int], products: torch.dtype
 ) -> None:
     u, s, vt = spread_matrix(size, 0.05)
-    found = orthogonalised((1e-4 * (u * s) @ vt).float(), products)
+    (found,) = orthogonalised([(1e-4 * (u * s) @ vt).float()], 1, products)
     assert found.dtype == products
     inside = u.T @ found.double() @ vt.T
     assert (inside.diagonal() > 0.68).all()
@@ -38,13 +38,37 @@ def test_a_matrix_that_one_direction_rules_is_turned_too() -> None:
     """As gradients are: the 4-norm is the largest value itself there, and nothing is lost."""
     u, s, vt = spread_matrix((48, 96), 1.0)
     s[1:] = 0.01
-    values = torch.linalg.svdvals(orthogonalised(((u * s) @ vt).float(), torch.float32))
+    values = torch.linalg.svdvals(orthogonalised([((u * s) @ vt).float()], 1, torch.float32)[0])
     assert values.min() > 0.68
     assert values.max() < 1.32
 
 
 def test_no_gradient_is_no_update() -> None:
-    assert not orthogonalised(torch.zeros(8, 4), torch.bfloat16).any()
+    assert not orthogonalised([torch.zeros(8, 4)], 1, torch.bfloat16).any()
+
+
+@pytest.mark.parametrize("stacked", [1, 2 * 48 * 96, 10**9])
+def test_matrices_move_together_as_they_do_alone(
+    stacked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several sizes, some without a gradient, in stacks of one, two and all."""
+    torch.manual_seed(0)
+    sizes = [(48, 96), (96, 48), (48, 96), (64, 64), (48, 96), (48, 96)]
+    starts = [torch.randn(size) for size in sizes]
+    gradients = [torch.randn(size) * 10.0**-number for number, size in enumerate(sizes)]
+
+    def moved(numbers: list[int]) -> list[Tensor]:
+        weights = [nn.Parameter(starts[number].clone()) for number in numbers]
+        for weight, number in zip(weights, numbers, strict=True):
+            weight.grad = gradients[number].clone() if number != 2 else None
+        Muon(weights, lr=0.1, weight_decay=0.1, products=torch.float32).step()
+        return [weight.detach() for weight in weights]
+
+    alone = [moved([number])[0] for number in range(len(sizes))]
+    monkeypatch.setattr("compress.muon.STACKED", stacked)
+    for start, one, found in zip(starts, alone, moved([*range(len(sizes))]), strict=True):
+        torch.testing.assert_close(found, one, rtol=1e-4, atol=1e-5)
+        assert torch.equal(found, start) == torch.equal(start, starts[2])
 
 
 def test_each_polynomial_is_the_nearest_to_one() -> None:
