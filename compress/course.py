@@ -163,7 +163,7 @@ def open_course(
         inside=inside,
         answers=answers,
         data=data,
-        loss=_fused_loss(settings, precision, vocabulary),
+        loss=_fused_loss(settings, precision, vocabulary, device),
         matches=matches,
         optimizers=build_optimizers(student, settings, wide=wide),
         wide_muon=wide,
@@ -186,7 +186,7 @@ def _open_student(folder: Path, device: torch.device, precision: PrecisionChoice
 
 
 def _fused_loss(
-    settings: DistillSettings, precision: PrecisionChoice, vocabulary: int
+    settings: DistillSettings, precision: PrecisionChoice, vocabulary: int, device: torch.device
 ) -> FusedLoss:
     beta, skew = {"beta": settings.jensen_shannon_beta}, {"skew": settings.skew}
     arguments: dict[str, dict[str, float]] = {
@@ -200,7 +200,7 @@ def _fused_loss(
     used = [name for name in arguments if getattr(settings, name) or name == "forward_kl"]
     return FusedLoss(
         terms=tuple(Term(name, 0.0, arguments[name]) for name in used),
-        chunk=settings.chunk_tokens,
+        chunk=settings.chunk(on_cpu=device.type == "cpu"),
         dtype=precision.dtype,
         vocabulary=vocabulary,
     )

@@ -116,8 +116,8 @@ def stacks(matrices: Iterable[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def orthogonalised(matrices: Iterable[Tensor], count: int, products: torch.dtype) -> Tensor:
-    """Nearly the orthogonal matrices next to ``count`` of one size, [L, M, N] in ``products``; valid
-    until the next call. Each is asked for when there is room for it.
+    """Nearly the orthogonal matrices next to ``count`` of one size, [L, M, N] in ``products``;
+    valid until the next call. Each is asked for when the one before has its place.
 
     X ← (a + b A + c A²) X with A = X Xᵀ does to each singular value what the polynomial does to a
     number. They have to be 1 at most before: the first A gives the root of its Frobenius norm (the

@@ -218,8 +218,11 @@ class DistillSettings(Settings):
         description="Both models' logits are divided by it in the divergences, whose value is "
         "multiplied by its square. May change with the steps, as weights may.",
     )
-    chunk_tokens: Count = Field(
-        default=512, gt=0, description="Tokens whose logits exist at one time in the loss."
+    chunk_tokens: Count | None = Field(
+        default=None,
+        gt=0,
+        description="Tokens whose logits exist at one time in the loss; by default 256 on a CPU "
+        "and 512 elsewhere.",
     )
 
     targets: Literal["live", "sample", "top_k"] = Field(
@@ -330,6 +333,14 @@ class DistillSettings(Settings):
         """Where nobody writes, who would changes nothing: neither a key nor a checkpoint."""
         data: dict[str, Any] = handler(self)
         return {k: v for k, v in data.items() if k != "on_policy_writer" or self.on_policy}
+
+    def chunk(self, *, on_cpu: bool) -> int:
+        """Tokens whose logits exist at one time in the loss.
+
+        Each chunk adds to the whole head's gradient, which an accelerator, whose products are
+        faster beside its memory, can do less often.
+        """
+        return self.chunk_tokens or (256 if on_cpu else 512)
 
     @model_validator(mode="after")
     def _check_writer(self) -> DistillSettings:

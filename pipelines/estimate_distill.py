@@ -147,7 +147,7 @@ def distill_cost(
     else:
         activations = micro * student.num_hidden_layers * layer
     narrow_weights = 0.0 if product == "float32" else float(width * parameters)
-    chunk = min(settings.chunk_tokens, micro)
+    chunk = min(settings.chunk(on_cpu=on_cpu), micro)
     held = {
         "weights": 4.0 * parameters,
         "gradients": 4.0 * parameters,
