@@ -46,13 +46,13 @@ MASK = 1.0  # bytes of an entry of the mask, T² of them a window, as it is made
 def activation_bytes(shape: Shape, window: int, product: str, *, on_cpu: bool) -> float:
     """What autograd keeps of one position in one layer, without checkpointing.
 
-    Two norms keep their inputs in float32 and what they give in the products' dtype, the MLP gate,
-    up and their product. The CPU's attention for short windows keeps queries, keys, values, what it
-    gives, and the probabilities, T numbers a head but for what lies ahead of a block. PyTorch's
-    keeps the mask that holds documents apart, T numbers, which is most of it in long windows.
+    Two norms keep their inputs in float32 and what they give in the products' dtype, the MLP gate
+    and up. The CPU's attention for short windows keeps queries, keys, values, what it gives, and
+    the probabilities, T numbers a head but for what lies ahead of a block. PyTorch's keeps the mask
+    that holds documents apart, T numbers, which is most of it in long windows.
     """
     width = WIDTH[product]
-    others = (8.0 + 2.0 * width) * shape.hidden_size + 3.0 * width * shape.intermediate_size
+    others = (8.0 + 2.0 * width) * shape.hidden_size + 2.0 * width * shape.intermediate_size
     if on_cpu and product == "bfloat16" and window <= SHORT_WINDOW:
         heads = 2.0 * (shape.query_size + shape.key_value_size)
         seen = min(window, (window + ATTENTION_BLOCK) / 2)
@@ -146,7 +146,8 @@ def distill_cost(
         activations = micro * (student.num_hidden_layers * 4.0 * student.hidden_size + layer)
     else:
         activations = micro * student.num_hidden_layers * layer
-    narrow_weights = 0.0 if product == "float32" else float(width * parameters)
+    down = student.num_hidden_layers * student.hidden_size * student.intermediate_size
+    narrow_weights = 0.0 if product == "float32" else float(width * (parameters - down))
     chunk = min(settings.chunk(on_cpu=on_cpu), micro)
     held = {
         "weights": 4.0 * parameters,
