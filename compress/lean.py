@@ -77,18 +77,20 @@ class _Lookup(torch.autograd.Function):
     """Rows of a table whose gradient lies in memory already, if it is not the first."""
 
     @staticmethod
-    def forward(ctx: Any, weight_VD: Tensor, input_BT: Tensor) -> Tensor:
-        ctx.weight_VD = weight_VD
+    def forward(ctx: Any, weight_VD: Tensor, input_BT: Tensor, padding: int | None) -> Tensor:
+        ctx.weight_VD, ctx.padding = weight_VD, padding
         ctx.save_for_backward(input_BT)
         return nn.functional.embedding(input_BT, weight_VD)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
         (input_BT,) = ctx.saved_tensors
-        sum_VD = ctx.weight_VD.grad
+        grad_BTD, sum_VD = grads[0], ctx.weight_VD.grad
+        if ctx.padding is not None:
+            grad_BTD = grad_BTD.masked_fill((input_BT == ctx.padding).unsqueeze(-1), 0)
         into_VD = torch.zeros_like(ctx.weight_VD) if sum_VD is None else sum_VD
-        into_VD.index_add_(0, input_BT.flatten(), grads[0].flatten(0, -2).to(into_VD.dtype))
-        return (into_VD, None) if sum_VD is None else (None, None)
+        into_VD.index_add_(0, input_BT.flatten(), grad_BTD.flatten(0, -2).to(into_VD.dtype))
+        return into_VD if sum_VD is None else None, None, None
 
 
 class LeanEmbedding(nn.Embedding):
@@ -96,7 +98,7 @@ class LeanEmbedding(nn.Embedding):
     added to that of the earlier ones, and no table of zeros is made for it."""
 
     def forward(self, input: Tensor) -> Tensor:
-        rows: Tensor = _Lookup.apply(self.weight, input)  # type: ignore[no-untyped-call]
+        rows: Tensor = _Lookup.apply(self.weight, input, self.padding_idx)  # type: ignore[no-untyped-call]
         return rows
 
 

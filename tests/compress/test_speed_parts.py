@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from compress.attention import BLOCK, LONGEST, NAME, choose_attention
-from compress.lean import make_lean
+from compress.lean import LeanEmbedding, make_lean
 from compress.memory import give_back_freed_memory, reuse_freed_memory
 from compress.optimizers import build_optimizers, set_learning_rate
 from compress.precision import fast_dtype, product_rate
@@ -106,6 +107,31 @@ def test_lean_layers_under_autocast_are_as_exact_and_keep_less(tiny_llama: Path)
         errors = [(found[place] - wanted[place]).norm() for found in (stock, lean)]
         assert errors[1] < 1.3 * errors[0] < 0.1 * wanted[place].norm()
     assert lean[2] < 0.75 * stock[2]
+
+
+@pytest.mark.parametrize("padding", [None, 5])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_lean_lookup_s_gradients_add_up_over_micro_batches(
+    tiny_llama: Path, tied: bool, padding: int | None
+) -> None:
+    """Of tokens that come several times, the one that pads among them."""
+    config = LlamaConfig.from_pretrained(tiny_llama)
+    config.tie_word_embeddings, config.pad_token_id = tied, padding
+    models = [LlamaForCausalLM(config).double()]
+    models.append(copy.deepcopy(models[0]))
+    make_lean(models[1])
+    assert isinstance(models[1].model.embed_tokens, LeanEmbedding)
+    for model in models:
+        for micro in range(3):
+            input_ids = torch.tensor([[5, 7, 7, 5, 9, 11 + micro]])
+            model(input_ids=input_ids).logits.square().mean().backward()
+    stock, lean = (dict(model.named_parameters()) for model in models)
+    assert stock.keys() == lean.keys()
+    assert ("lm_head.weight" in stock) != tied
+    name = "model.embed_tokens.weight"
+    assert stock[name].grad.abs().max() > 1e-3
+    torch.testing.assert_close(lean[name].grad, stock[name].grad, rtol=1e-4, atol=1e-6)
+    assert tied or bool(lean[name].grad[5].any()) == (padding is None)
 
 
 def test_lean_layers_share_their_code_for_the_compiler(tiny_llama: Path) -> None:
