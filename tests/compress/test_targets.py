@@ -331,7 +331,8 @@ def test_a_student_learns_from_the_cache_what_it_learns_live(
     assert first["targets"]["captured_windows"] > 0
     assert "captured_windows" not in second["targets"]
     for name in ("kl_to_live", "tail_mass"):
-        assert second["targets"][name] == first["targets"][name] >= 0
+        assert second["targets"][name] == first["targets"][name]
+        assert first["targets"][name] >= -1e-6, "0 but for rounding, where all tokens are kept"
     assert metrics(tmp_path / "first", "loss") == metrics(tmp_path / "second", "loss")
 
 
