@@ -421,7 +421,7 @@ def compare(
 ) -> Comparison:
     """Measure without gradients, chunk by chunk: KL, cross-entropy of both, equal first choices."""
     targets, vocabulary = _ready(targets, len(head_VD), fused)  # type: ignore[assignment]
-    head_VD = head_VD[:vocabulary].to(fused.dtype)
+    head_VD = _narrowed(fused, head_VD[:vocabulary])
     work = torch.promote_types(student_ND.dtype, torch.float32)
     totals = torch.zeros(4, dtype=torch.float64, device=student_ND.device)
     rows = _rows_at_once(fused, student_ND.device, vocabulary, work)

@@ -74,7 +74,11 @@ class _GatedDown(torch.autograd.Function):
 
 
 class _Lookup(torch.autograd.Function):
-    """Rows of a table whose gradient lies in memory already, if it is not the first."""
+    """Rows of a table whose gradient lies in memory already, if it is not the first.
+
+    It is for `backward` into ``.grad``: `torch.autograd.grad` and hooks of the table would see the
+    first micro-batch's gradient only.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight_VD: Tensor, input_BT: Tensor, padding: int | None) -> Tensor:
@@ -122,6 +126,9 @@ class LeanMLP(LlamaMLP):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
+        if not torch.is_grad_enabled():  # the layer itself narrows its weights once a text
+            written: Tensor = self.down_proj(nn.functional.silu(gate).mul_(up))
+            return written
         down: Tensor = _GatedDown.apply(gate, up, self.down_proj.weight)  # type: ignore[no-untyped-call]
         return down
 

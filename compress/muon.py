@@ -133,6 +133,7 @@ def orthogonalised(matrices: Iterable[Tensor], count: int, products: torch.dtype
     )
     for x_KN, matrix_MN in zip(x_LKN, chain([like], matrices), strict=True):
         x_KN.copy_(matrix_MN.T if tall else matrix_MN)
+    del like
     x_LKN.div_(_sizes(x_LKN))
     for number, (a, b, c) in enumerate(POLYNOMIALS):
         torch.bmm(x_LKN, x_LKN.mT, out=gram_LKK)

@@ -14,8 +14,8 @@ class Workspace:
 
     Fresh memory costs a page fault for every 4 KB: on a CPU that made a softmax over the vocabulary
     take twice its time. And what is freed between two tensors that stay until backward leaves a
-    hole: glibc before 2.38 seldom finds it again for an aligned tensor of the same size, so that
-    a training step had come to two thirds more memory than its tensors.
+    hole: glibc (2.36) seldom finds it again for an aligned tensor of the same size, so that a
+    training step had come to two thirds more memory than its tensors.
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,10 @@ class Workspace:
         key, count = (name, dtype, like.device), math.prod(size)
         held = self._buffers.get(key)
         if held is None or held.numel() < count:
-            held = torch.empty(count, dtype=dtype, device=like.device)
-            self._buffers[key] = held
+            held = self._buffers.pop(key, None)
+            del held  # before the larger one is made
+            with torch.inference_mode(False):
+                held = self._buffers[key] = torch.empty(count, dtype=dtype, device=like.device)
         return held[:count].view(size)
 
 

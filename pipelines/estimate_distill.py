@@ -49,7 +49,8 @@ def activation_bytes(shape: Shape, window: int, product: str, *, on_cpu: bool) -
     Two norms keep their inputs in float32 and what they give in the products' dtype, the MLP gate
     and up. The CPU's attention for short windows keeps queries, keys, values, what it gives, and
     the probabilities, T numbers a head but for what lies ahead of a block. PyTorch's keeps the mask
-    that holds documents apart, T numbers, which is most of it in long windows.
+    that holds documents apart, T numbers, which is most of it in long windows. Of an MLP with a
+    bias or another activation than SiLU the product is kept too, which is not counted.
     """
     width = WIDTH[product]
     others = (8.0 + 2.0 * width) * shape.hidden_size + 2.0 * width * shape.intermediate_size

@@ -66,7 +66,7 @@ from teachers.transfer_set import TransferSet
 VARIANTS = ("plain", "plain-bf16", "live", "cached", "trl", "trl-bf16")
 STEP_TOKENS = 2048
 WARM_UP = 3
-"""Steps until no variant asks the system for memory any more."""
+"""Steps until the optimizer's state is there and memory grows little."""
 WINDOW = 512
 RATE = 5e-4
 CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ from compress.optimizers import build_optimizers, set_learning_rate
 from compress.precision import fast_dtype, product_rate
 from compress.schedule import warmup_then_cosine
 from compress.settings import DistillSettings
+from compress.workspace import _MOMENTARY, Workspace
 
 CPU = torch.device("cpu")
 
@@ -140,6 +141,43 @@ def test_lean_layers_share_their_code_for_the_compiler(tiny_llama: Path) -> None
     make_lean(model)
     for module in model.model.layers.modules():
         assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("narrow", [False, True])
+def test_nothing_that_a_layer_gives_or_keeps_lies_in_a_buffer(
+    tiny_llama: Path, narrow: bool, dtype: torch.dtype
+) -> None:
+    """Else the next layer would write over it."""
+    model = LlamaForCausalLM.from_pretrained(tiny_llama, dtype=dtype)
+    make_lean(model)
+    model.set_attn_implementation(NAME)
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=narrow),
+    ):
+        given = model.model(**packed(), use_cache=False).last_hidden_state
+    buffers = {held.untyped_storage().data_ptr() for held in _MOMENTARY._buffers.values()}
+    assert {name for name, *_ in _MOMENTARY._buffers} >= {"norm", "scores"}
+    assert not buffers & {given.untyped_storage().data_ptr(), *kept}
+
+
+def test_a_workspace_grows_keeps_kinds_apart_and_serves_training_after_inference() -> None:
+    space, like = Workspace(), torch.zeros(1)
+    with torch.inference_mode():
+        first = space.take("a", (2, 3), torch.float32, like)
+    torch.ones(2, 3, out=first)
+    other = space.take("a", (2, 3), torch.float64, like)
+    assert other.data_ptr() != first.data_ptr()
+    assert space.take("a", (3,), torch.float32, like).data_ptr() == first.data_ptr()
+    assert space.take("a", (5, 4), torch.float32, like).shape == (5, 4)
+    assert first.sum() == 6, "who still holds the smaller one keeps it"
 
 
 def test_a_lean_model_is_saved_as_any_other(tiny_llama: Path, tmp_path: Path) -> None:
