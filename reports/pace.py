@@ -1,8 +1,10 @@
 """How fast a model is against another, and whether that is more than the noise of a machine.
 
-A scorecard's speed is of one process, whose quartiles know nothing of what else the machine did a
-minute later. Models of one shape are equally fast, whatever their weights: those that a run
-measured on the same terms are measurements of one speed, and how far they are apart is noise too.
+A student's scorecard has a ratio that was measured in turns with its teacher. Where it has none
+(scorecards of earlier versions, or memory without room for both), speeds of two processes must do,
+whose quartiles know nothing of what else the machine did a minute later. Models of one shape are
+equally fast, whatever their weights: those that a run measured on the same terms are measurements
+of one speed, and how far they are apart is noise too.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
 
 READS = "prefill_tokens_per_second"
 WRITES = "decode_tokens_per_second"
+IN_TURNS = "decode_times_teacher"
 _SHAPE = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "vocab_size",
@@ -52,13 +55,22 @@ class Pace:
 
 def measured_pace(card: Data, key: str) -> Pace | None:
     """A scorecard's speed and its quartiles; without them the speed alone."""
+    return _read(card, key, f"{key}_quartiles")
+
+
+def beside_teacher(card: Data) -> Pace | None:
+    """How many times as fast as its teacher a scorecard's model wrote when they took turns."""
+    return _read(card, IN_TURNS, f"{IN_TURNS}_interval")
+
+
+def _read(card: Data, key: str, around: str) -> Pace | None:
     speed = as_dict(card.get("speed"))
     middle = as_number(speed.get(key))
     if middle is None or middle <= 0:
         return None
-    quartiles = [as_number(value) for value in as_list(speed.get(f"{key}_quartiles"))]
-    around = [value for value in quartiles if value is not None and value > 0]
-    return Pace(middle=middle, low=min([middle, *around]), high=max([middle, *around]))
+    ends = [as_number(value) for value in as_list(speed.get(around))]
+    known = [value for value in ends if value is not None and value > 0]
+    return Pace(middle=middle, low=min([middle, *known]), high=max([middle, *known]))
 
 
 def pace(run: Run, stage: Stage, key: str) -> Pace | None:
@@ -97,15 +109,21 @@ def _teacher(run: Run) -> Stage | None:
     return next((stage for stage in run.measured if stage.kind == "teacher"), None)
 
 
-def faster(run: Run, student: Stage, key: str = WRITES) -> Pace | None:
-    """How many times as fast as the teacher a student is; `low` and `high` are the worst cases.
+def faster(run: Run, student: Stage) -> Pace | None:
+    """How many times as fast as the teacher a student writes.
 
-    None where a speed is missing, or where the two were measured on other terms.
+    In turns, with a confidence interval; or of two speeds, where `low` and `high` are the worst
+    cases. None where a speed is missing, or where the two were measured on other terms.
     """
     teacher = _teacher(run)
-    if teacher is None or _terms_apart(teacher, student):
+    if teacher is None:
         return None
-    ours, theirs = pace(run, student, key), pace(run, teacher, key)
+    in_turns = beside_teacher(student.scorecard or {})
+    if in_turns is not None:
+        return in_turns
+    if _terms_apart(teacher, student):
+        return None
+    ours, theirs = pace(run, student, WRITES), pace(run, teacher, WRITES)
     if not ours or not theirs:
         return None
     return Pace(
@@ -118,7 +136,7 @@ def faster(run: Run, student: Stage, key: str = WRITES) -> Pace | None:
 def why_no_ratio(run: Run, student: Stage | None) -> list[str]:
     """A sentence where both speeds are known and no ratio of them would mean anything."""
     teacher = _teacher(run)
-    if teacher is None or student is None:
+    if teacher is None or student is None or faster(run, student):
         return []
     known = all(measured_pace(stage.scorecard or {}, WRITES) for stage in (teacher, student))
     apart = "; ".join(_terms_apart(teacher, student))

@@ -1,15 +1,17 @@
 """How fast a checkpoint answers and how much memory that takes, measured in a process of its own.
 
-    python -m reports.speed MODEL_FOLDER --device cpu --threads 2
+    python -m reports.speed MODEL_FOLDER --device cpu --threads 2 [--beside TEACHER_FOLDER]
 
 A fresh process has nothing in memory but Python, torch and this one model, so its peak is the
-model's, and nothing that ran before slows it down.
+model's, and nothing that ran before slows it down. A teacher comes after that: both write in turns,
+for a machine that others use is half as fast a minute later, and a ratio should not know of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -28,15 +30,21 @@ PREFILLS = 3
 LEAST_SECONDS = 2.0
 """Small models are asked again until so much time has passed: 64 of their tokens take less than a
 hiccup of the machine, whose quartiles would then be narrow and wrong."""
+TURN_TOKENS = 4
+"""Tokens that each of two models writes before it is the other's turn: a machine's speed hardly
+changes in so short a time, and a hiccup in one of them does not move their median."""
 
 
-def measure_speed(folder: Path, *, device: str = "cpu") -> dict[str, Any]:
+def measure_speed(
+    folder: Path, *, device: str = "cpu", beside: Path | None = None
+) -> dict[str, Any]:
     """Run this module on the folder and return what it measured (see `measure`)."""
     import torch
 
     # -P and the path: a folder `reports` where the command runs must not be taken for this one.
     command = [sys.executable, "-P", "-m", "reports.speed", str(Path(folder).resolve())]
     command += ["--device", device, "--threads", str(torch.get_num_threads())]
+    command += ["--beside", str(Path(beside).resolve())] if beside else []
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -72,12 +80,42 @@ def _wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def measure(folder: Path, device: str, threads: int) -> dict[str, Any]:
+class Writer:
+    """A model that has read a prompt and writes on, one token at a time, greedily, batch 1.
+
+    The key/value cache grows by a token each time. ``prompt`` is [1, T] int64, on the device.
+    """
+
+    def __init__(self, model: Any, prompt: Any, device: str) -> None:
+        self._model, self._prompt, self._device = model, prompt, device
+        model(prompt[:, :32], use_cache=False, logits_to_keep=1)
+
+    def read(self) -> float:
+        """Seconds from the prompt to the first new token."""
+        return self._timed(self._prompt, None)
+
+    def write(self, tokens: int) -> list[float]:
+        """Seconds of each of so many further tokens."""
+        return [self._timed(self._token, self._cache) for _ in range(tokens)]
+
+    def _timed(self, ids: Any, cache: Any) -> float:
+        _wait_for(self._device)
+        start = time.perf_counter()
+        output = self._model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self._token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
+        _wait_for(self._device)
+        self._cache = output.past_key_values
+        return time.perf_counter() - start
+
+
+def measure(folder: Path, device: str, threads: int, beside: Path | None = None) -> dict[str, Any]:
     """Prefill of 512 tokens, then 64 tokens one at a time with the key/value cache, batch 1.
 
     Prefill is the median of three runs and ends with the first new token (time to first token);
     decoding is the median over the 64 steps, so a hiccup of the machine does not count. Beside the
     medians stand the quartiles. All is repeated while less than `LEAST_SECONDS` have passed.
+
+    With a teacher ``beside`` it, `in_turns` is measured after that, where memory has room for both.
     """
     import torch
 
@@ -86,36 +124,27 @@ def measure(folder: Path, device: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     before = peak_memory(device)
     model, _ = load_model(folder, device)
-    room = model.config.max_position_embeddings
-    prompt_tokens = max(min(PROMPT_TOKENS, room - NEW_TOKENS), 1)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(model.config.vocab_size, (1, prompt_tokens), generator=generator)
-    prompt = prompt.to(device)
+    prompt = _prompt(device, model)
     prefills: list[float] = []
     steps: list[float] = []
     with torch.inference_mode():
-        model(prompt[:, :32], use_cache=False, logits_to_keep=1)
+        writer = Writer(model, prompt, device)
         while not steps or sum(prefills) + sum(steps) < LEAST_SECONDS:
-            for _ in range(PREFILLS):
-                _wait_for(device)
-                start = time.perf_counter()
-                output = model(prompt, use_cache=True, logits_to_keep=1)
-                token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-                _wait_for(device)
-                prefills.append(time.perf_counter() - start)
-            for _ in range(NEW_TOKENS):
-                start = time.perf_counter()
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
-                token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-                _wait_for(device)
-                steps.append(time.perf_counter() - start)
+            prefills += [writer.read() for _ in range(PREFILLS)]
+            steps += writer.write(NEW_TOKENS)
     peak = peak_memory(device)
+    turns: dict[str, Any] = {}
+    if beside is not None and has_room(beside, device):
+        del writer
+        teacher, _ = load_model(beside, device)
+        turns = in_turns(model, teacher, device)
     return {
         "speed": {
-            **speeds("prefill", prompt_tokens, prefills),
+            **speeds("prefill", prompt.shape[1], prefills),
             **speeds("decode", 1, steps),
+            **turns,
             "time_to_first_token_seconds": statistics.median(prefills),
-            "prompt_tokens": prompt_tokens,
+            "prompt_tokens": prompt.shape[1],
             "new_tokens": NEW_TOKENS,
             "batch": 1,
             "precision": str(model.dtype).removeprefix("torch."),
@@ -130,6 +159,72 @@ def measure(folder: Path, device: str, threads: int) -> dict[str, Any]:
             "before_loading_bytes": before,
         },
     }
+
+
+def _prompt(device: str, *models: Any) -> Any:
+    """Random tokens that all of these models know: 512, or what leaves room to write."""
+    import torch
+
+    room = min(model.config.max_position_embeddings for model in models)
+    rows = min(model.config.vocab_size for model in models)
+    tokens = max(min(PROMPT_TOKENS, room - NEW_TOKENS), 1)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(rows, (1, tokens), generator=generator).to(device)
+
+
+def has_room(teacher: Path, device: str) -> bool:
+    """Whether free memory holds the teacher too: on a CPU in 32 bits, where files may have 16."""
+    import psutil
+    import torch
+
+    files = sum(file.stat().st_size for file in Path(teacher).glob("*.safetensors"))
+    if device.startswith("cuda"):
+        return 1.25 * files < int(torch.cuda.mem_get_info(device)[0])
+    return 1.25 * 2 * files < int(psutil.virtual_memory().available)
+
+
+def in_turns(model: Any, teacher: Any, device: str) -> dict[str, Any]:
+    """How many times as fast as the teacher the model writes, and its 95% confidence interval.
+
+    Both have read one prompt. In a turn each writes `TURN_TOKENS` tokens, and the turn's ratio is
+    that of their median times; who begins changes from turn to turn. Told is the median turn. All
+    is repeated while less than `LEAST_SECONDS` have passed.
+    """
+    import torch
+
+    prompt = _prompt(device, model, teacher)
+    ratios: list[float] = []
+    spent = 0.0
+    with torch.inference_mode():
+        ours, theirs = (Writer(each, prompt, device) for each in (model, teacher))
+        while not ratios or spent < LEAST_SECONDS:
+            ours.read(), theirs.read()
+            for turn in range(NEW_TOKENS // TURN_TOKENS):
+                order = (ours, theirs) if turn % 2 else (theirs, ours)
+                seconds = {writer: writer.write(TURN_TOKENS) for writer in order}
+                spent += sum(sum(times) for times in seconds.values())
+                medians = {writer: statistics.median(times) for writer, times in seconds.items()}
+                ratios.append(medians[theirs] / medians[ours])
+    return {
+        "decode_times_teacher": statistics.median(ratios),
+        "decode_times_teacher_interval": median_interval(ratios),
+    }
+
+
+def median_interval(values: Sequence[float]) -> list[float]:
+    """Two of the values with the median between them at 95% or more: an exact sign test's.
+
+    Of independent draws from any distribution, ``k`` or fewer lie below its median with the chance
+    of a binomial at one half (Conover, Practical Nonparametric Statistics, 3.2). Fewer than six
+    values can't say as much; theirs are the least and the most.
+    """
+    ordered, below = sorted(values), 0.0
+    for k in range(len(ordered)):
+        below += math.comb(len(ordered), k) / 2 ** len(ordered)
+        if below > 0.025:
+            break
+    k = max(k, 1)
+    return [ordered[k - 1], ordered[-k]]
 
 
 def speeds(what: str, tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
@@ -147,8 +242,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--beside", type=Path, help="a teacher that writes in turns with it")
     arguments = parser.parse_args()
-    print(json.dumps(measure(arguments.folder, arguments.device, arguments.threads)))
+    print(json.dumps(measure(**vars(arguments))))
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def _size(card: Data, teacher: Data) -> list[str]:
 
 
 def _speed(run: Run, student: Stage) -> list[str]:
-    """A ratio only where it is more than noise; the quartiles are what is taken for that."""
+    """A ratio only where it is more than noise."""
     ratio = faster(run, student)
     if ratio is None:
         return []

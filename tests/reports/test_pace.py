@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from reports.pace import WRITES, faster, measured_pace, pace
 from reports.page import write_report
 from reports.run_folder import read_run
-from reports.speed import speeds
+from reports.speed import median_interval, speeds
 from reports.verdict import headline_facts, judge, verdict
 from reports.view import make_view
 from shearling import read_json, write_json
@@ -88,6 +89,69 @@ def test_speeds_on_other_terms_have_no_ratio(run: Path) -> None:
     assert "as fast at writing" not in [what for _, what, _ in view.facts]
     told = "were measured on other terms (threads 8 and unknown), so there is no ratio of them."
     assert f"The speeds of teacher and distill {told}" in view.details
+
+
+def in_turns(run: Path, stage: str, *told: object) -> None:
+    """Give a stage a ratio measured in turns with the teacher: its median, its interval."""
+    path = run / "stages" / stage / "scorecard.json"
+    card = read_json(path)
+    new = dict(zip(("decode_times_teacher", "decode_times_teacher_interval"), told, strict=True))
+    write_json(path, {**card, "speed": {**card["speed"], **new}})
+
+
+def test_a_ratio_in_turns_knows_nothing_of_the_machine_a_minute_ago(run: Path) -> None:
+    measured(run, teacher=(780, 800, 810), prune=(1050, 1077, 1090), distill=(600, 607, 615))
+    in_turns(run, "distill", 1.31, [1.27, 1.36])
+    sentence, fact = said(run)
+    assert "the model writes 1.31 times as fast (1.27 to 1.36), " in sentence
+    assert fact == "1.27 to 1.36"
+    found = read_run(run)
+    view = make_view(found, judge(found), [found])
+    assert view.stages is not None
+    assert [row[5].note for row in view.stages.rows if row[5].note] == [
+        "780 to 810", "1,050 to 1,090", "600 to 615,\n1.31× the teacher"
+    ]  # fmt: skip
+    in_turns(run, "distill", 1.02, [0.97, 1.08])
+    assert said(run)[1] == "0.97 to 1.08, within noise"
+
+
+def test_a_ratio_in_turns_was_measured_on_the_same_terms(run: Path) -> None:
+    """Whatever those of the teacher's own scorecard are, which may be of another day."""
+    measured(run, teacher=(90, 100, 110), prune=(140, 150, 160), distill=(150, 170, 180))
+    path = run / "stages" / "teacher" / "scorecard.json"
+    card = read_json(path)
+    write_json(path, {**card, "speed": {**card["speed"], "threads": 8}})
+    in_turns(run, "distill", 1.5, [1.4, 1.6])
+    found = read_run(run)
+    ratio = faster(found, found.measured[-1])
+    assert ratio is not None
+    assert (ratio.low, ratio.middle, ratio.high) == (1.4, 1.5, 1.6)
+    assert not any("other terms" in told for told in make_view(found, judge(found)).details)
+
+
+@pytest.mark.parametrize("wrong", [None, "fast", -1.0, 0, []])
+def test_without_a_ratio_in_turns_two_speeds_must_do(run: Path, wrong: object) -> None:
+    measured(run, teacher=(90, 100, 110), prune=(140, 150, 160), distill=(150, 170, 180))
+    in_turns(run, "distill", wrong, [1.4, 1.6])
+    assert said(run)[1] == "1.27 to 2.00"
+
+
+def test_an_interval_of_the_median_is_that_of_the_sign_test() -> None:
+    """The ranks are those of any table of the binomial at one half."""
+    ranks = {6: (1, 6), 8: (1, 8), 9: (2, 8), 16: (4, 13), 25: (8, 18), 100: (40, 61)}
+    for count, ends in ranks.items():
+        assert median_interval(range(count, 0, -1)) == list(ends)
+    assert median_interval([3.0]) == [3.0, 3.0]
+    assert median_interval([3.0, 1.0, 2.0]) == [1.0, 3.0]  # can't say as much as 95%
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    within = 0
+    for _ in range(1000):
+        low, high = median_interval(random.lognormal(size=16).tolist())
+        within += low <= 1 <= high
+    assert 0.95 <= within / 1000 <= 1  # 97.9% by the binomial
 
 
 def test_scorecards_without_quartiles_are_read_and_say_so(run: Path) -> None:
