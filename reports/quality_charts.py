@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import altair as alt
@@ -12,7 +13,7 @@ import altair as alt
 from reports.chart import Chart, finish, shortened, told_apart, values
 from reports.compare import headline_metrics
 from reports.groups import whole_results
-from reports.pace import WRITES, Pace, measured_pace
+from reports.pace import WRITES, Pace, beside_teacher, measured_pace
 from reports.run_folder import Data, Run, as_dict, as_number
 from reports.words import count, is_share, metric_label, percent, score, significant
 
@@ -144,18 +145,36 @@ def quality_by_size(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
 
 
 def quality_by_speed(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
-    """Quality against the speed of writing."""
-    return _quality(
-        run,
-        rivals,
-        name="quality-by-speed",
-        title="Quality against speed",
+    """Quality against the speed of writing: that beside the teacher, where all models have it."""
+    draw = partial(_quality, run, rivals, name="quality-by-speed", title="Quality against speed")
+    if _one_teacher_beside([run, *rivals]):
+        return draw(
+            of=lambda card: beside_teacher(card) or Pace(middle=1.0, low=1.0, high=1.0),
+            axis="times as fast as the teacher at writing",
+            against="speed beside the teacher's (with its 95% confidence interval), one sequence "
+            "at a time, in turns",
+            told=lambda value: f"{value:.2f} times as fast as the teacher",
+        )
+    return draw(
         of=lambda card: measured_pace(card, WRITES),
         axis="tokens written a second",
         against="tokens written a second (with quartiles), one sequence at a time on the machine "
         "that measured",
         told=lambda value: f"{significant(value)} tokens a second",
     )
+
+
+def _one_teacher_beside(runs: Sequence[Run]) -> bool:
+    """Whether each student of these runs wrote in turns with one and the same teacher."""
+    cards = [
+        (number, stage.scorecard)
+        for number, run in enumerate(runs)
+        for stage in run.measured
+        if stage.kind != "teacher" and stage.scorecard
+    ]
+    # Where a scorecard does not name its teacher, it is taken to be the run's own.
+    teachers = {card.get("teacher_sha256", number) for number, card in cards}
+    return len(teachers) == 1 and all(beside_teacher(card) for _, card in cards)
 
 
 def _millions(card: Data) -> Pace | None:

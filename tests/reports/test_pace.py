@@ -187,3 +187,27 @@ def test_tables_and_chart_show_the_quartiles(run: Path) -> None:
     (chart,) = [chart for chart in view.charts if chart.name == "quality-by-speed"]
     row = chart.spec["data"]["values"][0]
     assert (row["slow"], row["x"], row["fast"]) == (90, 100, 110)
+
+
+def across(run: Path) -> tuple[str, list[tuple[float, float, float]]]:
+    """What the chart of quality against speed has on its x axis, and where the models stand."""
+    found = read_run(run)
+    charts = make_view(found, judge(found)).charts
+    (chart,) = [chart for chart in charts if chart.name == "quality-by-speed"]
+    rows = chart.spec["data"]["values"]
+    return chart.text, [(row["slow"], row["x"], row["fast"]) for row in rows]
+
+
+def test_the_chart_shows_speeds_beside_the_teacher_where_all_students_have_one(run: Path) -> None:
+    measured(run, teacher=(780, 800, 810), prune=(1050, 1077, 1090), distill=(600, 607, 615))
+    in_turns(run, "prune", 1.3, [1.2, 1.4])
+    caption, places = across(run)
+    assert "tokens written a second" in caption
+    assert places[-1] == (600, 607, 615)
+    in_turns(run, "distill", 1.31, [1.27, 1.36])
+    caption, places = across(run)
+    assert "speed beside the teacher's" in caption
+    assert places == [(1, 1, 1), (1.2, 1.3, 1.4), (1.27, 1.31, 1.36)]
+    path = run / "stages" / "distill" / "scorecard.json"
+    write_json(path, {**read_json(path), "teacher_sha256": "of another"})
+    assert "tokens written a second" in across(run)[0]
