@@ -173,7 +173,7 @@ def _one_teacher_beside(runs: Sequence[Run]) -> bool:
         if stage.kind != "teacher" and stage.scorecard
     ]
     # Where a scorecard does not name its teacher, it is taken to be the run's own.
-    teachers = {card.get("teacher_sha256", number) for number, card in cards}
+    teachers = {str(card.get("teacher_sha256") or number) for number, card in cards}
     return len(teachers) == 1 and all(beside_teacher(card) for _, card in cards)
 
 
