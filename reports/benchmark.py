@@ -122,6 +122,7 @@ def benchmark(
         add_agreement(card, reading, model, teacher, device, progress)
     if settings.speed:
         progress("speed and memory", 0, 1)
+        torch.cuda.empty_cache()  # for the process that measures
         card.update(measure_speed(model, device=device, beside=teacher))
     return card
 

@@ -18,6 +18,7 @@ from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
 READS = "prefill_tokens_per_second"
 WRITES = "decode_tokens_per_second"
 IN_TURNS = "decode_times_teacher"
+"""A ratio to the teacher's speed, in scorecards of students."""
 _SHAPE = (
     "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "vocab_size",
@@ -54,27 +55,19 @@ class Pace:
 
 
 def measured_pace(card: Data, key: str) -> Pace | None:
-    """A scorecard's speed and its quartiles; without them the speed alone."""
-    return _read(card, key, f"{key}_quartiles")
-
-
-def beside_teacher(card: Data) -> Pace | None:
-    """How many times as fast as its teacher a scorecard's model wrote when they took turns."""
-    return _read(card, IN_TURNS, f"{IN_TURNS}_interval")
-
-
-def _read(card: Data, key: str, around: str) -> Pace | None:
+    """A scorecard's speed (or ratio) and its quartiles (interval); without them that alone."""
     speed = as_dict(card.get("speed"))
     middle = as_number(speed.get(key))
     if middle is None or middle <= 0:
         return None
-    ends = [as_number(value) for value in as_list(speed.get(around))]
+    around = speed.get(f"{key}_quartiles") or speed.get(f"{key}_interval")
+    ends = [as_number(value) for value in as_list(around)]
     known = [value for value in ends if value is not None and value > 0]
     return Pace(middle=middle, low=min([middle, *known]), high=max([middle, *known]))
 
 
 def pace(run: Run, stage: Stage, key: str) -> Pace | None:
-    """The speed of a stage's model from all of the run's measurements of its shape."""
+    """The speed (or ratio) of a stage's model, of all that the run measured of its shape."""
     if stage.scorecard is None or measured_pace(stage.scorecard, key) is None:
         return None
     alike = [stage]
@@ -112,14 +105,15 @@ def _teacher(run: Run) -> Stage | None:
 def faster(run: Run, student: Stage) -> Pace | None:
     """How many times as fast as the teacher a student writes.
 
-    In turns, with a confidence interval; or of two speeds, where `low` and `high` are the worst
-    cases. None where a speed is missing, or where the two were measured on other terms.
+    In turns, with a confidence interval; or of two speeds. `low` and `high` are the worst cases of
+    all that were measured of the shape. None where a speed is missing, or where the two were
+    measured on other terms.
     """
     teacher = _teacher(run)
     if teacher is None:
         return None
-    in_turns = beside_teacher(student.scorecard or {})
-    if in_turns is not None:
+    in_turns = pace(run, student, IN_TURNS)
+    if in_turns and not _alike(teacher, student):
         return in_turns
     if _terms_apart(teacher, student):
         return None

@@ -13,7 +13,7 @@ import altair as alt
 from reports.chart import Chart, finish, shortened, told_apart, values
 from reports.compare import headline_metrics
 from reports.groups import whole_results
-from reports.pace import WRITES, Pace, beside_teacher, measured_pace
+from reports.pace import IN_TURNS, WRITES, Pace, measured_pace
 from reports.run_folder import Data, Run, as_dict, as_number
 from reports.words import count, is_share, metric_label, percent, score, significant
 
@@ -145,11 +145,11 @@ def quality_by_size(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
 
 
 def quality_by_speed(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
-    """Quality against the speed of writing: that beside the teacher, where all models have it."""
+    """Quality against the speed of writing: that beside the teacher, where all others have it."""
     draw = partial(_quality, run, rivals, name="quality-by-speed", title="Quality against speed")
     if _one_teacher_beside([run, *rivals]):
         return draw(
-            of=lambda card: beside_teacher(card) or Pace(middle=1.0, low=1.0, high=1.0),
+            of=lambda card: measured_pace(card, IN_TURNS) or Pace(middle=1.0, low=1.0, high=1.0),
             axis="times as fast as the teacher at writing",
             against="speed beside the teacher's (with its 95% confidence interval), one sequence "
             "at a time, in turns",
@@ -165,16 +165,19 @@ def quality_by_speed(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
 
 
 def _one_teacher_beside(runs: Sequence[Run]) -> bool:
-    """Whether each student of these runs wrote in turns with one and the same teacher."""
-    cards = [
-        (number, stage.scorecard)
-        for number, run in enumerate(runs)
-        for stage in run.measured
-        if stage.kind != "teacher" and stage.scorecard
-    ]
-    # Where a scorecard does not name its teacher, it is taken to be the run's own.
-    teachers = {str(card.get("teacher_sha256") or number) for number, card in cards}
-    return len(teachers) == 1 and all(beside_teacher(card) for _, card in cards)
+    """Whether all models wrote in turns with one teacher, on one kind of device."""
+    grounds = set()
+    for number, run in enumerate(runs):
+        cards = [s.scorecard for s in run.measured if s.scorecard is not run.teacher]
+        known = [card for card in cards if card and measured_pace(card, IN_TURNS)]
+        if not known or len(known) < len(cards):
+            return False
+        for card in known:
+            speed = as_dict(card.get("speed"))
+            terms = [str(speed.get(term)) for term in ("device", "threads", "precision")]
+            # Where a scorecard does not name its teacher, it is taken to be the run's own.
+            grounds.add((str(card.get("teacher_sha256") or number), *terms))
+    return len(grounds) == 1
 
 
 def _millions(card: Data) -> Pace | None:

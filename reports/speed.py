@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import resource
 import statistics
@@ -38,7 +37,11 @@ changes in so short a time, and a hiccup in one of them does not move their medi
 def measure_speed(
     folder: Path, *, device: str = "cpu", beside: Path | None = None
 ) -> dict[str, Any]:
-    """Run this module on the folder and return what it measured (see `measure`)."""
+    """Run this module on the folder and return what it measured (see `measure`).
+
+    With a teacher ``beside`` it, "speed" holds what `in_turns` measured too, unless memory has no
+    room for both; whatever becomes of that, the model's own speed has been told before.
+    """
     import torch
 
     # -P and the path: a folder `reports` where the command runs must not be taken for this one.
@@ -48,13 +51,14 @@ def measure_speed(
     paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if finished.returncode != 0:
+    lines = [line for line in finished.stdout.split("\n")[:-1] if line.startswith("{")]
+    if not lines:
         last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ShearlingError(
             f"Measuring the speed of {folder} ended with code {finished.returncode}: {last[0]}",
             hint="Set benchmark.speed to false to leave speed and memory out.",
         )
-    measured: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    measured: dict[str, Any] = json.loads(lines[-1])
     return measured
 
 
@@ -63,7 +67,7 @@ def peak_memory(device: str) -> int:
     import torch
 
     if device.startswith("cuda"):
-        return int(torch.cuda.max_memory_allocated())
+        return int(torch.cuda.max_memory_allocated(device))
     # Not ru_maxrss on Linux: a child inherits the maximum of the process that started it.
     status = Path("/proc/self/status")
     if status.is_file():
@@ -77,11 +81,11 @@ def _wait_for(device: str) -> None:
     import torch
 
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 class Writer:
-    """A model that has read a prompt and writes on, one token at a time, greedily, batch 1.
+    """A model that reads a prompt and then writes on, one token at a time, greedily, batch 1.
 
     The key/value cache grows by a token each time. ``prompt`` is [1, T] int64, on the device.
     """
@@ -108,14 +112,12 @@ class Writer:
         return time.perf_counter() - start
 
 
-def measure(folder: Path, device: str, threads: int, beside: Path | None = None) -> dict[str, Any]:
+def measure(folder: Path, device: str, threads: int) -> dict[str, Any]:
     """Prefill of 512 tokens, then 64 tokens one at a time with the key/value cache, batch 1.
 
     Prefill is the median of three runs and ends with the first new token (time to first token);
     decoding is the median over the 64 steps, so a hiccup of the machine does not count. Beside the
     medians stand the quartiles. All is repeated while less than `LEAST_SECONDS` have passed.
-
-    With a teacher ``beside`` it, `in_turns` is measured after that, where memory has room for both.
     """
     import torch
 
@@ -133,16 +135,10 @@ def measure(folder: Path, device: str, threads: int, beside: Path | None = None)
             prefills += [writer.read() for _ in range(PREFILLS)]
             steps += writer.write(NEW_TOKENS)
     peak = peak_memory(device)
-    turns: dict[str, Any] = {}
-    if beside is not None and has_room(beside, device):
-        del writer
-        teacher, _ = load_model(beside, device)
-        turns = in_turns(model, teacher, device)
     return {
         "speed": {
             **speeds("prefill", prompt.shape[1], prefills),
             **speeds("decode", 1, steps),
-            **turns,
             "time_to_first_token_seconds": statistics.median(prefills),
             "prompt_tokens": prompt.shape[1],
             "new_tokens": NEW_TOKENS,
@@ -172,39 +168,41 @@ def _prompt(device: str, *models: Any) -> Any:
     return torch.randint(rows, (1, tokens), generator=generator).to(device)
 
 
-def has_room(teacher: Path, device: str) -> bool:
-    """Whether free memory holds the teacher too: on a CPU in 32 bits, where files may have 16."""
+def has_room(device: str, *folders: Path) -> bool:
+    """Whether free memory holds these models: on a CPU in 32 bits, where files may have 16."""
     import psutil
     import torch
 
-    files = sum(file.stat().st_size for file in Path(teacher).glob("*.safetensors"))
+    files = sum(file.stat().st_size for each in folders for file in each.glob("*.safetensors"))
     if device.startswith("cuda"):
         return 1.25 * files < int(torch.cuda.mem_get_info(device)[0])
     return 1.25 * 2 * files < int(psutil.virtual_memory().available)
 
 
-def in_turns(model: Any, teacher: Any, device: str) -> dict[str, Any]:
+def in_turns(folder: Path, teacher: Path, device: str) -> dict[str, Any]:
     """How many times as fast as the teacher the model writes, and its 95% confidence interval.
 
-    Both have read one prompt. In a turn each writes `TURN_TOKENS` tokens, and the turn's ratio is
-    that of their median times; who begins changes from turn to turn. Told is the median turn. All
-    is repeated while less than `LEAST_SECONDS` have passed.
+    Both read one prompt. In a turn each writes `TURN_TOKENS` tokens, and the turn's ratio is that
+    of their median times; who begins changes from turn to turn. Told is the median turn. All is
+    repeated while less than `LEAST_SECONDS` have passed.
     """
     import torch
 
-    prompt = _prompt(device, model, teacher)
+    from reports.load import load_model
+
+    models = [load_model(each, device)[0] for each in (folder, teacher)]
+    prompt = _prompt(device, *models)
     ratios: list[float] = []
-    spent = 0.0
     with torch.inference_mode():
-        ours, theirs = (Writer(each, prompt, device) for each in (model, teacher))
-        while not ratios or spent < LEAST_SECONDS:
-            ours.read(), theirs.read()
+        ours, theirs = (Writer(each, prompt, device) for each in models)
+        end = time.perf_counter() + LEAST_SECONDS
+        while not ratios or time.perf_counter() < end:
+            ours.read()
+            theirs.read()
             for turn in range(NEW_TOKENS // TURN_TOKENS):
                 order = (ours, theirs) if turn % 2 else (theirs, ours)
-                seconds = {writer: writer.write(TURN_TOKENS) for writer in order}
-                spent += sum(sum(times) for times in seconds.values())
-                medians = {writer: statistics.median(times) for writer, times in seconds.items()}
-                ratios.append(medians[theirs] / medians[ours])
+                took = {writer: statistics.median(writer.write(TURN_TOKENS)) for writer in order}
+                ratios.append(took[theirs] / took[ours])
     return {
         "decode_times_teacher": statistics.median(ratios),
         "decode_times_teacher_interval": median_interval(ratios),
@@ -212,18 +210,15 @@ def in_turns(model: Any, teacher: Any, device: str) -> dict[str, Any]:
 
 
 def median_interval(values: Sequence[float]) -> list[float]:
-    """Two of the values with the median between them at 95% or more: an exact sign test's.
+    """The two values, of six or more, between which the median lies at 95%: an exact sign test's.
 
-    Of independent draws from any distribution, ``k`` or fewer lie below its median with the chance
-    of a binomial at one half (Conover, Practical Nonparametric Statistics, 3.2). Fewer than six
-    values can't say as much; theirs are the least and the most.
+    Of independent draws from any distribution, those below its median are as many as heads of a
+    fair coin (Conover, Practical Nonparametric Statistics, 3.2).
     """
-    ordered, below = sorted(values), 0.0
-    for k in range(len(ordered)):
-        below += math.comb(len(ordered), k) / 2 ** len(ordered)
-        if below > 0.025:
-            break
-    k = max(k, 1)
+    from scipy import stats
+
+    ordered = sorted(values)
+    k = int(stats.binom.ppf(0.025, len(ordered), 0.5))
     return [ordered[k - 1], ordered[-k]]
 
 
@@ -237,14 +232,18 @@ def speeds(what: str, tokens: int, seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The child process: measure, and print one line of JSON."""
+    """The child process: measure, and print a line of JSON; one with more after the turns."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--beside", type=Path, help="a teacher that writes in turns with it")
-    arguments = parser.parse_args()
-    print(json.dumps(measure(**vars(arguments))))
+    asked = parser.parse_args()
+    measured = measure(asked.folder, asked.device, asked.threads)
+    print(json.dumps(measured), flush=True)
+    if asked.beside and has_room(asked.device, asked.folder, asked.beside):
+        measured["speed"] |= in_turns(asked.folder, asked.beside, asked.device)
+        print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from reports import words
 from reports.compare import headline_metrics
 from reports.cuts import Cut
 from reports.groups import whole_results
-from reports.pace import READS, WRITES, beside_teacher, measured_pace
+from reports.pace import IN_TURNS, READS, WRITES, measured_pace
 from reports.quality_charts import main_perplexity, mean_share, metric_number
 from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
 from reports.verdict import Judgement
@@ -48,7 +48,7 @@ def stage_table(run: Run) -> Table | None:
         name="stages",
         caption="What each stage made, and what it took. Tasks: mean share of right answers. Reads "
         "and writes: tokens per second, for one sequence on this machine, and the quartiles of the "
-        "repeats; × the teacher: both wrote in turns. Memory: what a process with this model alone "
+        "repeats; × the teacher's, both in turns. Memory: what a process with this model alone "
         "needs.",
         columns=["stage", "parameters", "perplexity", "tasks", "reads", "writes", "memory", "took"],
         rows=[_stage_row(stage, run.teacher or {}, key) for stage in run.stages],
@@ -62,8 +62,8 @@ def _stage_row(stage: Stage, teacher: Data, key: tuple[str, str] | None) -> list
     on_disk = as_number(card.get("bytes"))
     first = as_number(speed.get("time_to_first_token_seconds"))
     after = f"first after {words.duration(first)}" if first is not None else ""
-    ratio = beside_teacher(card)
-    times = f"{ratio.middle:.2f}× the teacher" if ratio else ""
+    ratio = measured_pace(card, IN_TURNS)
+    times = f"{ratio.middle:.2f}× ({ratio.range})" if ratio else ""
     used = as_number(card.get("peak_memory_bytes"))
     before = as_number(as_dict(card.get("memory")).get("before_loading_bytes"))
     grown = f"model {words.size(used - before)}" if used and before else ""
