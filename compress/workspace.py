@@ -26,8 +26,8 @@ class Workspace:
         key, count = (name, dtype, like.device), math.prod(size)
         held = self._buffers.get(key)
         if held is None or held.numel() < count:
-            held = self._buffers.pop(key, None)
-            del held  # before the larger one is made
+            del held  # and let the smaller one go before the larger is made
+            self._buffers.pop(key, None)
             with torch.inference_mode(False):
                 held = self._buffers[key] = torch.empty(count, dtype=dtype, device=like.device)
         return held[:count].view(size)

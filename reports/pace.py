@@ -10,6 +10,7 @@ of one speed, and how far they are apart is noise too.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from reports import words
@@ -125,6 +126,31 @@ def faster(run: Run, student: Stage) -> Pace | None:
         low=ours.low / theirs.high,
         high=ours.high / theirs.low,
     )
+
+
+def measured_beside_one_teacher(runs: Sequence[Run]) -> bool:
+    """Whether all models but the teacher wrote in turns with it, on the same terms."""
+    grounds = set()
+    for number, run in enumerate(runs):
+        cards = [s.scorecard for s in run.measured if s.scorecard is not run.teacher]
+        known = [card for card in cards if card and measured_pace(card, IN_TURNS)]
+        if not known or len(known) < len(cards):
+            return False
+        for card in known:
+            speed = as_dict(card.get("speed"))
+            # Where a scorecard does not name its teacher, it is taken to be the run's own.
+            teacher = str(card.get("teacher_sha256") or number)
+            grounds.add((teacher, *(str(speed.get(term)) for term in _TERMS)))
+    return len(grounds) == 1
+
+
+def why_not_in_turns(student: Stage | None) -> list[str]:
+    """A sentence where a scorecard says why its model did not write in turns with the teacher."""
+    speed = as_dict((student.scorecard or {}).get("speed")) if student else {}
+    reason = speed.get(f"{IN_TURNS}_left_out")
+    if student is None or not isinstance(reason, str):
+        return []
+    return [f"{student.name} was not measured in turns with its teacher: {reason}."]
 
 
 def why_no_ratio(run: Run, student: Stage | None) -> list[str]:

@@ -13,7 +13,7 @@ import altair as alt
 from reports.chart import Chart, finish, shortened, told_apart, values
 from reports.compare import headline_metrics
 from reports.groups import whole_results
-from reports.pace import IN_TURNS, WRITES, Pace, measured_pace
+from reports.pace import IN_TURNS, WRITES, Pace, measured_beside_one_teacher, measured_pace
 from reports.run_folder import Data, Run, as_dict, as_number
 from reports.words import count, is_share, metric_label, percent, score, significant
 
@@ -147,7 +147,7 @@ def quality_by_size(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
 def quality_by_speed(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
     """Quality against the speed of writing: that beside the teacher, where all others have it."""
     draw = partial(_quality, run, rivals, name="quality-by-speed", title="Quality against speed")
-    if _one_teacher_beside([run, *rivals]):
+    if measured_beside_one_teacher([run, *rivals]):
         return draw(
             of=lambda card: measured_pace(card, IN_TURNS) or Pace(middle=1.0, low=1.0, high=1.0),
             axis="times as fast as the teacher at writing",
@@ -162,22 +162,6 @@ def quality_by_speed(run: Run, rivals: Sequence[Run] = ()) -> Chart | None:
         "that measured",
         told=lambda value: f"{significant(value)} tokens a second",
     )
-
-
-def _one_teacher_beside(runs: Sequence[Run]) -> bool:
-    """Whether all models wrote in turns with one teacher, on one kind of device."""
-    grounds = set()
-    for number, run in enumerate(runs):
-        cards = [s.scorecard for s in run.measured if s.scorecard is not run.teacher]
-        known = [card for card in cards if card and measured_pace(card, IN_TURNS)]
-        if not known or len(known) < len(cards):
-            return False
-        for card in known:
-            speed = as_dict(card.get("speed"))
-            terms = [str(speed.get(term)) for term in ("device", "threads", "precision")]
-            # Where a scorecard does not name its teacher, it is taken to be the run's own.
-            grounds.add((str(card.get("teacher_sha256") or number), *terms))
-    return len(grounds) == 1
 
 
 def _millions(card: Data) -> Pace | None:

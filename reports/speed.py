@@ -39,8 +39,8 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Run this module on the folder and return what it measured (see `measure`).
 
-    With a teacher ``beside`` it, "speed" holds what `in_turns` measured too, unless memory has no
-    room for both; whatever becomes of that, the model's own speed has been told before.
+    With a teacher ``beside`` it, "speed" holds what `in_turns` measured too, or why it did not:
+    the model's own speed has been told before, whatever becomes of the two.
     """
     import torch
 
@@ -52,13 +52,16 @@ def measure_speed(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in finished.stdout.split("\n")[:-1] if line.startswith("{")]
+    last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
+    ended = f"ended with code {finished.returncode}: {last[0]}"
     if not lines:
-        last = finished.stderr.strip().splitlines()[-1:] or ["no message"]
         raise ShearlingError(
-            f"Measuring the speed of {folder} ended with code {finished.returncode}: {last[0]}",
+            f"Measuring the speed of {folder} {ended}",
             hint="Set benchmark.speed to false to leave speed and memory out.",
         )
     measured: dict[str, Any] = json.loads(lines[-1])
+    if finished.returncode != 0:
+        measured["speed"]["decode_times_teacher_left_out"] = f"it {ended}"
     return measured
 
 
@@ -241,8 +244,12 @@ def main() -> None:
     asked = parser.parse_args()
     measured = measure(asked.folder, asked.device, asked.threads)
     print(json.dumps(measured), flush=True)
-    if asked.beside and has_room(asked.device, asked.folder, asked.beside):
-        measured["speed"] |= in_turns(asked.folder, asked.beside, asked.device)
+    if asked.beside:
+        if has_room(asked.device, asked.folder, asked.beside):
+            measured["speed"] |= in_turns(asked.folder, asked.beside, asked.device)
+        else:
+            left_out = "free memory has no room for both models"
+            measured["speed"]["decode_times_teacher_left_out"] = left_out
         print(json.dumps(measured))
 
 

@@ -14,7 +14,7 @@ from reports.chart import Chart
 from reports.charts import make_charts
 from reports.cleaning import cleaning_tables
 from reports.cuts import find_cuts, kept, remarks
-from reports.pace import why_no_ratio
+from reports.pace import why_no_ratio, why_not_in_turns
 from reports.reality import reality_table
 from reports.rivals import rival_table
 from reports.run_folder import Data, Run, Stage, as_dict, not_measured
@@ -98,6 +98,7 @@ def make_view(run: Run, judgement: Judgement, rivals: Sequence[Run] = ()) -> Vie
         details=[
             *verdict_details(run, judgement),
             *_kept_nothing(student),
+            *why_not_in_turns(student),
             *why_no_ratio(run, student),
             *closeness(student, run.teacher),
         ],

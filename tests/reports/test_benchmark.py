@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import reports.speed as speed_process
 from pipelines.difference import settings_like
 from pipelines.display import headline, skipped_lines
 from pipelines.evaluate import scorecard_table
@@ -614,9 +615,11 @@ def test_a_teacher_writes_in_turns_beside_the_model(tiny_llama: Path, tmp_path: 
 def test_a_teacher_that_fails_beside_the_model_costs_the_ratio_alone(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    measured = measure_speed(tiny_llama, beside=tmp_path)  # an empty folder
-    assert measured["speed"]["decode_tokens_per_second"] > 0
-    assert "decode_times_teacher" not in measured["speed"]
+    speed = measure_speed(tiny_llama, beside=tmp_path)["speed"]  # an empty folder
+    assert speed["decode_tokens_per_second"] > 0
+    assert "decode_times_teacher" not in speed
+    told = speed["decode_times_teacher_left_out"]
+    assert re.fullmatch(r"it ended with code 1: .*no config\.json.*", told)
 
 
 def test_models_are_opened_where_memory_has_room_for_them(
@@ -632,6 +635,18 @@ def test_models_are_opened_where_memory_has_room_for_them(
     assert has_room("cpu", *folders)  # 32 bits where the file may have 16, and a quarter more
     free.available = 2_400_000_000
     assert not has_room("cpu", *folders)
+
+
+def test_a_teacher_without_room_in_memory_is_told(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr("sys.argv", ["speed", str(tiny_llama), "--beside", str(tiny_llama)])
+    speed_process.main()
+    alone, beside = map(json.loads, capsys.readouterr().out.splitlines())
+    told = beside["speed"].pop("decode_times_teacher_left_out")
+    assert told == "free memory has no room for both models"
+    assert beside == alone
 
 
 def test_a_child_that_fails_is_a_clear_error(tmp_path: Path) -> None:

@@ -155,6 +155,17 @@ def test_without_a_ratio_in_turns_two_speeds_must_do(run: Path, wrong: object) -
     assert said(run)[1] == "1.27 to 2.00"
 
 
+@pytest.mark.parametrize("reason", ["it was killed", None, ["a"]])
+def test_the_report_says_why_there_is_no_ratio_in_turns(run: Path, reason: object) -> None:
+    path = run / "stages" / "distill" / "scorecard.json"
+    card = read_json(path)
+    speed = {**card["speed"], "decode_times_teacher_left_out": reason}
+    write_json(path, {**card, "speed": speed})
+    found = read_run(run)
+    told = "distill was not measured in turns with its teacher: it was killed."
+    assert (told in make_view(found, judge(found)).details) == (reason == "it was killed")
+
+
 def test_an_interval_of_the_median_is_that_of_the_sign_test() -> None:
     """The ranks are those of any table of the binomial at one half."""
     ranks = {6: (1, 6), 8: (1, 8), 9: (2, 8), 16: (4, 13), 25: (8, 18), 100: (40, 61)}
