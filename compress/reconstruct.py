@@ -12,7 +12,6 @@ Legend: N positions, I inputs, O outputs, V vocabulary, D student hidden, E teac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -73,11 +72,19 @@ class Moments:
 
     def relative_error(self, weight_OI: Tensor) -> float:
         """Σ w ‖W x - y‖² / Σ w ‖y‖² on what was taken in, to about six digits."""
-        weight_IO = weight_OI.T.float()
-        fitted = ((self.gram_II @ weight_IO) * weight_IO).sum(dtype=torch.float64)
-        shared = (self.cross_IO * weight_IO).sum(dtype=torch.float64)
+        error = torch.zeros_like(self.target_energy)
+        for first in range(0, len(weight_OI), _SOLVED):
+            some = slice(first, first + _SOLVED)
+            weight_IO = weight_OI[some].T.float()
+            fitted_IO = self.gram_II @ weight_IO - 2 * self.cross_IO[:, some]
+            error += (fitted_IO * weight_IO).sum(dtype=torch.float64)
+        return self.relative(error)
+
+    def relative(self, error: Tensor) -> float:
+        """An error without the energy of the targets in it, Σ w ‖W x‖² - 2 Σ w ⟨W x, y⟩, as a
+        share of that."""
         energy = self.target_energy.clamp_min(torch.finfo(torch.float64).tiny)
-        return float(((fitted - 2 * shared) / energy + 1).clamp_min(0))
+        return float((1 + error / energy).clamp_min(0))
 
     def outputs(self, some: slice, map_OP: Tensor | None) -> Moments:
         """The moments of some outputs alone, the energy of all: enough to compare their errors."""
@@ -150,8 +157,9 @@ class SplitMoments:
         del self.fitted, self.heldout
         if map_OP is not None:
             everything.cross_IO = everything.cross_IO @ map_OP
+        sliced_error = everything.relative_error(sliced_OI)
         found = RidgeFit(everything, sliced_OI).solve(strength)
-        return Refit(**vars(found), ridge=strength)
+        return Refit(**vars(found), sliced_error=sliced_error, ridge=strength)
 
     def _best_ridge(self, sliced_OI: Tensor, map_OP: Tensor | None, near: float | None) -> float:
         """Downhill from ``near``, else from the middle: the error falls and rises once, and each
@@ -174,18 +182,17 @@ class SplitMoments:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """Weights, [O, I], and Σ w ‖W x - y‖² / Σ w ‖y‖² of the sliced ones and of them, to about six
-    digits."""
+    """Weights, [O, I], and their Σ w ‖W x - y‖² / Σ w ‖y‖², to about six digits."""
 
     weight_OI: Tensor
-    sliced_error: float
     error: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refit(Solution):
-    """The solution that was taken, and the ridge it was fitted with."""
+    """The solution that was taken, the error of the sliced weights, and the ridge."""
 
+    sliced_error: float
     ridge: float
 
 
@@ -205,22 +212,6 @@ class RidgeFit:
         mean = self._diagonal_I.mean()
         # Inputs that never spoke leave the weights as they are, for any λ above zero.
         self._mean = torch.where(mean == 0, torch.ones_like(mean), mean)
-        self._energy = moments.target_energy.clamp_min(torch.finfo(torch.float64).tiny)
-        self._residuals: dict[int, Tensor] = {}
-
-    def _blocks(self) -> Iterator[slice]:
-        outputs = len(self.sliced_OI)
-        return (slice(o, min(o + _SOLVED, outputs)) for o in range(0, outputs, _SOLVED))
-
-    def _residual(self, some: slice) -> Tensor:
-        """Cross moments minus Gram W₀ of some outputs, [I, some]; kept where they are all."""
-        if some.start in self._residuals:
-            return self._residuals[some.start]
-        base_IO = self.sliced_OI[some].T.to(self._gram_II)
-        residual_IO = self._moments.cross_IO[:, some].to(self._gram_II) - self._gram_II @ base_IO
-        if len(self.sliced_OI) <= _SOLVED:
-            self._residuals[some.start] = residual_IO
-        return residual_IO
 
     def solve(self, ridge: float) -> Solution:
         """The weights W* and what they are worth; λ is ``ridge`` times the mean of diag(Gram).
@@ -233,23 +224,17 @@ class RidgeFit:
         """
         factor_II, shift = self._factor(ridge)
         weight_OI = torch.empty_like(self.sliced_OI)
-        # Σ w ‖W x‖² is ⟨Gram W, W⟩, and Gram W₀ is cross - residual, Gram (W₀ + change) is
-        # cross - λ change: so the errors need no other product with the Gram matrix.
-        sliced = found = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
-        for some in self._blocks():
-            residual_IO = self._residual(some)
-            change_IO = torch.cholesky_solve(residual_IO, factor_II)
-            cross_IO = self._moments.cross_IO[:, some]
-            base_IO = self.sliced_OI[some].T.to(residual_IO)
-            sliced = sliced - ((cross_IO + residual_IO) * base_IO).sum(dtype=torch.float64)
-            weight_IO = base_IO + change_IO
-            found = found - ((change_IO * shift + cross_IO) * weight_IO).sum(dtype=torch.float64)
+        error = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
+        for first in range(0, len(weight_OI), _SOLVED):
+            some = slice(first, first + _SOLVED)
+            base_IO = self.sliced_OI[some].T.to(factor_II)
+            cross_IO = self._moments.cross_IO[:, some].to(factor_II)
+            weight_IO = torch.cholesky_solve(base_IO * shift + cross_IO, factor_II)
+            # Σ w ‖W x‖² is ⟨Gram W, W⟩, and Gram W is cross + λ (W₀ - W).
+            rest_IO = (base_IO - weight_IO) * shift - cross_IO
+            error += (rest_IO * weight_IO).sum(dtype=torch.float64)
             weight_OI[some] = weight_IO.T.to(weight_OI)
-        return Solution(
-            weight_OI=weight_OI,
-            sliced_error=float((1 + sliced / self._energy).clamp_min(0)),
-            error=float((1 + found / self._energy).clamp_min(0)),
-        )
+        return Solution(weight_OI=weight_OI, error=self._moments.relative(error))
 
     def _factor(self, ridge: float) -> tuple[Tensor, Tensor]:
         """The Cholesky factor of Gram + λ I, and λ."""

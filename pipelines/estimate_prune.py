@@ -286,7 +286,8 @@ def _choice_flops(
     if settings.chosen_by == "greedy":
         for inputs, left in _chosen(before, student):
             single += layers * survey * inputs * (inputs + min(inputs, GRAM_ROWS))
-            removal = 2.0 * (inputs - left) * inputs * (inputs + wide)
+            # The inverse; for each input that goes, a half of what is left and the weights.
+            removal = (inputs**3 - left**3) / 3 + wide * (inputs**2 - left**2)
             double += layers * (inputs**3 + removal)
     if settings.basis_for(before, student) == "principal":
         narrow = student.hidden_size
@@ -320,10 +321,11 @@ def _prune_flops(
         gram = inputs * (inputs + min(inputs, GRAM_ROWS)) / 2  # blocks below the diagonal
         single += 2.0 * layers * tokens * (gram + inputs * fit.crossed)
         single += 2.0 * layers * inputs * fit.crossed * outputs * fit.mapped
-        # Cholesky, and the error of each solution
+        # Cholesky, solutions, and errors of those that are judged and of the sliced weights.
         judged = min(outputs, JUDGED_OUTPUTS)
         single += layers * RIDGES * (inputs**3 / 3 + 4.0 * inputs**2 * judged)
-        double += layers * (inputs**3 / 3 + 4.0 * inputs**2 * outputs)
+        single += layers * 2.0 * inputs**2 * outputs
+        double += layers * (inputs**3 / 3 + 2.0 * inputs**2 * outputs)
     # The metric of the output head, on the final states that are kept, and its map.
     wide, narrow = before.hidden_size, student.hidden_size
     final = min(survey, FINAL_POSITIONS)

@@ -81,7 +81,8 @@ def write_text(folder: Path, tokens: int, vocabulary: int) -> None:
         np.save(folder / f"{part}tokens.npy", windows)
         np.save(folder / f"{part}document_starts.npy", np.zeros(1, np.int64))
         np.save(folder / f"{part}document_sources.npy", np.zeros(1, np.int64))
-    write_json(folder / "transfer_set.json", {"sha256": "random", "sources": [{"name": "random"}]})
+    facts = {"sha256": "random", "sources": [{"name": "random"}], "vocabulary": vocabulary}
+    write_json(folder / "transfer_set.json", facts)
 
 
 # --- one measurement, in a process of its own -------------------------------------------------

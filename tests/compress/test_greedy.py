@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -36,6 +37,29 @@ def test_costs_are_the_rise_of_the_least_squares_error() -> None:
     for group, cost in zip(groups.tolist(), removal.costs(groups).tolist(), strict=True):
         expected = error_without(gram, weight, [3, 7, *group]) - before
         assert abs(cost - expected) < 1e-8 * abs(expected)
+
+
+@pytest.mark.parametrize(("dense", "rows"), [(0.0, 1024), (7 / 8, 5), (1.0, 4)])
+def test_what_is_left_is_the_inverse_of_the_rest(
+    monkeypatch: pytest.MonkeyPatch, dense: float, rows: int
+) -> None:
+    """Moved together never, at times and every time; in one product and in blocks."""
+    monkeypatch.setattr("compress.greedy.DENSE", dense)
+    monkeypatch.setattr("compress.greedy._ROWS", rows)
+    gram, weight = problem()
+    removal, gone = Removal(gram, weight), []
+    for inputs in ([5, 2], [11], [0, 8, 6]):
+        removal.remove(torch.tensor(inputs))
+        gone += inputs
+        left = [index for index in range(12) if index not in gone]
+        damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(12).double()
+        inverse = torch.linalg.inv(damped[left][:, left])
+        fitted = weight @ damped[:, left] @ inverse
+        costs = torch.full((12,), torch.inf).double()
+        costs[left] = fitted.square().sum(0) / inverse.diagonal()
+        torch.testing.assert_close(removal.single_costs(), costs, rtol=1e-9, atol=0)
+        groups = torch.tensor(left)[:, None]
+        torch.testing.assert_close(removal.costs(groups), costs[left], rtol=1e-9, atol=0)
 
 
 def test_removed_one_at_a_time_the_cheapest_goes_first() -> None:

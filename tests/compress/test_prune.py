@@ -150,7 +150,6 @@ def test_a_fit_knows_its_errors_without_another_product(
     inputs = torch.eye(12, dtype=torch.float64)
     for ridge in (1.0, 0.01):
         found = fit.solve(ridge)
-        assert found.sliced_error == pytest.approx(moments.relative_error(start), rel=1e-5)
         assert found.error == pytest.approx(moments.relative_error(found.weight_OI), rel=1e-5)
         gram = moments.gram_II.double()
         shift = ridge * gram.diagonal().mean() * inputs
