@@ -52,7 +52,7 @@ class Removal:
     ``gram_II`` holds the inputs' second moments, ``weight_OI`` the map. Computed in float64, with
     two matrices of the Gram matrix's size at most beside it: of an 8B's neurons one has 1.6 GB.
     Of the inverse only the lower triangle is brought up to date, and what has gone is cut off from
-    time to time, so removing costs a third of what it would on the whole matrix.
+    time to time: from 14,336 neurons to 8,192 a third of the work on the whole matrix.
     """
 
     def __init__(self, gram_II: Tensor, weight_OI: Tensor) -> None:
@@ -60,6 +60,7 @@ class Removal:
         mean = damped_II.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         damped_II.diagonal().add_(DAMPING * mean)
         self.inverse_LL = torch.linalg.cholesky(damped_II)
+        del damped_II
         invert_factor(self.inverse_LL)
         self.weight_LO = weight_OI.T.clone(memory_format=torch.contiguous_format).double()
         self.left_I = torch.ones(len(gram_II), dtype=torch.bool, device=gram_II.device)

@@ -12,6 +12,7 @@ Legend: N positions, I inputs, O outputs, V vocabulary, D student hidden, E teac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -73,8 +74,7 @@ class Moments:
     def relative_error(self, weight_OI: Tensor) -> float:
         """Σ w ‖W x - y‖² / Σ w ‖y‖² on what was taken in, to about six digits."""
         error = torch.zeros_like(self.target_energy)
-        for first in range(0, len(weight_OI), _SOLVED):
-            some = slice(first, first + _SOLVED)
+        for some in _blocks(len(weight_OI)):
             weight_IO = weight_OI[some].T.float()
             fitted_IO = self.gram_II @ weight_IO - 2 * self.cross_IO[:, some]
             error += (fitted_IO * weight_IO).sum(dtype=torch.float64)
@@ -90,6 +90,11 @@ class Moments:
         """The moments of some outputs alone, the energy of all: enough to compare their errors."""
         cross_IO = self.cross_IO[:, some] if map_OP is None else self.cross_IO @ map_OP[:, some]
         return Moments(self.gram_II, cross_IO, self.target_energy)
+
+
+def _blocks(outputs: int) -> Iterator[slice]:
+    """Outputs that are worked on at one time."""
+    return (slice(first, first + _SOLVED) for first in range(0, outputs, _SOLVED))
 
 
 def add_gram(gram_II: Tensor, weighted_NI: Tensor, input_NI: Tensor) -> None:
@@ -225,8 +230,7 @@ class RidgeFit:
         factor_II, shift = self._factor(ridge)
         weight_OI = torch.empty_like(self.sliced_OI)
         error = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
-        for first in range(0, len(weight_OI), _SOLVED):
-            some = slice(first, first + _SOLVED)
+        for some in _blocks(len(weight_OI)):
             base_IO = self.sliced_OI[some].T.to(factor_II)
             cross_IO = self._moments.cross_IO[:, some].to(factor_II)
             weight_IO = torch.cholesky_solve(base_IO * shift + cross_IO, factor_II)
