@@ -26,7 +26,7 @@ from torch_pruning.dependency import Dependency, Group, Node
 from transformers import LlamaForCausalLM
 
 from compress.coupling import HIDDEN, KEY_VALUE, NEURONS, QUERY, derive_coupling
-from compress.greedy import Removal, keep_heads, keep_inputs
+from compress.greedy import DAMPING, keep_heads, keep_inputs
 from compress.importance import cosine_distance
 from compress.layer import (
     ATTENTION,
@@ -419,11 +419,9 @@ def lost_on_average(weight_OI: Tensor, inputs: Inputs, kept: Tensor) -> Tensor:
 
 def least_squares(gram_II: Tensor, weight_OI: Tensor, kept: Tensor) -> Tensor:
     """The map with the other inputs' columns zero and the kept ones refitted to do their work."""
-    removal = Removal(gram_II, weight_OI)
-    gone = torch.ones(len(gram_II), dtype=torch.bool)
-    gone[kept] = False
-    if bool(gone.any()):
-        removal.remove(gone.nonzero().flatten())
+    damped_II = gram_II.to(torch.float64, copy=True)
+    damped_II.diagonal().add_(DAMPING * damped_II.diagonal().mean())
+    work_LO = damped_II[kept] @ weight_OI.T.double()
     refitted_OI = torch.zeros_like(weight_OI)
-    refitted_OI[:, kept] = removal.weight_OI[:, kept].to(weight_OI)
+    refitted_OI[:, kept] = torch.linalg.solve(damped_II[kept][:, kept], work_LO).T.to(weight_OI)
     return refitted_OI
