@@ -6,6 +6,8 @@ Legend: B windows, T positions, D hidden.
 from __future__ import annotations
 
 import math
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -17,8 +19,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Streams:
     """Makes the streams of one walk, in ``dtype``.
 
-    What doesn't fit into ``limit_bytes`` any more lies in files under ``folder``: the operating
-    system reads and writes their pages as the walk passes over the windows, in order.
+    What doesn't fit into ``limit_bytes`` any more lies in files under ``folder``, which have no
+    name there: the operating system reads and writes their pages as the walk passes over the
+    windows, in order.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype, limit_bytes: int) -> None:
@@ -42,5 +45,18 @@ class Streams:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.stream"
         path.unlink(missing_ok=True)
+        with path.open("wb") as file:
+            _take_room(file.fileno(), size)
         mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+        path.unlink()  # the map keeps it; nothing stays on the disk of a process that is killed
         return mapped.view(shape)
+
+
+def _take_room(handle: int, size: int) -> None:
+    """Give a file its blocks: on a full disk a write to a map without them ends the process.
+
+    Raises:
+        OSError: there is no room.
+    """
+    if sys.platform != "darwin":
+        os.posix_fallocate(handle, 0, size)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.streams import Streams
 from pipelines.tiny import tiny_documents, write_documents
 from shearling import ShearlingError, disk_errors
 from teachers.settings import SourceSettings, TransferSetSettings
@@ -51,6 +52,15 @@ def test_a_transfer_set_that_does_not_fit(
     """The disk fills up while the ids are written, or the windows, or the starts."""
     with pytest.raises(ShearlingError, match="disk is full"):
         build(small_disk, tiny_llama, tmp_path, documents)
+
+
+def test_streams_that_do_not_fit(small_disk: Path) -> None:
+    """A map of a file without blocks would end the process where it is first written."""
+    streams = Streams(small_disk / "streams", torch.float32, limit_bytes=0)
+    kept = streams.empty("one", (1 << 15,)).fill_(1.0)
+    with pytest.raises(ShearlingError, match="disk is full"), disk_errors(small_disk):
+        streams.empty("other", (1 << 16,)).fill_(2.0)
+    assert bool((kept == 1).all())
 
 
 def test_weights_that_do_not_fit(small_disk: Path) -> None:
