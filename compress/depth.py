@@ -16,6 +16,8 @@ from teachers.layout import EMBEDDING, FINAL_NORM, HEAD
 
 DEPTH_TOKENS = 2048
 """Positions on which each absence is measured."""
+CHUNK = 512
+"""Positions whose logits are in memory at one time."""
 
 
 def layers_by_divergence(
@@ -42,9 +44,10 @@ def layers_by_divergence(
     rounds = len(kept) - count
     for number in range(rounds):
         progress("depth", number, rounds)
-        without_C, whole_NE = search.absences(kept)
-        search.reference_NE = whole_NE if number == 0 else search.reference_NE
-        divergences = [search.divergence(without_NE) for without_NE in without_C]
+        without, whole_BTE = search.absences(kept)
+        if number == 0:
+            search.reference_NE = search.final(whole_BTE)
+        divergences = [search.divergence(stream_BTE) for stream_BTE in without]
         kept.pop(divergences.index(min(divergences)))
     return kept
 
@@ -68,7 +71,7 @@ class DepthSearch:
         self.reference_NE = torch.empty(0)
 
     def absences(self, kept: list[int]) -> tuple[list[Tensor], Tensor]:
-        """Final hidden states [N, E] without each of the ``kept`` layers, and with all of them."""
+        """The stream behind the last layer without each of the ``kept`` ones, and with all."""
         whole_BTE = self.start_BTE.clone()
         without: list[Tensor] = []
         for layer in kept:
@@ -77,17 +80,18 @@ class DepthSearch:
             for stream_BTE in [*without, whole_BTE]:
                 self.maths.advance(stream_BTE, weights)
             without.append(skipped_BTE)
-        return [self._final(stream) for stream in without], self._final(whole_BTE)
+        return without, whole_BTE
 
-    def _final(self, stream_BTE: Tensor) -> Tensor:
+    def final(self, stream_BTE: Tensor) -> Tensor:
+        """What the output head reads of it, [N, E]."""
         final_BTE = normed(stream_BTE.to(self.device), self.maths.eps) * self.norm_E
         return final_BTE.flatten(0, 1).to(self.head_VE.dtype)
 
-    def divergence(self, hidden_NE: Tensor) -> float:
+    def divergence(self, stream_BTE: Tensor) -> float:
         """KL(teacher || without), mean over the positions, in nats."""
-        total = 0.0
+        total, hidden_NE = 0.0, self.final(stream_BTE)
         for ours, theirs in zip(
-            torch.split(hidden_NE, 512), torch.split(self.reference_NE, 512), strict=True
+            torch.split(hidden_NE, CHUNK), torch.split(self.reference_NE, CHUNK), strict=True
         ):
             student_NV, teacher_NV = (part @ self.head_VE.T for part in (ours, theirs))
             total += float(forward_kl(student_NV.float(), teacher_NV.float()).sum())

@@ -71,10 +71,15 @@ def student_ends(
     way: Literal["split", "least_squares"],
     dtype: torch.dtype,
     vocabulary: int,
+    written: tuple[Tensor, Tensor] | None = None,
 ) -> Ends:
     """The ends of the student that ``slicer`` cuts; ``final_NE`` are final hidden states of the
     teacher as its head reads them. ``way`` is how two matrices become one, where they have to.
-    Rows from ``vocabulary`` on are padding: cut as the others are, with no say in how."""
+    Rows from ``vocabulary`` on are padding: cut as the others are, with no say in how.
+
+    ``written`` are embedding and final norm of a walk that goes on: made anew, two matrices would
+    not become quite the same one with another number of threads.
+    """
     device, plan = final_NE.device, slicer.plan
     norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
     head_VE = source.tensor(HEAD).to(device)
@@ -82,16 +87,18 @@ def student_ends(
     merged = slicer.student.merges_ends_of(slicer.teacher)
     if merged:
         both = BothEnds(source.tensor(EMBEDDING), head_VE, norm_E, vocabulary)
-        embedding_VD, norm_D = MERGES[way](both, plan.stream)
+        embedding_VD, norm_D = written or MERGES[way](both, plan.stream)
         head_VD = embedding_VD
         ramp = max(1, slicer.student.num_hidden_layers // MERGED_LAYERS)
     else:
-        embedding_VD = slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
+        embedding_VD = (
+            written[0] if written else slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
+        )
         head_VD, norm_D = _narrowed_head(slicer, embedding_VD, head_VE, norm_E)
     # As they will be stored: in float32 an 8B's would be the largest thing in memory.
     tied, stored = head_VD is embedding_VD, source.torch_dtype
-    embedding_VD = embedding_VD.to(stored)
-    head_VD = embedding_VD if tied else head_VD.to(stored)
+    embedding_VD = embedding_VD.to("cpu", stored)
+    head_VD = embedding_VD if tied else head_VD.to("cpu", stored)
     heads = head_VE[:vocabulary], head_VD[:vocabulary].to(device)
     metric_DD, metric_DE = fisher_metric(final_NE, *heads, dtype)
     stream_DE = narrowed(torch.eye(len(norm_E)), plan.stream, 0).to(device)

@@ -21,7 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from teachers.checkpoint import Checkpoint
 
 BATCH_TOKENS = 4096
-"""Positions that pass a layer at one time."""
+"""Positions that pass a layer at one time; of a longer window all."""
 
 OPENING_EVERY = 32
 """Every so many-th token of the calibration windows also passes the layers as a window's first."""
@@ -72,8 +72,12 @@ class LayerMath:
     dtype: torch.dtype
     _cos: Tensor = field(init=False)
     _sin: Tensor = field(init=False)
+    repeats_heads: bool = field(init=False)
+    """Keys and values, for each query head of a group: in float32 an accelerator has no grouped
+    attention but the one that makes all T² scores."""
 
     def __post_init__(self) -> None:
+        self.repeats_heads = self.device.type != "cpu" and self.dtype is torch.float32
         rotary = LlamaRotaryEmbedding(self.config).to(self.device)
         positions = torch.arange(self.length, device=self.device)[None]
         self._cos, self._sin = rotary(torch.zeros(1, device=self.device), positions)
@@ -93,12 +97,17 @@ class LayerMath:
         key = key_BTK.view(split).transpose(1, 2)
         value = value_BTK.view(split).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, self._cos, self._sin)
+        grouped = key.shape[1] < query.shape[1]
+        if grouped and self.repeats_heads:
+            times = query.shape[1] // key.shape[1]
+            key, value = (part.repeat_interleave(times, dim=1) for part in (key, value))
+            grouped = False
         mixed = F.scaled_dot_product_attention(
             query.to(self.dtype),
             key.to(self.dtype),
             value.to(self.dtype),
             is_causal=True,
-            enable_gqa=self.config.num_key_value_heads < self.config.num_attention_heads,
+            enable_gqa=grouped,
         )
         return mixed.float().transpose(1, 2).reshape(batch, length, -1)
 
@@ -136,7 +145,7 @@ class LayerMath:
 
 def openings(windows_BT: Tensor, begin: int | None) -> Tensor:
     """Windows of one token each out of long ones, [N, 1]; every fourth is ``begin``, the token
-    that texts begin with, where there is one.
+    that texts begin with, if it is among them.
 
     The first position is the attention sink: its stream is a hundred times larger than all others,
     every head rests on it, and it is made of nothing but its own token. Long windows show few of
@@ -144,7 +153,7 @@ def openings(windows_BT: Tensor, begin: int | None) -> Tensor:
     position each.
     """
     tokens_N1 = windows_BT[:, ::OPENING_EVERY].reshape(-1, 1).clone()
-    if begin is not None:
+    if begin is not None and bool((windows_BT == begin).any()):
         tokens_N1[::4] = begin
     return tokens_N1
 

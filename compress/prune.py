@@ -33,10 +33,10 @@ from shearling import (
     sha256_of_json,
     silent,
 )
-from students.build import student_config
+from students.build import StudentWriter, student_config
 from students.shape import Shape
 from teachers.checkpoint import Checkpoint, open_checkpoint
-from teachers.layout import listed
+from teachers.layout import EMBEDDING, listed
 from teachers.tokenizer import copy_companions
 from teachers.transfer_set import TransferSet
 
@@ -76,7 +76,8 @@ def prune(
             hint="Change `shape` in the recipe's prune stage.",
         )
     settings.check_depth(source.shape, shape)
-    check_rotary(source.config, student_config(source.config, shape))
+    config = student_config(source.config, shape)
+    check_rotary(source.config, config)
     text = TransferSet(transfer_set)
     windows = text.calibration(settings.calibration_tokens, seed)
     vocabulary = vocabulary_of([teacher], text)
@@ -126,6 +127,10 @@ def prune(
             plan=choose(survey, shape).to(place),
             coupling=derive_coupling(source.config),
         )
+        writer = StudentWriter(out / "model", config, source.torch_dtype)
+        begun = saved if saved and saved.step else None
+        if begun:
+            writer.restore(begun.state["shards"])
         ends = student_ends(
             source,
             slicer,
@@ -133,6 +138,7 @@ def prune(
             settings.merge,
             precision.dtype,
             vocabulary,
+            (writer.written(EMBEDDING), begun.whole("ends")["norm"].to(place)) if begun else None,
         )
         walk = Walk(
             source,
@@ -141,16 +147,16 @@ def prune(
             windows,
             settings,
             streams(),
+            writer,
             device=place,
             dtype=precision.dtype,
-            folder=out / "model",
         )
-        if saved and saved.step:
-            walk.restore(saved)
-        saved = None  # two streams in memory, wherever the walk's own lie
+        if begun:
+            walk.restore(begun)
+        saved = begun = None  # two streams in memory, wherever the walk's own lie
         walk.run(progress, lambda: saving(survey, walk))
         copy_companions(teacher, out / "model")
-        logit_error = _gate(walk, out / "model", shape)
+        logit_error = _gate(walk, out, shape)
     write_selection(
         out / "selection.json",
         slicer.plan,
@@ -213,11 +219,12 @@ def finite_or_told(source: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
+def _gate(walk: Walk, out: Path, shape: Shape) -> float:
     """Open the saved student as any user would, and hold it against the one in memory.
 
     Returns the largest difference of a logit over the largest logit.
     """
+    folder = out / "model"
     model, loading = LlamaForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
@@ -240,7 +247,8 @@ def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
         raise ShearlingError(
             f"The pruned model saved in {folder} does not answer as the one in memory: its logits "
             f"differ by {error:.2g} of the largest.",
-            hint="This is a bug in shearling or a failing disk; run the stage again.",
+            hint="This is a bug in shearling or a failing disk; delete "
+            f"{out / 'resume'} and run the stage again.",
         )
     return error
 

@@ -12,6 +12,7 @@ Legend: N positions, I inputs, O outputs, V vocabulary, D student hidden, E teac
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -153,7 +154,7 @@ class SplitMoments:
         """Refit on all windows; without a ``ridge``, with the best one on held-out windows.
 
         With ``map_OP`` each target is what that makes of it, and the energy is that already.
-        ``near`` is where the search begins, one of RIDGES. The moments are used up: those of a
+        ``near`` is about where the search begins. The moments are used up: those of a
         large layer are gigabytes.
         """
         strength = self._best_ridge(sliced_OI, map_OP, near) if ridge is None else ridge
@@ -164,7 +165,7 @@ class SplitMoments:
             everything.cross_IO = everything.cross_IO @ map_OP
         sliced_error = everything.relative_error(sliced_OI)
         found = RidgeFit(everything, sliced_OI).solve(strength)
-        return Refit(**vars(found), sliced_error=sliced_error, ridge=strength)
+        return Refit(**vars(found), sliced_error=sliced_error)
 
     def _best_ridge(self, sliced_OI: Tensor, map_OP: Tensor | None, near: float | None) -> float:
         """Downhill from ``near``, else from the middle: the error falls and rises once, and each
@@ -178,7 +179,7 @@ class SplitMoments:
             return heldout.relative_error(fit.solve(RIDGES[place]).weight_OI)
 
         last = len(RIDGES) - 1
-        place = last // 2 if near is None else RIDGES.index(near)
+        place = last // 2 if near is None else bisect_right(RIDGES[1:], near)
         for step in (1, -1):
             while 0 <= place + step <= last and error(place + step) < error(place):
                 place += step
@@ -187,18 +188,18 @@ class SplitMoments:
 
 @dataclass(frozen=True, kw_only=True)
 class Solution:
-    """Weights, [O, I], and their Σ w ‖W x - y‖² / Σ w ‖y‖², to about six digits."""
+    """Weights, [O, I], their Σ w ‖W x - y‖² / Σ w ‖y‖², to about six digits, and the ridge."""
 
     weight_OI: Tensor
     error: float
+    ridge: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refit(Solution):
-    """The solution that was taken, the error of the sliced weights, and the ridge."""
+    """The solution that was taken, and the error of the sliced weights."""
 
     sliced_error: float
-    ridge: float
 
 
 class RidgeFit:
@@ -221,13 +222,15 @@ class RidgeFit:
     def solve(self, ridge: float) -> Solution:
         """The weights W* and what they are worth; λ is ``ridge`` times the mean of diag(Gram).
 
-        Solved by Cholesky. Where the Gram matrix is too ill-conditioned for it, λ is
-        raised tenfold until it isn't: with λ large enough the answer is the sliced weights.
+        Solved by Cholesky. Where the Gram matrix is too ill-conditioned for it, the ridge is
+        raised tenfold until it isn't, and that one returned: with λ large enough the answer is
+        the sliced weights.
 
         Raises:
             FloatingPointError: the moments hold NaN or infinity.
         """
-        factor_II, shift = self._factor(ridge)
+        factor_II, used = self._factor(ridge)
+        shift = used * self._mean
         weight_OI = torch.empty_like(self.sliced_OI)
         error = torch.zeros((), dtype=torch.float64, device=weight_OI.device)
         for some in _blocks(len(weight_OI)):
@@ -238,22 +241,20 @@ class RidgeFit:
             rest_IO = (base_IO - weight_IO) * shift - cross_IO
             error += (rest_IO * weight_IO).sum(dtype=torch.float64)
             weight_OI[some] = weight_IO.T.to(weight_OI)
-        return Solution(weight_OI=weight_OI, error=self._moments.relative(error))
+        return Solution(weight_OI=weight_OI, error=self._moments.relative(error), ridge=used)
 
-    def _factor(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """The Cholesky factor of Gram + λ I, and λ."""
-        strength = ridge
+    def _factor(self, ridge: float) -> tuple[Tensor, float]:
+        """The Cholesky factor of Gram + λ I, and the ridge for which there is one."""
         while True:
-            shift = strength * self._mean
             # In place: another matrix of this size would be half a gigabyte for an 8B's student.
-            self._gram_II.diagonal().copy_(self._diagonal_I + shift)
+            self._gram_II.diagonal().copy_(self._diagonal_I + ridge * self._mean)
             factor_II, failed = torch.linalg.cholesky_ex(self._gram_II)
             self._gram_II.diagonal().copy_(self._diagonal_I)
             if not failed:
-                return factor_II, shift
-            if strength > 1e12:  # not even a diagonal matrix
+                return factor_II, ridge
+            if ridge > 1e12:  # not even a diagonal matrix
                 raise FloatingPointError("the calibration activations are not finite")
-            strength *= 10
+            ridge *= 10
 
 
 def scale_of_norm(student_ND: Tensor, teacher_ND: Tensor) -> tuple[float, float]:

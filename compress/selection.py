@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -19,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from compress.basis import principal_basis
 from shearling import ShearlingError, read_json, sha256_of_file, sha256_of_json, write_json
 from students.shape import Shape
+from teachers.weights import save_tensors
 
 if TYPE_CHECKING:
     from compress.survey import Survey
@@ -217,7 +218,7 @@ def write_map(selection: Path, map_ED: Tensor | None) -> None:
     if map_ED is None:
         path.unlink(missing_ok=True)
     else:
-        save_file({"hidden": map_ED.contiguous()}, path)
+        save_tensors({"hidden": map_ED.contiguous()}, path)
 
 
 def read_map(selection: Path) -> Tensor | None:

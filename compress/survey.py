@@ -152,7 +152,7 @@ def take_survey(
     if settings.chosen_by == "taylor":
         taylor = taylor_scores(source, windows_BT, streams, device, dtype, vocabulary, progress)
     greedy = settings.chosen_by == "greedy"
-    # Layers that a list drops keep nothing.
+    # In layers that a list drops nothing needs to be chosen well.
     wanted = settings.depth if isinstance(settings.depth, list) else None
     tokens = GREEDY_TOKENS if greedy else SURVEY_TOKENS
     windows_BT = windows_BT[: max(1, tokens // windows_BT.shape[1])]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -44,7 +43,7 @@ from compress.settings import PruneSettings
 from compress.slicing import Slicer
 from compress.streams import Streams
 from shearling import Progress, silent
-from students.build import StudentWriter, student_config
+from students.build import StudentWriter
 from teachers.checkpoint import Checkpoint
 from teachers.layout import EMBEDDING, FINAL_NORM, HEAD
 
@@ -93,15 +92,14 @@ class Walk:
         windows_BT: Tensor,
         settings: PruneSettings,
         streams: Streams,
+        writer: StudentWriter,
         *,
         device: torch.device,
         dtype: torch.dtype,
-        folder: Path,
     ) -> None:
         self.source, self.settings, self.device = source, settings, device
         self.slicer, self.ends = slicer, ends
-        config = student_config(source.config, slicer.student)
-        self.writer = StudentWriter(folder, config, source.torch_dtype)
+        config, self.writer = writer.config, writer
         self.tracks: dict[str, Track] = {}
         if settings.refit:  # slicing looks at nothing
             widest = max(slicer.student.query_size, slicer.student.intermediate_size)
@@ -140,19 +138,19 @@ class Walk:
             tensors={
                 "streams": {"probe": self.probe_stream}
                 | {f"{name}-teacher": track.teacher for name, track in self.tracks.items()}
-                | {f"{name}-student": track.student for name, track in self.tracks.items()}
+                | {f"{name}-student": track.student for name, track in self.tracks.items()},
+                "ends": {"norm": self.ends.norm_D},
             },
         )
 
     def restore(self, saved: TrainingState) -> None:
-        """Go on where ``state`` was taken."""
+        """Go on where ``state`` was taken, with the ends and the writer that it had."""
         streams = saved.whole("streams")
         for name, track in self.tracks.items():
             track.teacher.copy_(streams[f"{name}-teacher"])
             track.student.copy_(streams[f"{name}-student"])
         self.probe_stream = streams["probe"].to(self.device)
         self.errors = list(saved.state["errors"])
-        self.writer.restore(saved.state["shards"])
 
     def run(self, progress: Progress = silent, between: Callable[[], None] = lambda: None) -> None:
         """Make and write the layers that are left; ``between`` is called after each of them.
@@ -194,11 +192,14 @@ class Walk:
         self, number: int, block: Block, teacher: LayerWeights, student: LayerWeights
     ) -> dict[str, float]:
         """Refit the maps that read the stream; the teacher's stream passes the block."""
-        maps = [
-            self.slicer.target(number, name, teacher[f"{name}.weight"].float().T)
-            for name in block.inputs
-        ]
-        fit = InputFit(student, block, torch.cat(maps, dim=1))
+        map_EO = torch.cat(  # no list is kept beside it: of an 8B another 200 MB
+            [
+                self.slicer.target(number, name, teacher[f"{name}.weight"].float().T)
+                for name in block.inputs
+            ],
+            dim=1,
+        )
+        fit = InputFit(student, block, map_EO)
         for track, rows in self._batches():
             before = self._read(track.teacher, rows)
             normed_BTE, parts = track.teacher_math.read(block, before, teacher)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
 from shearling import ShearlingError, sync, write_json
 from students.shape import Shape
+from teachers.weights import save_tensors
 
 SHARD_BYTES = 512 * 1024**2
 """What waits in memory to be written; half a gigabyte is a file of a useful size, too."""
@@ -100,6 +101,11 @@ class StudentWriter:
                 hint=f"Delete {self.folder.parent} to start this stage from its beginning.",
             ) from error
 
+    def written(self, name: str) -> Tensor:
+        """A tensor of the shards that are on the disk."""
+        number = next(n for n, names in enumerate(self._shards, 1) if name in names)
+        return load_file(self._shard_path(number))[name]
+
     def _renamed(self, number: int) -> Path:
         """Where a ``finish`` that was killed has put a shard."""
         names = [f"model-{number:05d}-of-*.safetensors", *([_ONLY] if number == 1 else [])]
@@ -131,7 +137,7 @@ class StudentWriter:
 
     def _flush(self) -> None:
         path = self._shard_path(len(self._shards) + 1)
-        save_file(self._pending, path, metadata={"format": "pt"})
+        save_tensors(self._pending, path)
         sync(path)
         self._shards.append(list(self._pending))
         self._pending = {}

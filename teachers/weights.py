@@ -232,14 +232,16 @@ def _split(sizes: list[int]) -> list[int]:
     return counts
 
 
-def _save(tensors: dict[str, Tensor], file: Path) -> None:
-    """safetensors' save, with the operating system's error where it hides one (a full disk)."""
+def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """safetensors' save, with the operating system's error where it hides one (a full disk), and
+    a file that all may read: the library's is its owner's alone."""
     try:
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number.group(1)), str(error), str(file)) from error
         raise
+    os.chmod(file, 0o644)
 
 
 def save_shards(
@@ -264,8 +266,7 @@ def save_shards(
             weight_map[tensor_name] = file.name
             done += 1
             progress(what, done, len(sizes))
-        _save(shard, file)
-        os.chmod(file, 0o644)  # the library writes files that only their owner reads
+        save_tensors(shard, file)
     if len(counts) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         write_json(out / "model.safetensors.index.json", index)

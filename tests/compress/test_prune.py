@@ -22,8 +22,17 @@ from compress.coupling import derive_coupling
 from compress.depth import layers_by_divergence
 from compress.importance import channel_energy
 from compress.layer import OPENING_EVERY, LayerMath, openings, read_layer
+from compress.merging import MERGES, BothEnds, joint_ends
 from compress.prune import prune
-from compress.reconstruct import Moments, RidgeFit, SplitMoments, final_norm_refit, judging
+from compress.reconstruct import (
+    RIDGES,
+    Moments,
+    RidgeFit,
+    SplitMoments,
+    final_norm_refit,
+    judging,
+)
+from compress.saving import save_student
 from compress.selection import (
     LayerSelection,
     Plan,
@@ -110,9 +119,12 @@ def test_the_graph_tells_what_is_coupled(tiny_llama: Path, kv_heads: int, bias: 
         assert axes["self_attn.q_proj.bias"] == ("query",)
 
 
-def test_a_layer_walked_by_hand_is_the_stock_layer(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("repeated", [False, True])
+def test_a_layer_walked_by_hand_is_the_stock_layer(tiny_llama: Path, repeated: bool) -> None:
     source, model = Checkpoint(tiny_llama), load(tiny_llama)
     maths = LayerMath(source.config, PROBE.shape[1], torch.device("cpu"), torch.float32)
+    assert not maths.repeats_heads  # as it is on an accelerator
+    maths.repeats_heads = repeated
     with torch.no_grad():
         states = model.model(PROBE, output_hidden_states=True).hidden_states
         for number in range(2):
@@ -168,8 +180,20 @@ def test_ridge_refit_survives_a_singular_gram() -> None:
     moments = Moments.zeros(6, 2, torch.device("cpu"))
     one = torch.ones(8, 6)  # rank one
     moments.add(one, torch.ones(8, 2), torch.ones(8))
-    refitted = RidgeFit(moments, torch.zeros(2, 6)).solve(1e-30).weight_OI
-    torch.testing.assert_close(one @ refitted.T, torch.ones(8, 2), rtol=1e-3, atol=1e-3)
+    found = RidgeFit(moments, torch.zeros(2, 6)).solve(1e-30)
+    fitted = one @ found.weight_OI.T
+    torch.testing.assert_close(fitted, torch.ones(8, 2), rtol=1e-3, atol=1e-3)
+    assert found.ridge > 1e-30  # the one that was needed, not the one asked for
+
+
+@pytest.mark.parametrize("near", [0.001, 0.002, 0.1, 10.0, 1e4])
+def test_the_search_for_a_ridge_begins_anywhere(near: float) -> None:
+    torch.manual_seed(0)
+    read = torch.randn(64, 6)
+    moments = SplitMoments(6, 2, torch.device("cpu"))
+    target = read @ torch.randn(6, 2) + 0.1 * torch.randn(64, 2)
+    moments.add(read, target, None, torch.arange(64) % 8 == 7)
+    assert moments.refit(torch.zeros(2, 6), None, near=near).ridge == RIDGES[0]
 
 
 def test_the_ridge_is_chosen_by_what_held_out_positions_say() -> None:
@@ -643,6 +667,19 @@ def test_an_untied_teacher_makes_a_tied_student(
     assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
+def test_others_may_read_what_is_written(
+    tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
+) -> None:
+    """safetensors makes files that only their owner reads: no server would find them."""
+    out = tmp_path / "cut"
+    cut(tiny_llama, out, tiny_transfer_set, AXES, basis="principal")
+    save_student(load(out / "model"), out / "model", tmp_path / "saved")
+    written = [*out.glob("*.safetensors"), *tmp_path.glob("*/*.safetensors")]
+    written += (out / "model").glob("*.safetensors")
+    assert {path.parent.name for path in written} == {"cut", "model", "saved"}
+    assert {path.stat().st_mode & 0o777 for path in written} == {0o644}
+
+
 def test_two_equal_matrices_merge_into_that_one(
     tiny_llama: Path, tiny_transfer_set: Path, tmp_path: Path
 ) -> None:
@@ -793,6 +830,33 @@ def test_a_killed_walk_goes_on_to_the_same_bits(
         assert torch.equal(one, other), name
     selections = [read_json(tmp_path / run / "selection.json") for run in ("whole", "killed")]
     assert selections[0] == selections[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_killed_walk_keeps_its_ends(
+    tiny_llama_untied: Path,
+    tiny_transfer_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tied: bool,
+) -> None:
+    """Two matrices made one with other arithmetic (another number of threads) are another one: the
+    layers that are written would not go with it."""
+    axes = AXES | {"tie_word_embeddings": tied}
+    cut(tiny_llama_untied, tmp_path / "whole", tiny_transfer_set, axes)
+    arguments = (tiny_llama_untied, tmp_path / "killed", tiny_transfer_set, axes)
+    with pytest.raises(Killed):
+        cut(*arguments, progress=kill, **SAVING)
+
+    def turned(both: BothEnds, stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        matrix_VD, norm_D = joint_ends(both, stream)
+        return matrix_VD.flip(1), norm_D
+
+    monkeypatch.setitem(MERGES, "least_squares", turned)
+    cut(*arguments, **SAVING)  # through the gate
+    whole, resumed = load(tmp_path / "whole/model"), load(tmp_path / "killed/model")
+    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_a_survey_that_is_done_is_not_made_again(
@@ -975,17 +1039,21 @@ def test_nothing_is_removed_greedily_where_all_stays(
 
 
 @pytest.mark.parametrize("window", [1, 31, 32, 512])
-@pytest.mark.parametrize("begin", [None, 3])
+@pytest.mark.parametrize("begin", [None, 3, 100_000])
 def test_openings_are_tokens_of_the_windows_and_the_first_of_texts(
     window: int, begin: int | None
 ) -> None:
+    """A token that no text begins with, though the teacher's configuration names it, is none."""
     windows_BT = torch.arange(4, 4 + 6 * window).view(6, window)
+    windows_BT[-1, -1] = 3
+    before = windows_BT.clone()
     tokens_N1 = openings(windows_BT, begin)
     assert tokens_N1.shape == (6 * -(-window // OPENING_EVERY), 1)
     drawn = tokens_N1[tokens_N1 != 3]
     assert drawn.unique().numel() == drawn.numel()  # every place of the windows at most once
-    assert (tokens_N1[::4] == 3).all() == (begin is not None)
-    assert windows_BT.min() == 4  # the windows are as they were
+    assert (tokens_N1[::4] == 3).all() == (begin == 3)
+    assert torch.isin(tokens_N1, windows_BT).all()
+    assert torch.equal(windows_BT, before)
 
 
 @pytest.fixture
