@@ -16,7 +16,7 @@ from students.shape import Shape
 STUDENT_SHARD = 512 * 1024**2
 SURVEY_TOKENS, GREEDY_TOKENS, FINAL_POSITIONS, WALK_BATCH_TOKENS = 16384, 32768, 4096, 4096
 DEPTH_TOKENS, TAYLOR_TOKENS, METRIC_CHUNK, SOLVED_OUTPUTS = 2048, 8192, 512, 2048
-OPENING_EVERY, HEAD_POSITIONS = 32, 512
+OPENING_EVERY, HEAD_POSITIONS, DEPTH_CHUNK = 32, 512, 512
 """As in compress.survey, .layer, .depth, .taylor, .ends and .reconstruct."""
 RIDGES, JUDGED_OUTPUTS, GRAM_ROWS = 3, 700, 1024
 """Ridges tried for a map: the one of the layer before and its neighbours; about how many outputs
@@ -71,8 +71,9 @@ def prune_cost(
 ) -> Cost:
     """The survey, the walk and the last check. ``before`` is the model that is cut."""
     greedy = settings.chosen_by == "greedy"
-    survey = min(GREEDY_TOKENS if greedy else SURVEY_TOKENS, settings.calibration_tokens)
-    tokens = settings.calibration_tokens if settings.refit else 0
+    calibration = -(-settings.calibration_tokens // window) * window
+    survey = min(passed(GREEDY_TOKENS if greedy else SURVEY_TOKENS, window), calibration)
+    tokens = calibration if settings.refit else 0
     told = max(tokens, survey)
     survey, tokens = survey + openings(survey, window), tokens + openings(tokens, window)
     vocabulary, wide, narrow = student.vocab_size, before.hidden_size, student.hidden_size
@@ -80,13 +81,14 @@ def prune_cost(
     streams = float(tokens * (wide + narrow)) * WIDTH[settings.stream_dtype]
     widest = max(student.query_size, student.intermediate_size)
     held = streams + float(tokens * widest * WIDTH[product])
+    taylor = _taylor_streams(before, settings, survey, window)
     limit = settings.stream_memory_gb * 1024**3
     kept = {
         "embeddings": dtype_bytes * table,
         "residual streams": min(held, limit),
         "a shard": 1.0 * min(student.parameters * dtype_bytes, STUDENT_SHARD),
     }
-    positions = min(WALK_BATCH_TOKENS, max(tokens, survey))
+    positions = min(passed(WALK_BATCH_TOKENS, window), max(tokens, survey))
     activations = (
         4.0 * positions * (4 * before.intermediate_size + 6 * wide + 3 * before.query_size)
     )
@@ -105,12 +107,13 @@ def prune_cost(
     metric = {
         "logits": 12.0 * METRIC_CHUNK * vocabulary,
         "metric": 12.0 * narrow * (wide + narrow),
+        "output heads": 1.0 * dtype_bytes * vocabulary * (wide + narrow),
     }
     # A layer and the output head in float32; the rest is mapped from the student's files.
     check = {"student": 4.0 * (student.layer_parameters + vocabulary * narrow)}
     moments = [
         Moment(what="survey", device=surveyed, host={"residual streams": 4.0 * survey * wide}),
-        *_choice_moments(before, student, settings, surveyed, survey),
+        *_choice_moments(before, student, settings, surveyed, survey, window, dtype_bytes),
         Moment(what="start", device=metric, host={"embeddings": (4.0 + dtype_bytes) * table}),
         Moment(what="cut of a layer", device=cutting, host=kept),
         Moment(what="check", device=check, host=kept),
@@ -127,13 +130,19 @@ def prune_cost(
     return Cost(
         moments=tuple(moments),
         disk=float(student.parameters * dtype_bytes),
-        scratch=2 * streams + max(0.0, held - limit),  # a checkpoint is whole before the old goes
+        # A checkpoint is whole before the one before it goes.
+        scratch=max(2 * streams + held - min(held, limit), taylor - min(taylor, limit)),
         flops=_prune_flops(before, student, settings, tokens, survey, window),
         tokens=told,
         product=product,
         moved=float(2 * before.parameters + 2 * student.parameters) * dtype_bytes
         + dtype_bytes * _choice_reads(before, student, settings),
     )
+
+
+def passed(limit: int, window: int) -> int:
+    """Positions of as many windows as ``limit`` holds, of one at least: windows pass whole."""
+    return max(1, limit // window) * window
 
 
 def openings(tokens: int, window: int) -> int:
@@ -187,7 +196,7 @@ def search_cost(
     return Cost(
         moments=(*final.moments, *(moment for cost in tries for moment in cost.moments), scoring),
         disk=final.disk,
-        scratch=max(cost.disk for cost in tries),
+        scratch=max(final.scratch, *(cost.disk + cost.scratch for cost in tries)),
         flops={**flops, "product": flops["product"] + asked + heads},
         tokens=final.tokens + sum(cost.tokens for cost in tries),
         moved=sum(cost.moved for cost in (final, *tries)),
@@ -209,6 +218,8 @@ def _choice_moments(
     settings: PruneSettings,
     layers: dict[str, float],
     survey: int,
+    window: int,
+    dtype_bytes: int,
 ) -> list[Moment]:
     """What choosing needs beside a layer: Gram matrices and what is made of them, streams."""
     moments = []
@@ -223,8 +234,7 @@ def _choice_moments(
             Moment(what="greedy choice", device={**idle, "removal": removal}, host=stream)
         )
     if settings.chosen_by == "taylor":
-        streams = (before.num_hidden_layers + 2.0) * min(survey, TAYLOR_TOKENS)
-        streams *= WIDTH[settings.stream_dtype] * before.hidden_size
+        streams = _taylor_streams(before, settings, survey, window)
         moments.append(
             Moment(
                 what="gradients",
@@ -238,22 +248,34 @@ def _choice_moments(
             )
         )
     if _dropped(before, student) and settings.depth == "divergence":
-        candidates = (before.num_hidden_layers + 1) * min(survey, DEPTH_TOKENS)
-        moments.append(
-            Moment(
-                what="depth",
-                device={**layers, "output head": 4 * head},
-                host={"a stream for each layer": 4.0 * candidates * before.hidden_size},
-            )
-        )
+        # Those without a layer, the whole one, where all start, and twice what the head reads.
+        candidates = (before.num_hidden_layers + 4) * min(survey, passed(DEPTH_TOKENS, window))
+        held = {"a stream for each layer": 4.0 * candidates * before.hidden_size}
+        answers = {"output head": 4 * head, "logits": 24.0 * DEPTH_CHUNK * before.vocab_size}
+        moments += [
+            Moment(what="depth", device={**layers, "output head": 4 * head}, host=held),
+            Moment(what="answers without a layer", device=answers, host=held),
+        ]
     if settings.basis_for(before, student) == "principal":
         basis = {"principal directions": 40.0 * before.hidden_size**2}
         moments.append(Moment(what="basis", device={}, host=basis))
     if student.merges_ends_of(before) and settings.merge == "least_squares":
-        both = {"joint directions": 20.0 * (2 * before.hidden_size) ** 2}
-        merged = {"embeddings": 4.0 * student.vocab_size * student.hidden_size}
-        moments.append(Moment(what="merge", device=both, host=merged))
+        both = {
+            "joint directions": 20.0 * (2 * before.hidden_size) ** 2,
+            "embeddings": 4.0 * student.vocab_size * student.hidden_size,
+            "output head": dtype_bytes * head,
+        }
+        moments.append(Moment(what="merge", device=both))
     return moments
+
+
+def _taylor_streams(before: Shape, settings: PruneSettings, survey: int, window: int) -> float:
+    """Bytes of the stream before each layer, behind the last, and of its gradient."""
+    if settings.chosen_by != "taylor":
+        return 0.0
+    tokens = min(survey, passed(TAYLOR_TOKENS, window))
+    width = WIDTH[settings.stream_dtype] * before.hidden_size
+    return (before.num_hidden_layers + 2.0) * tokens * width
 
 
 def _dropped(before: Shape, student: Shape) -> int:
@@ -275,14 +297,16 @@ def _choice_flops(
     layers, wide = before.num_hidden_layers, before.hidden_size
     single, double, products = 0.0, 0.0, 0.0
     if settings.chosen_by == "taylor":  # forward; for gradients forward again and twice back
-        products += 4.0 * min(survey, TAYLOR_TOKENS) * trunk_flops(before, window)
+        gradients = min(survey, passed(TAYLOR_TOKENS, window))
+        products += 4.0 * gradients * trunk_flops(before, window)
     if settings.depth == "divergence":
         # Every layer that is left takes the whole stream and those without each one before it.
         lefts = range(student.num_hidden_layers + 1, layers + 1)
         passes = sum(left * (left + 1) / 2 for left in lefts)
         heads = sum(left + 1 for left in lefts)
-        products += min(survey, DEPTH_TOKENS) * passes / layers * trunk_flops(before, window)
-        products += 4.0 * min(survey, DEPTH_TOKENS) * heads * before.vocab_size * wide
+        measured = min(survey, passed(DEPTH_TOKENS, window))
+        products += measured * passes / layers * trunk_flops(before, window)
+        products += 4.0 * measured * heads * before.vocab_size * wide
     if settings.chosen_by == "greedy":
         for inputs, left in _chosen(before, student):
             single += layers * survey * inputs * (inputs + min(inputs, GRAM_ROWS))

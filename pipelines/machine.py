@@ -87,7 +87,8 @@ LESS_MEMORY = {
     "transfer_set": "Give the sources fewer `tokens`, as in --set transfer_set.sources.0.tokens=N; "
     "where the teacher writes, lower transfer_set.written.batch.",
     "benchmark": "Lower benchmark.batch_size, as in --set benchmark.batch_size=1.",
-    "prune": "Lower the stage's calibration_tokens, as in --set {stage}.calibration_tokens=4096.",
+    "prune": "Lower the stage's stream_memory_gb or calibration_tokens, as in --set "
+    "{stage}.stream_memory_gb=0.5; or the transfer set's window, which passes a layer whole.",
     "correct": "Set {stage}.micro_batch_windows=1 or {stage}.gradient_checkpointing=true with "
     "--set.",
     "distill": "Set {stage}.micro_batch_windows=1 or {stage}.gradient_checkpointing=true with "

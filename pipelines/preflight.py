@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from compress.settings import DistillSettings
+from compress.settings import DistillSettings, PruneSettings
 from pipelines.estimate_distill import steps_of
 from pipelines.recipe import CorrectStage, DistillStage, PruneStage, Recipe, TeacherStage
 from pipelines.stages.prune import student_shape
@@ -209,6 +209,7 @@ def warnings(recipe: Recipe, teacher: Shape | None) -> list[str]:
     told = [missing] if missing else []
     told += [w for source in recipe.transfer_set.sources for w in _without_effect(source)]
     told += [w for stage in recipe.stages if isinstance(stage, DistillStage) for w in _idle(stage)]
+    told += _idle_in_cuts(recipe, teacher)
     return [*told, *_little_calibration(recipe, teacher), *_few_steps(recipe), *_repeats(recipe)]
 
 
@@ -305,10 +306,6 @@ def _without_effect(source: SourceSettings) -> list[str]:
 
 
 def _idle(stage: DistillStage) -> Iterator[str]:
-    """Settings that differ from their defaults beside what they belong to, which is off.
-
-    No error: what they belong to may be switched on with a single --set.
-    """
     skewed = stage.skewed_kl or stage.skewed_reverse_kl
     reasons = {
         "target_slots": "" if stage.targets != "live" else "targets is live",
@@ -318,7 +315,37 @@ def _idle(stage: DistillStage) -> Iterator[str]:
         "attention.kind": "" if stage.attention.weight else "attention.weight is 0",
         "on_policy_temperature": "" if stage.on_policy else "on_policy is 0",
     }
-    usual = DistillSettings(tokens=stage.tokens)
+    return _without_use(stage, DistillSettings(tokens=stage.tokens), reasons)
+
+
+def _idle_in_cuts(recipe: Recipe, teacher: Shape | None) -> Iterator[str]:
+    usual = PruneSettings()
+    for stage in recipe.stages:
+        if isinstance(stage, PruneStage) and not stage.refit:
+            yield from _without_use(stage, usual, {"ridge": "refit is false"})
+    for stage, before, student in _cuts(recipe, teacher) if teacher else ():
+        if stage.budget:
+            continue  # each candidate is cut along other axes
+        whole = before.num_hidden_layers == student.num_hidden_layers
+        wide = before.hidden_size == student.hidden_size
+        merges = student.merges_ends_of(before)
+        reasons = {
+            "depth": "no layer is cut" if whole else "",
+            "basis": "the hidden size stays" if wide else "",
+            "merge": "" if merges else "embedding and output head are not made one",
+        }
+        yield from _without_use(stage, usual, reasons)
+
+
+def _without_use(
+    stage: DistillStage | PruneStage,
+    usual: DistillSettings | PruneSettings,
+    reasons: Mapping[str, str],
+) -> Iterator[str]:
+    """Settings that differ from their defaults beside what they belong to, which is off.
+
+    No error: what they belong to may be switched on with a single --set.
+    """
     for key, reason in reasons.items():
         value, default = (attrgetter(key)(settings) for settings in (stage, usual))
         if reason and value != default:
@@ -402,7 +429,7 @@ def _check_tokenizer(other: str, teacher: str) -> None:
 
 
 def check_with_teacher(recipe: Recipe, artefact: Path) -> None:
-    """What needs the teacher's config, where it is known: shapes, and lengths of text.
+    """What needs the teacher's config, where it is known: shapes, rotations, lengths of text.
 
     Raises:
         ShearlingError: the teacher is broken, or something does not fit it.
@@ -416,9 +443,28 @@ def check_with_teacher(recipe: Recipe, artefact: Path) -> None:
     if config is None:
         return
     check_shapes(recipe, Shape.from_config(config))
+    if config.get("model_type") == "llama":  # of others it is made at their import
+        _check_rotations(recipe, config)
     context = config.get("max_position_embeddings")
     if isinstance(context, int):
         recipe.transfer_set.check_context(context)
+
+
+def _check_rotations(recipe: Recipe, config: dict[str, Any]) -> None:
+    """Narrower heads turn as the teacher's do, which its rotary embedding may not allow."""
+    from transformers import LlamaConfig
+
+    from compress.selection import check_rotary
+    from students.build import student_config
+
+    before = LlamaConfig.from_dict(config)
+    for stage, _, shape in _cuts(recipe, Shape.from_config(config)):
+        student = student_config(before, shape)
+        try:
+            check_rotary(before, student)
+        except ShearlingError as error:
+            raise ShearlingError(f"Stage {stage.name}: {error.what}", hint=error.hint) from error
+        before = student
 
 
 def known_teacher_config(recipe: Recipe, artefact: Path) -> dict[str, Any] | None:

@@ -29,7 +29,12 @@ from pipelines.estimate_distill import (
     optimizer_bytes,
     steps_of,
 )
-from pipelines.estimate_prune import SURVEY_TOKENS, WALK_BATCH_TOKENS, prune_cost
+from pipelines.estimate_prune import (
+    SURVEY_TOKENS,
+    WALK_BATCH_TOKENS,
+    prune_cost,
+    search_cost,
+)
 from students.shape import Shape
 from teachers.targets import HiddenCache, TargetFormat
 
@@ -73,6 +78,7 @@ def test_constants_are_those_of_the_code() -> None:
     assert taylor.HEAD_POSITIONS == estimate_prune.HEAD_POSITIONS
     assert survey.FINAL_POSITIONS == estimate_prune.FINAL_POSITIONS
     assert depth.DEPTH_TOKENS == estimate_prune.DEPTH_TOKENS
+    assert depth.CHUNK == estimate_prune.DEPTH_CHUNK
     assert taylor.TAYLOR_TOKENS == estimate_prune.TAYLOR_TOKENS
     assert ends._CHUNK == estimate_prune.METRIC_CHUNK
     assert reconstruct._SOLVED == estimate_prune.SOLVED_OUTPUTS
@@ -321,6 +327,46 @@ def test_dear_choices_and_streams_on_the_disk_are_foreseen() -> None:
     assert plain.worst(on_cpu=True).host_bytes() - files.worst(on_cpu=True).host_bytes() > streams
     narrow = cost(stream_dtype="bfloat16")
     assert plain.scratch == 2 * narrow.scratch
+
+
+def test_a_long_window_passes_whole() -> None:
+    """However few positions are asked for, and through whatever looks at them."""
+    few = PruneSettings(calibration_tokens=1000, importance="taylor", depth="divergence")
+
+    def cost(window: int, settings: PruneSettings = few) -> Any:
+        return prune_cost(
+            TEACHER, STUDENT, settings, window=window, product="float32", dtype_bytes=2
+        )
+
+    def held(cost: Any, what: str, name: str) -> float:
+        moment = next(moment for moment in cost.moments if moment.what == what)
+        return {**moment.device, **moment.host}[name]
+
+    short, long = cost(500), cost(16384)
+    assert short.tokens == 1000
+    assert long.tokens == 16384
+    for what, name, times in (
+        ("survey", "activations", 16.3),
+        ("gradients", "streams", 16.3),
+        ("depth", "a stream for each layer", 16.3),
+    ):
+        grown = held(long, what, name) / held(short, what, name)
+        assert grown == pytest.approx(times, rel=0.05), what
+    assert long.flops["product"] > 16 * short.flops["product"]
+
+
+def test_scratch_is_the_largest_of_what_comes_after_each_other() -> None:
+    streams = PruneSettings(calibration_tokens=8192, stream_memory_gb=0.0)
+    sizes: dict[str, Any] = {"window": 256, "product": "float32", "dtype_bytes": 2}
+    plain = prune_cost(TEACHER, STUDENT, streams, **sizes)
+    deep = replace(TEACHER, num_hidden_layers=64)
+    taylor = streams.model_copy(update={"importance": "taylor"})
+    gradients = 4.0 * 8192 * (64 + 2) * TEACHER.hidden_size
+    assert prune_cost(deep, STUDENT, taylor, **sizes).scratch == pytest.approx(gradients, rel=0.05)
+    searched = search_cost(
+        TEACHER, [STUDENT, STUDENT], streams, tokens=8192, heldout_windows=4, **sizes
+    )
+    assert searched.scratch == plain.disk + plain.scratch
 
 
 @pytest.mark.parametrize("hidden", [64, 100])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from pipelines.stages import distill, transfer_set
 from pipelines.stages.context import Context
 from pipelines.tiny import make_tiny_llama
 from reports.settings import BenchmarkSettings
-from shearling import ShearlingError, disk_errors, read_json, silent
+from shearling import ShearlingError, disk_errors, read_json, silent, write_json
 from students.shape import Shape
 from teachers.settings import SourceSettings, TransferSetSettings
 
@@ -238,6 +239,49 @@ def test_what_belongs_to_something_that_is_off_is_told(
     alone, switched_on = IDLE[message]
     assert told(**alone) == [f"distill.{message}."]
     assert told(**alone | switched_on) == []
+
+
+def test_settings_that_a_cut_does_not_use_are_told(recipe_data: dict[str, Any]) -> None:
+    teacher = Shape.from_config(read_json(Path(recipe_data["teacher"]["model"]) / "config.json"))
+
+    def told(shape: dict[str, Any], known: bool = True, **settings: Any) -> list[str]:
+        data = copy.deepcopy(recipe_data)
+        data["stages"][0] |= {"shape": shape, **settings}
+        recipe = check_recipe(data)
+        return [w for w in warnings(recipe, teacher if known else None) if "no effect" in w]
+
+    neurons = {"intermediate_size": 48}
+    unused = {"depth": "cosine", "basis": "dims", "merge": "split"}
+    assert [w.removeprefix("prune.") for w in told(neurons, **unused)] == [
+        "depth: cosine has no effect, for no layer is cut.",
+        "basis: dims has no effect, for the hidden size stays.",
+        "merge: split has no effect, for embedding and output head are not made one.",
+    ]
+    assert told(neurons, known=False, **unused) == []
+    assert told({"num_hidden_layers": 3, "hidden_size": 24}, depth="cosine", basis="dims") == []
+    assert told({"params": 0.8}, **unused) == []
+    (ridge,) = told(neurons, known=False, ridge=0.1, refit=False)
+    assert ridge == "prune.ridge: 0.1 has no effect, for refit is false."
+    assert told(neurons, ridge=0.1) == []
+
+
+def test_heads_that_cannot_turn_as_the_teachers_are_told_before_the_work(
+    recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "teacher"
+    shutil.copytree(recipe_data["teacher"]["model"], folder)
+    config = read_json(folder / "config.json")
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    write_json(folder / "config.json", config | {"rope_parameters": rope})
+
+    def check(**shape: int) -> None:
+        data = copy.deepcopy(recipe_data) | {"teacher": {"model": str(folder)}}
+        data["stages"][0]["shape"] = shape
+        check_with_teacher(check_recipe(data), tmp_path / "store")
+
+    check(num_hidden_layers=3)
+    with pytest.raises(ShearlingError, match=r"Stage prune: head_dim can't go .*\(dynamic\)"):
+        check(head_dim=config["head_dim"] // 2)
 
 
 def test_settings_that_can_only_disappoint_are_told(recipe_data: dict[str, Any]) -> None:
