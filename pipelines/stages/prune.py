@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pipelines.recipe import PruneStage
 
-CODE_VERSION = 12
+CODE_VERSION = 13
 RESUMABLE = True
 TEACHER_SELECTION = "teacher_selection.json"
 """What a student kept of the *teacher*; ``selection.json`` is about the model that was cut."""
