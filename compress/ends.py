@@ -77,8 +77,8 @@ def student_ends(
     teacher as its head reads them. ``way`` is how two matrices become one, where they have to.
     Rows from ``vocabulary`` on are padding: cut as the others are, with no say in how.
 
-    ``written`` are embedding and final norm of a walk that goes on: made anew, two matrices would
-    not become quite the same one with another number of threads.
+    ``written`` are embedding and final norm of a walk that goes on: with another number of threads
+    two matrices would not become quite the same one, with the same norm behind it.
     """
     device, plan = final_NE.device, slicer.plan
     norm_E = source.tensor(FINAL_NORM, torch.float32).to(device)
@@ -91,9 +91,7 @@ def student_ends(
         head_VD = embedding_VD
         ramp = max(1, slicer.student.num_hidden_layers // MERGED_LAYERS)
     else:
-        embedding_VD = (
-            written[0] if written else slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
-        )
+        embedding_VD = slicer.outside_layers(EMBEDDING, source.tensor(EMBEDDING))
         head_VD, norm_D = _narrowed_head(slicer, embedding_VD, head_VE, norm_E)
     # As they will be stored: in float32 an 8B's would be the largest thing in memory.
     tied, stored = head_VD is embedding_VD, source.torch_dtype

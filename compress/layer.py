@@ -143,18 +143,19 @@ class LayerMath:
             stream_BTD[rows] = self.layer(before_BTD, weights).to(stream_BTD)
 
 
-def openings(windows_BT: Tensor, begin: int | None) -> Tensor:
-    """Windows of one token each out of long ones, [N, 1]; every fourth is ``begin``, the token
-    that texts begin with, if it is among them.
+def openings(windows_BT: Tensor, config: LlamaConfig) -> Tensor:
+    """Windows of one token each out of long ones, [N, 1]; every fourth is the begin token of the
+    configuration, if it names one.
 
     The first position is the attention sink: its stream is a hundred times larger than all others,
     every head rests on it, and it is made of nothing but its own token. Long windows show few of
     it, and a fit to a hundred such positions knows no other token to begin with. These cost one
-    position each.
+    position each. The begin token may not be in the windows at all, but users and benchmarks put
+    it before their texts.
     """
     tokens_N1 = windows_BT[:, ::OPENING_EVERY].reshape(-1, 1).clone()
-    if begin is not None and bool((windows_BT == begin).any()):
-        tokens_N1[::4] = begin
+    if config.bos_token_id in range(config.vocab_size):  # some name one that there isn't
+        tokens_N1[::4] = config.bos_token_id
     return tokens_N1
 
 

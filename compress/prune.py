@@ -156,7 +156,7 @@ def prune(
         saved = begun = None  # two streams in memory, wherever the walk's own lie
         walk.run(progress, lambda: saving(survey, walk))
         copy_companions(teacher, out / "model")
-        logit_error = _gate(walk, out, shape)
+        logit_error = _gate(walk, out / "model", shape)
     write_selection(
         out / "selection.json",
         slicer.plan,
@@ -219,12 +219,11 @@ def finite_or_told(source: Checkpoint) -> Iterator[None]:
         ) from error
 
 
-def _gate(walk: Walk, out: Path, shape: Shape) -> float:
+def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
     """Open the saved student as any user would, and hold it against the one in memory.
 
     Returns the largest difference of a logit over the largest logit.
     """
-    folder = out / "model"
     model, loading = LlamaForCausalLM.from_pretrained(
         folder, dtype="auto", local_files_only=True, output_loading_info=True
     )
@@ -248,7 +247,7 @@ def _gate(walk: Walk, out: Path, shape: Shape) -> float:
             f"The pruned model saved in {folder} does not answer as the one in memory: its logits "
             f"differ by {error:.2g} of the largest.",
             hint="This is a bug in shearling or a failing disk; delete "
-            f"{out / 'resume'} and run the stage again.",
+            f"{folder.parent} and run the stage again.",
         )
     return error
 

@@ -57,7 +57,7 @@ def _save(student: LlamaForCausalLM, source: Path, folder: Path, dtype: torch.dt
     with folder_aside(folder) as aside:
         student.save_pretrained(aside)
         for file in aside.glob("*.safetensors"):
-            file.chmod(0o644)  # as ``teachers.weights.save_tensors`` does
+            file.chmod(0o644)  # as ``students.tensors.save_tensors`` does
         copy_tokenizer(source, aside)
         copy_licences(source, aside)
         again = load_model(aside, dtype, student.device).eval()

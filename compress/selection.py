@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from compress.basis import principal_basis
 from shearling import ShearlingError, read_json, sha256_of_file, sha256_of_json, write_json
 from students.shape import Shape
-from teachers.weights import save_tensors
+from students.tensors import save_tensors
 
 if TYPE_CHECKING:
     from compress.survey import Survey

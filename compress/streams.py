@@ -44,11 +44,12 @@ class Streams:
             return torch.empty(shape, dtype=dtype)
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.stream"
-        path.unlink(missing_ok=True)
-        with path.open("wb") as file:
-            _take_room(file.fileno(), size)
-        mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
-        path.unlink()  # the map keeps it; nothing stays on the disk of a process that is killed
+        try:
+            with path.open("wb") as file:
+                _take_room(file.fileno(), size)
+            mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+        finally:
+            path.unlink()  # the map keeps it, and nothing stays of a process that is killed
         return mapped.view(shape)
 
 

@@ -151,6 +151,11 @@ def take_survey(
     taylor = None
     if settings.chosen_by == "taylor":
         taylor = taylor_scores(source, windows_BT, streams, device, dtype, vocabulary, progress)
+    divergent = None
+    if settings.depth == "divergence" and target.num_hidden_layers < source.shape.num_hidden_layers:
+        divergent = layers_by_divergence(
+            source, windows_BT, target.num_hidden_layers, device, dtype, vocabulary, progress
+        )
     greedy = settings.chosen_by == "greedy"
     # In layers that a list drops nothing needs to be chosen well.
     wanted = settings.depth if isinstance(settings.depth, list) else None
@@ -158,7 +163,7 @@ def take_survey(
     windows_BT = windows_BT[: max(1, tokens // windows_BT.shape[1])]
     shape = source.shape
     embedding_VE = source.tensor(EMBEDDING)
-    short_BT = openings(windows_BT, source.config.bos_token_id)
+    short_BT = openings(windows_BT, source.config)
     maths, short_maths = (
         LayerMath(source.config, tokens_BT.shape[1], device, dtype)
         for tokens_BT in (windows_BT, short_BT)
@@ -209,12 +214,9 @@ def take_survey(
     final_NE = final_NE[drawn_N[:FINAL_POSITIONS]]
     norm_E = source.tensor(FINAL_NORM, torch.float32)
     survey.final_NE = normed(final_NE, maths.eps) * norm_E
-    if settings.depth == "divergence" and target.num_hidden_layers < shape.num_hidden_layers:
-        survey.layers = layers_by_divergence(
-            source, windows_BT, target.num_hidden_layers, device, dtype, vocabulary, progress
-        )
-    else:
-        survey.layers = choose_layers(survey.distances, target.num_hidden_layers, settings.depth)
+    survey.layers = divergent or choose_layers(
+        survey.distances, target.num_hidden_layers, settings.depth
+    )
     return survey
 
 

@@ -103,7 +103,7 @@ class Walk:
         self.tracks: dict[str, Track] = {}
         if settings.refit:  # slicing looks at nothing
             widest = max(slicer.student.query_size, slicer.student.intermediate_size)
-            short_BT = openings(windows_BT, source.config.bos_token_id)
+            short_BT = openings(windows_BT, source.config)
             for name, tokens_BT in (("windows", windows_BT), ("openings", short_BT)):
                 length = tokens_BT.shape[1]
                 self.tracks[name] = Track(

@@ -73,19 +73,20 @@ def prune_cost(
     greedy = settings.chosen_by == "greedy"
     calibration = -(-settings.calibration_tokens // window) * window
     survey = min(passed(GREEDY_TOKENS if greedy else SURVEY_TOKENS, window), calibration)
-    tokens = calibration if settings.refit else 0
-    told = max(tokens, survey)
-    survey, tokens = survey + openings(survey, window), tokens + openings(tokens, window)
+    told = calibration if settings.refit else survey
+    tracks = [calibration, openings(calibration, window)] if settings.refit else []
+    survey, tokens = survey + openings(survey, window), sum(tracks)
     vocabulary, wide, narrow = student.vocab_size, before.hidden_size, student.hidden_size
     table = float(student.embedding_parameters)
-    streams = float(tokens * (wide + narrow)) * WIDTH[settings.stream_dtype]
     widest = max(student.query_size, student.intermediate_size)
-    held = streams + float(tokens * widest * WIDTH[product])
-    taylor = _taylor_streams(before, settings, survey, window)
+    stream = WIDTH[settings.stream_dtype]
+    widths = (wide * stream, narrow * stream, widest * WIDTH[product])  # as compress.walk.Track
     limit = settings.stream_memory_gb * 1024**3
+    streams, spilled = _streams([track * width for track in tracks for width in widths], limit)
+    gradients, spilled_first = _streams(_taylor_streams(before, settings, survey, window), limit)
     kept = {
         "embeddings": dtype_bytes * table,
-        "residual streams": min(held, limit),
+        "residual streams": streams,
         "a shard": 1.0 * min(student.parameters * dtype_bytes, STUDENT_SHARD),
     }
     positions = min(passed(WALK_BATCH_TOKENS, window), max(tokens, survey))
@@ -113,8 +114,9 @@ def prune_cost(
     check = {"student": 4.0 * (student.layer_parameters + vocabulary * narrow)}
     moments = [
         Moment(what="survey", device=surveyed, host={"residual streams": 4.0 * survey * wide}),
-        *_choice_moments(before, student, settings, surveyed, survey, window, dtype_bytes),
-        Moment(what="start", device=metric, host={"embeddings": (4.0 + dtype_bytes) * table}),
+        *_choice_moments(before, student, settings, surveyed, survey, window, gradients),
+        *_merge_moments(before, student, settings, dtype_bytes),
+        Moment(what="start", device=metric, host={"embeddings": dtype_bytes * table}),
         Moment(what="cut of a layer", device=cutting, host=kept),
         Moment(what="check", device=check, host=kept),
     ]
@@ -131,7 +133,7 @@ def prune_cost(
         moments=tuple(moments),
         disk=float(student.parameters * dtype_bytes),
         # A checkpoint is whole before the one before it goes.
-        scratch=max(2 * streams + held - min(held, limit), taylor - min(taylor, limit)),
+        scratch=max(2.0 * tokens * (widths[0] + widths[1]) + spilled, spilled_first),
         flops=_prune_flops(before, student, settings, tokens, survey, window),
         tokens=told,
         product=product,
@@ -219,9 +221,12 @@ def _choice_moments(
     layers: dict[str, float],
     survey: int,
     window: int,
-    dtype_bytes: int,
+    gradients: float,
 ) -> list[Moment]:
-    """What choosing needs beside a layer: Gram matrices and what is made of them, streams."""
+    """What choosing needs beside a layer: Gram matrices and what is made of them, streams.
+
+    ``gradients`` are the bytes of Taylor's streams in memory.
+    """
     moments = []
     head = float(before.vocab_size * before.hidden_size)
     chosen = _chosen(before, student)
@@ -234,7 +239,6 @@ def _choice_moments(
             Moment(what="greedy choice", device={**idle, "removal": removal}, host=stream)
         )
     if settings.chosen_by == "taylor":
-        streams = _taylor_streams(before, settings, survey, window)
         moments.append(
             Moment(
                 what="gradients",
@@ -244,38 +248,58 @@ def _choice_moments(
                     "output head": 4 * head,
                     "logits": 16.0 * HEAD_POSITIONS * before.vocab_size,
                 },
-                host={"streams": min(streams, settings.stream_memory_gb * 1024**3)},
+                host={"streams": gradients},
             )
         )
     if _dropped(before, student) and settings.depth == "divergence":
-        # Those without a layer, the whole one, where all start, and twice what the head reads.
-        candidates = (before.num_hidden_layers + 4) * min(survey, passed(DEPTH_TOKENS, window))
-        held = {"a stream for each layer": 4.0 * candidates * before.hidden_size}
-        answers = {"output head": 4 * head, "logits": 24.0 * DEPTH_CHUNK * before.vocab_size}
+        # Those without a layer, the whole one, and where all start; twice what the head reads.
+        one = 4.0 * min(survey, passed(DEPTH_TOKENS, window)) * before.hidden_size
+        held = {"a stream for each layer": (before.num_hidden_layers + 2) * one}
+        read = {"output head": 4 * head, "final states": 2 * one}
+        logits = {"logits": 24.0 * DEPTH_CHUNK * before.vocab_size}
         moments += [
-            Moment(what="depth", device={**layers, "output head": 4 * head}, host=held),
-            Moment(what="answers without a layer", device=answers, host=held),
+            Moment(what="depth", device={**layers, "Gram matrices": 0.0, **read}, host=held),
+            Moment(what="answers without a layer", device={**read, **logits}, host=held),
         ]
     if settings.basis_for(before, student) == "principal":
         basis = {"principal directions": 40.0 * before.hidden_size**2}
         moments.append(Moment(what="basis", device={}, host=basis))
-    if student.merges_ends_of(before) and settings.merge == "least_squares":
-        both = {
-            "joint directions": 20.0 * (2 * before.hidden_size) ** 2,
-            "embeddings": 4.0 * student.vocab_size * student.hidden_size,
-            "output head": dtype_bytes * head,
-        }
-        moments.append(Moment(what="merge", device=both))
     return moments
 
 
-def _taylor_streams(before: Shape, settings: PruneSettings, survey: int, window: int) -> float:
+def _merge_moments(
+    before: Shape, student: Shape, settings: PruneSettings, dtype_bytes: int
+) -> list[Moment]:
+    """Two matrices that become one, in float32 where the work is, and then as it is stored."""
+    if not student.merges_ends_of(before):
+        return []
+    table = float(student.vocab_size * student.hidden_size)
+    work = {
+        "embeddings": 4.0 * table,
+        "output head": 1.0 * dtype_bytes * before.vocab_size * before.hidden_size,
+    }
+    if settings.merge == "least_squares":
+        work["joint directions"] = 20.0 * (2 * before.hidden_size) ** 2
+    return [Moment(what="merge", device=work, host={"embeddings": dtype_bytes * table})]
+
+
+def _streams(sizes: Sequence[float], limit: float) -> tuple[float, float]:
+    """Bytes of streams in memory and in files: each is whole where it is (compress.streams)."""
+    left = limit
+    for size in sizes:
+        left -= size if size <= left else 0.0
+    return limit - left, sum(sizes) - (limit - left)
+
+
+def _taylor_streams(
+    before: Shape, settings: PruneSettings, survey: int, window: int
+) -> list[float]:
     """Bytes of the stream before each layer, behind the last, and of its gradient."""
     if settings.chosen_by != "taylor":
-        return 0.0
+        return []
     tokens = min(survey, passed(TAYLOR_TOKENS, window))
-    width = WIDTH[settings.stream_dtype] * before.hidden_size
-    return (before.num_hidden_layers + 2.0) * tokens * width
+    one = 1.0 * WIDTH[settings.stream_dtype] * before.hidden_size * tokens
+    return [one] * (before.num_hidden_layers + 2)
 
 
 def _dropped(before: Shape, student: Shape) -> int:

@@ -6,14 +6,14 @@ import copy
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
 from shearling import ShearlingError, sync, write_json
 from students.shape import Shape
-from teachers.weights import save_tensors
+from students.tensors import save_tensors
 
 SHARD_BYTES = 512 * 1024**2
 """What waits in memory to be written; half a gigabyte is a file of a useful size, too."""
@@ -104,7 +104,9 @@ class StudentWriter:
     def written(self, name: str) -> Tensor:
         """A tensor of the shards that are on the disk."""
         number = next(n for n, names in enumerate(self._shards, 1) if name in names)
-        return load_file(self._shard_path(number))[name]
+        with safe_open(self._shard_path(number), framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(name)
+        return tensor
 
     def _renamed(self, number: int) -> Path:
         """Where a ``finish`` that was killed has put a shard."""

@@ -7,9 +7,7 @@ knows what a Llama is.
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shearling import Progress, ShearlingError, read_json, silent, write_json
+from students.tensors import save_tensors
 
 SHARD_BYTES = 2 << 30
 _MAX_HEADER_BYTES = 100_000_000
@@ -230,18 +228,6 @@ def _split(sizes: list[int]) -> list[int]:
         counts[-1] += 1
         filled += size
     return counts
-
-
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """safetensors' save, with the operating system's error where it hides one (a full disk), and
-    a file that all may read: the library's is its owner's alone."""
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-    except SafetensorError as error:
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number.group(1)), str(error), str(file)) from error
-        raise
-    os.chmod(file, 0o644)
 
 
 def save_shards(

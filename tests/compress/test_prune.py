@@ -123,8 +123,8 @@ def test_the_graph_tells_what_is_coupled(tiny_llama: Path, kv_heads: int, bias: 
 def test_a_layer_walked_by_hand_is_the_stock_layer(tiny_llama: Path, repeated: bool) -> None:
     source, model = Checkpoint(tiny_llama), load(tiny_llama)
     maths = LayerMath(source.config, PROBE.shape[1], torch.device("cpu"), torch.float32)
-    assert not maths.repeats_heads  # as it is on an accelerator
-    maths.repeats_heads = repeated
+    assert not maths.repeats_heads
+    maths.repeats_heads = repeated  # as on an accelerator
     with torch.no_grad():
         states = model.model(PROBE, output_hidden_states=True).hidden_states
         for number in range(2):
@@ -180,6 +180,7 @@ def test_ridge_refit_survives_a_singular_gram() -> None:
     moments = Moments.zeros(6, 2, torch.device("cpu"))
     one = torch.ones(8, 6)  # rank one
     moments.add(one, torch.ones(8, 2), torch.ones(8))
+    moments.gram_II.diagonal().sub_(1e-4)  # by rounding, five eigenvalues below zero
     found = RidgeFit(moments, torch.zeros(2, 6)).solve(1e-30)
     fitted = one @ found.weight_OI.T
     torch.testing.assert_close(fitted, torch.ones(8, 2), rtol=1e-3, atol=1e-3)
@@ -1039,21 +1040,19 @@ def test_nothing_is_removed_greedily_where_all_stays(
 
 
 @pytest.mark.parametrize("window", [1, 31, 32, 512])
-@pytest.mark.parametrize("begin", [None, 3, 100_000])
+@pytest.mark.parametrize("begin", [None, 3, 10_000])
 def test_openings_are_tokens_of_the_windows_and_the_first_of_texts(
     window: int, begin: int | None
 ) -> None:
-    """A token that no text begins with, though the teacher's configuration names it, is none."""
+    """A begin token for which there is no embedding is none."""
     windows_BT = torch.arange(4, 4 + 6 * window).view(6, window)
-    windows_BT[-1, -1] = 3
-    before = windows_BT.clone()
-    tokens_N1 = openings(windows_BT, begin)
+    tokens_N1 = openings(windows_BT, LlamaConfig(vocab_size=10_000, bos_token_id=begin))
     assert tokens_N1.shape == (6 * -(-window // OPENING_EVERY), 1)
     drawn = tokens_N1[tokens_N1 != 3]
     assert drawn.unique().numel() == drawn.numel()  # every place of the windows at most once
     assert (tokens_N1[::4] == 3).all() == (begin == 3)
-    assert torch.isin(tokens_N1, windows_BT).all()
-    assert torch.equal(windows_BT, before)
+    assert torch.isin(drawn, windows_BT).all()
+    assert windows_BT.min() == 4  # the windows are as they were
 
 
 @pytest.fixture

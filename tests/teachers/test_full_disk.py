@@ -61,6 +61,7 @@ def test_streams_that_do_not_fit(small_disk: Path) -> None:
     with pytest.raises(ShearlingError, match="disk is full"), disk_errors(small_disk):
         streams.empty("other", (1 << 16,)).fill_(2.0)
     assert bool((kept == 1).all())
+    assert not list(streams.folder.iterdir())
 
 
 def test_weights_that_do_not_fit(small_disk: Path) -> None:
