@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from shearling import Progress, ShearlingError
 from teachers.checkpoint import Checkpoint
 from teachers.layout import HEAD
 from teachers.targets import HiddenCache, TargetCache, TargetFormat, WindowCache, capture
+from teachers.tokenizer import check_same_tokenizer
 
 _SAMPLE_SEED = 0
 """Of the kept samples; not the run's seed, so runs of any seed share one cache."""
@@ -230,7 +232,8 @@ def open_answers(
     """
     if not teachers:
         return NoAnswers(), {}
-    _refuse_other_tokenizers(teachers)
+    for other in teachers[1:]:
+        check_same_tokenizer(teachers[0].folder, other.folder)
     parts: list[LiveAnswers | CachedAnswers] = []
     facts: dict[str, Any] = {}
     for number, teacher in enumerate(teachers):
@@ -254,17 +257,6 @@ def open_answers(
     if len(parts) == 1:
         return parts[0], facts
     return MixedAnswers(parts, [teacher.weight for teacher in teachers]), facts
-
-
-def _refuse_other_tokenizers(teachers: Sequence[Taught]) -> None:
-    first = Checkpoint(teachers[0].folder)
-    for other in (Checkpoint(teacher.folder) for teacher in teachers[1:]):
-        if other.tokenizer_fingerprint() != first.tokenizer_fingerprint():
-            raise ShearlingError(
-                f"{other.folder} has another tokenizer than {first.folder}, so what the two "
-                "teachers say can't be mixed.",
-                hint="Name teachers of one family in the distill stage's teachers.",
-            )
 
 
 def cached_answers(
@@ -321,6 +313,8 @@ def cached_answers(
                     _capture_hidden(layers, inside, data, lacks[1], matches, precision, progress)
                 _keep_heldout(cache, inside, data, precision)
                 del inside
+                if processes() > 1:
+                    gc.collect()  # a split model's parts hold on to each other
                 meet()
                 heldout_NE = _kept_heldout(cache)
     if heldout_NE is None:

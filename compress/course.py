@@ -123,8 +123,10 @@ def open_course(
     torch.manual_seed(seed)
     if device.type == "cpu":
         reuse_freed_memory()
-    # What was measured before, lest a busy machine change the arithmetic now.
+    # What was measured before, lest a busy machine change the arithmetic now; a device of another
+    # kind has its own.
     known = checkpoint.state if checkpoint else {}
+    known = known if known.get("device", device.type) == device.type else {}
     measured = known.get("precision") or fast_dtype(device, settings.precision).to_dict()
     precision = PrecisionChoice(**leader_says(measured))
     inside = _open_student(student_folder, device, precision)
@@ -269,6 +271,7 @@ def training_state(course: Course, identity: str, metrics_bytes: int) -> Trainin
         "latest": course.latest,
         "precision": course.precision.to_dict(),
         "wide_muon": course.wide_muon,
+        "device": course.student.device.type,
         "mix": course.data.mix.history if course.data.mix else None,
     }
     return TrainingState(step=course.step, state=state, tensors=tensors)

@@ -117,6 +117,8 @@ def distill(
     taught_by = teachers or ([Taught(teacher)] if teacher else [])
     found = _identity(taught_by, student, text, settings, selection, seed) if leads() else None
     identity = leader_says(found, patiently=True)  # it hashes large files
+    if identity is None:  # rank 0 failed, or was told to stop
+        raise KeyboardInterrupt
     checkpoint = load_checkpoint(out / "resume")
     if checkpoint and checkpoint.state["identity"] != identity:
         raise ShearlingError(
@@ -206,8 +208,10 @@ def _train(
         every = settings.evaluate_every
         if course.step == steps or (every and course.step % every == 0):
             log(_evaluate_and_keep(course, out))
-        asked, due = agreed(stop.asked, leads() and saving.due())
-        if asked or (due and course.step < steps):
+        # At the end too: writing and opening the model may fail, and then nothing is trained anew.
+        due = saving.due(last=course.step == steps)
+        asked, due = agreed(stop.asked, leads() and due)
+        if asked or due:
             course.seconds = time.monotonic() - started
             with saving:
                 save()
@@ -224,8 +228,9 @@ class SavingTimes:
         self.every = self._wait = every_seconds
         self._since = time.monotonic()
 
-    def due(self) -> bool:
-        return time.monotonic() - self._since >= self._wait
+    def due(self, last: bool = False) -> bool:
+        """Whether it is time; behind the last step however long saving takes."""
+        return time.monotonic() - self._since >= (self.every if last else self._wait)
 
     def __enter__(self) -> None:
         self._since = time.monotonic()

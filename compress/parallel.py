@@ -178,9 +178,10 @@ def open_split(
 ) -> Inside:
     """A Llama from a Hugging Face folder, split over all processes while it is read.
 
-    No process ever holds more than its part, one whole layer and the embeddings. Weights wider
-    than the matrix products' dtype are gathered in that, at half the traffic: autocast would
-    narrow matrices anyway, and norms' gains are rounded once more. Gradients are added in the
+    No process ever holds more than its part, one whole layer and the embeddings. Layers' weights
+    wider than the matrix products' dtype are gathered in that, at half the traffic: autocast would
+    narrow matrices anyway, and norms' gains are rounded once more. Embeddings, final norm and head
+    are gathered as they are, for the stream is made of them. Gradients are added in the
     weights' own dtype.
     """
     checkpoint = Checkpoint(folder)

@@ -19,7 +19,7 @@ from pipelines.named import is_run, last_measured, refuse_earlier
 from reports import words
 from reports.compare import Comparison, compare_models, written_alike
 from reports.groups import whole_results
-from reports.pace import READS, WRITES, Pace, measured_pace
+from reports.pace import READS, WRITES, Pace, measured_pace, terms_apart
 from reports.page import markdown_cell
 from reports.run_folder import Data, as_number, open_scorecard
 from shearling import ShearlingError, itemised
@@ -69,6 +69,9 @@ class Difference:
             first, second = (measured_pace(card, key) for card in (self.first, self.second))
             if first and second:
                 told.append(f"{label}: {_told(first)} and {_told(second)}")
+        measured = all(card.get("speed") for card in (self.first, self.second))
+        if measured and (apart := terms_apart(self.first, self.second)):
+            told.append(f"speeds and memory were measured on other terms: {', '.join(apart)}")
         for entry in written_alike(self.first, self.second):
             alike = words.score("rouge_l", entry.rouge_l, entry.stderr)
             told.append(f"ROUGE-L of B's texts with A's on {entry.task}: {alike}")

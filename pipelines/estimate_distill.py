@@ -97,6 +97,19 @@ def loss_bytes(
     return 4.0 * vocabulary * max(rows * copies, mixing)
 
 
+def compared_bytes(
+    settings: DistillSettings, teacher: Shape, student: Shape, product: str
+) -> float:
+    """What a position of a step keeps of the layers that are compared: the teacher's, from the
+    cache in float32, and of the student's what a loss is differentiated by (cosine: two numbers a
+    dim, else one, in float32)."""
+    live = settings.targets == "live"
+    theirs = (WIDTH[product] if live else 4.0) * teacher.hidden_size
+    places = [each for each in (settings.hidden, settings.attention) if each.weight != 0]
+    ours = sum((8.0 if place.kind == "cosine" else 4.0) for place in places) * student.hidden_size
+    return student.num_hidden_layers * (len(places) * theirs + ours)
+
+
 def optimizer_bytes(shape: Shape, kind: str) -> float:
     """Float32 state: two numbers a weight with AdamW; Muon keeps one for the layers' matrices."""
     if kind != "muon":
@@ -173,6 +186,8 @@ def distill_cost(
             on_cpu=on_cpu,
         ),
     }
+    compared = compared_bytes(settings, teachers[0], student, product) if teachers else 0.0
+    held["compared layers"] = micro * compared
     asked = float(heldout_windows * window * width * sum(t.hidden_size for t in teachers))
     kept = {HELDOUT: asked}
     moments = [
@@ -195,16 +210,20 @@ def distill_cost(
         distinct = min(tokens, distinct_tokens or tokens)
         flops += distinct * sum(teacher.flops_per_token(window) for teacher in teachers)
         cached += distinct * cache_bytes(settings) * len(teachers)
-        if settings.hidden.weight != 0 and teachers:  # of the first teacher, in 8 bits
-            cached += distinct * student.num_hidden_layers * hidden_bytes(teachers[0])
+        hidden = 0.0
+        if settings.hidden.weight != 0 and teachers:  # of the first teacher, in a pass of their own
+            cached += distinct * student.num_hidden_layers * hidden_bytes(teachers[0])  # in 8 bits
+            flops += distinct * trunk_flops(teachers[0], window)
+            hidden = 1.0 * width * student.num_hidden_layers * teachers[0].hidden_size
         capture = {
             "weights": 4.0 * parameters,
             "teacher": float(width * max((t.parameters for t in teachers), default=0)),
             "gathered layers": held["gathered layers"],
             ENDS: 1.0 * width * max((t.embedding_parameters for t in teachers), default=0),
             "logits": 3.0 * 4 * min(window, LOGIT_POSITIONS) * vocabulary,
-            "activations": max(window, MICRO_TOKENS)
+            "activations": micro
             * max((answer_bytes(each, window, product) for each in teachers), default=0.0),
+            **({"compared layers": micro * hidden} if hidden else {}),
         }
         # Here each process has the answers to all held-out windows.
         moments.append(Moment(what="capture", device=capture, host={"all " + HELDOUT: asked}))

@@ -33,6 +33,7 @@ from pipelines.recipe import (
     Recipe,
     TeacherStage,
 )
+from pipelines.stages.distill import in_order
 from pipelines.stages.prune import possible_shapes
 from shearling import ShearlingError, read_json
 from students.shape import Shape
@@ -276,7 +277,7 @@ def stage_costs(
                 cost = prune_cost(before, newest, stage, **told)
             yield stage.name, "prune", newest, cost
         elif isinstance(stage, DistillStage):
-            teachers = [shapes[name] for name in stage.teachers or ("teacher",)]
+            teachers = [shapes[name] for name in in_order(stage.teachers or ("teacher",))]
             yield stage.name, "distill", newest, taught(stage, teachers)
         elif isinstance(stage, CorrectStage):
             yield stage.name, "correct", newest, taught(stage.as_distillation(), [])

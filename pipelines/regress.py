@@ -153,6 +153,7 @@ def absent_data(name: str) -> str | None:
         return None
     recipe = load_recipe(name)
     paths = [recipe.teacher.model, *(source.path for source in recipe.transfer_set.sources)]
+    paths += [recipe.benchmark.mirror] if recipe.benchmark.mirror else []
     return next((path for path in paths if not Path(path).exists()), None)
 
 
@@ -209,7 +210,10 @@ def _prepare(name: str, inputs: Path) -> Recipe:
 
 
 def numbers_of(run: Path, stages: Iterable[str]) -> tuple[dict[str, Number], set[str]]:
-    """All quality numbers of a finished run by STAGE/TASK/METRIC, and the skipped tasks."""
+    """All quality numbers of a finished run by STAGE/TASK/METRIC, and the tasks that were skipped
+    for want of their data; of one that a model can't answer the numbers are missing."""
+    from reports.benchmark import MODELS_FAULT
+
     numbers: dict[str, Number] = {}
     skipped: set[str] = set()
     for stage in ("teacher", *stages):
@@ -217,7 +221,11 @@ def numbers_of(run: Path, stages: Iterable[str]) -> tuple[dict[str, Number], set
         scorecard = read_json(folder / "scorecard.json")
         numbers |= {f"{stage}/{name}": number for name, number in _scores(scorecard).items()}
         numbers |= {f"{stage}/{name}": number for name, number in _heldout(folder).items()}
-        skipped |= {f"{stage}/{task}" for task in scorecard.get("skipped", {})}
+        skipped |= {
+            f"{stage}/{task}"
+            for task, reason in scorecard.get("skipped", {}).items()
+            if reason not in MODELS_FAULT
+        }
     return numbers, skipped
 
 
@@ -365,7 +373,9 @@ def show(name: str, findings: list[Finding], console: Console) -> None:
         )
         console.print(Text(verdict + worst, style="bold red"), soft_wrap=True)
     else:
-        console.print(f"{name}: {len(findings)} numbers hold", highlight=False)
+        left_out = sum(finding.verdict == "skipped" for finding in findings)
+        rest = f"; {left_out} were not measured" if left_out else ""
+        console.print(f"{name}: {len(findings) - left_out} numbers hold{rest}", highlight=False)
     if any(finding.verdict == "asked otherwise" for finding in findings):
         console.print(
             "Some tasks ask other questions than the baseline's did, so nothing can be said of "

@@ -311,7 +311,10 @@ class _Run:
             if first and resumes is not None:
                 resumes.append({"step": max(0, int(line.get("step", 1)) - 1), "at": now()})
                 self.journal.set_row(step.stage, resumes=resumes)
-            first = False
+                # By now the stage has cut its own file back to its checkpoint; this line is there.
+                self._collect_metrics(working=step)
+                first = False
+                return
             with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": step.stage, **line}, allow_nan=False) + "\n")
 

@@ -48,6 +48,10 @@ RANDOM_SEED, FEWSHOT_SEED = 0, 1234
 """Those of lm-eval's own command, whatever a recipe's seed: with other examples in the prompts, or
 the choices at other places, other questions would be asked."""
 BOOTSTRAPS = 1000
+TOO_LARGE = "the model's loss is too large for a perplexity"
+NO_NUMBERS = "the model's answers are not numbers"
+MODELS_FAULT = (TOO_LARGE, NO_NUMBERS)
+"""Why a task is skipped whose data are here."""
 ANSWER_CHARACTERS = 400
 """What is kept of a written answer."""
 PACKAGES = ("torch", "transformers", "lm_eval", "datasets", "tokenizers", "safetensors", "numpy")
@@ -186,7 +190,10 @@ def _run_task(
                 chat_template=in_chat,
             )
         except OverflowError:  # lm-eval's exp of a mean loss above 709 nats
-            card["skipped"][name] = "the model's loss is too large for a perplexity"
+            card["skipped"][name] = TOO_LARGE
+            return
+        except FloatingPointError:
+            card["skipped"][name] = NO_NUMBERS
             return
     for found, metrics in results["results"].items():
         if not (read := read_metrics(metrics)):  # a group that only lists tasks
@@ -204,6 +211,9 @@ def _run_task(
             "limit": limit,
             "num_fewshot": results["n-shot"].get(found, 0),
             "chat_template": in_chat,
+            "precision": str(lm.model.dtype).removeprefix("torch."),
+            # A model of more positions reads more before each word.
+            "max_length": lm.max_length if is_rolling(loaded["tasks"][found]) else None,
             "samples": results["n-samples"][found]["effective"],
             "documents": results["n-samples"][found]["original"],
             "higher_is_better": results["higher_is_better"].get(found, {}),
@@ -234,18 +244,27 @@ def check_examples(loaded: dict[str, Any], count: int | None) -> None:
     if not count:
         return
     there = {
-        name: len(list(task.fewshot_docs()))
+        # Where lm-eval leaves out the document that is asked about, it wants another one.
+        name: len(list(task.fewshot_docs())) - (task.fewshot_cfg.split == task.config.test_split)
         for name, task in loaded["tasks"].items()
-        if task.get_config("num_fewshot") != 0
+        if shows_examples(task)
     }
     least = min(there, key=there.__getitem__, default=None)
-    # Where they come from the documents that are asked about, the one asked about is left out.
-    if least is not None and there[least] <= count:
+    if least is not None and there[least] < count:
         raise ShearlingError(
-            f"{least} has {there[least]} documents to show as examples, too few for {count} "
-            "beside one that is asked.",
-            hint=f"Set benchmark.num_fewshot (--fewshot) to {there[least] - 1} or less.",
+            f"{least} has {there[least]} documents to show as examples, too few for {count}.",
+            hint=f"Set benchmark.num_fewshot (--fewshot) to {there[least]} or less.",
         )
+
+
+def shows_examples(task: Any) -> bool:
+    """Whether a task's prompts can have examples before them; running text has none."""
+    return task.get_config("num_fewshot") != 0 and not is_rolling(task)
+
+
+def is_rolling(task: Any) -> bool:
+    """Whether a task reads running text, in windows as long as the model's positions allow."""
+    return bool(task.OUTPUT_TYPE == "loglikelihood_rolling")
 
 
 def load_task(
@@ -306,10 +325,9 @@ def evaluate(
     from lm_eval.evaluator import evaluate as run
 
     for task in loaded["tasks"].values():
-        own = task.get_config("num_fewshot")
-        if num_fewshot is not None and own != 0:
+        if num_fewshot is not None and shows_examples(task):
             task.set_config(key="num_fewshot", value=num_fewshot)
-        elif own is None:
+        elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
     results: dict[str, Any] = run(

@@ -24,6 +24,8 @@ Floats = npt.NDArray[np.float64]
 
 MUST_AGREE = ("version", "hash", "data_sha256", "limit", "num_fewshot", "chat_template", "samples")
 """Facts of a task that must be the same in two scorecards before their results are compared."""
+IF_KNOWN = ("precision", "max_length")
+"""Facts that must be the same where both scorecards have them; earlier ones don't."""
 COUNTED_IN = {
     "tokenizer_sha256": (
         ("token_perplexity_", "calibration_error", "teacher_"),
@@ -92,9 +94,10 @@ def mismatch(first: Mapping[str, Any], second: Mapping[str, Any], task: str) -> 
         if task not in card.get("results", {}):
             return f"not measured for {card.get('model')}"
     one, two = (card.get("tasks", {}).get(task, {}) for card in (first, second))
+    known = [fact for fact in IF_KNOWN if one.get(fact) and two.get(fact)]
     different = [
         f"{fact.replace('_', ' ')} {_short(one.get(fact))} and {_short(two.get(fact))}"
-        for fact in MUST_AGREE
+        for fact in (*MUST_AGREE, *known)
         if (one.get(fact) or None) != (two.get(fact) or None)  # false, 0 and absent are one
     ]
     return "measured differently: " + ", ".join(different) if different else None

@@ -49,7 +49,7 @@ def _facts(card: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     each = [card["tasks"][task] for task in tasks]
     chances = {facts["chance"] for facts in each}
     return {
-        **{fact: each[0][fact] for fact in ("source", "limit", "chat_template")},
+        **{fact: each[0][fact] for fact in ("source", "limit", "chat_template", "precision")},
         "hash": sha256_of_json([facts["hash"] for facts in each]),
         "num_fewshot": max(facts["num_fewshot"] for facts in each),
         **{fact: sum(facts[fact] for facts in each) for fact in ("samples", "documents")},

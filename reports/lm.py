@@ -138,7 +138,11 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
-        """Sum of log-probabilities of each continuation, and whether greedy decoding gives it."""
+        """Sum of log-probabilities of each continuation, and whether greedy decoding gives it.
+
+        Raises:
+            FloatingPointError: the model computes NaN.
+        """
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         rows = pack(requests, self.max_length, self.node_budget)
         for done, row in enumerate(rows):
@@ -156,6 +160,8 @@ class PrefixLM(HFLM):  # type: ignore[misc]
         logprob_P, greedy_P = score_positions(
             hidden_ND, self.model.lm_head.weight, nodes.to(self.device), tokens.to(self.device)
         )
+        if bool(logprob_P.isnan().any()):  # of NaN lm-eval would take the first choice
+            raise FloatingPointError("the model computes NaN")
         scored, start = [], 0
         for number, path, _ in row.wanted:
             part = slice(start, start + len(path))
@@ -203,7 +209,9 @@ def score_positions(
         logits_CV = (hidden_ND[chunk] @ vocabulary_VD.T).float()
         mine = (where_P >= start) & (where_P < start + len(chunk))
         rows, asked = where_P[mine] - start, tokens_P[mine]
-        greedy_P[mine] = logits_CV[rows, asked] == logits_CV.amax(dim=-1)[rows]
+        # Of equally likely tokens the first, as greedy decoding (and HFLM) takes it: in bfloat16
+        # one position of twenty has several.
+        greedy_P[mine] = logits_CV.argmax(dim=-1)[rows] == asked
         # As HFLM does, to agree with it: torch's fp32 log_softmax is about 1e-5 too high a token.
         logprob_P[mine] = logits_CV.log_softmax(dim=-1)[rows, asked].double()
     return logprob_P, greedy_P

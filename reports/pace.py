@@ -86,12 +86,12 @@ def pace(run: Run, stage: Stage, key: str) -> Pace | None:
 def _alike(one: Stage, other: Stage) -> bool:
     """Whether two speeds are a function of the same, but for the machine and its other work."""
     same_shape = all(one.config.get(axis) == other.config.get(axis) for axis in _SHAPE)
-    return same_shape and not _terms_apart(one, other)
+    return same_shape and not terms_apart(one.scorecard or {}, other.scorecard or {})
 
 
-def _terms_apart(one: Stage, other: Stage) -> list[str]:
-    """On which terms two speeds were not measured alike, in words: ["threads 8 and 2"]."""
-    mine, theirs = (as_dict((stage.scorecard or {}).get("speed")) for stage in (one, other))
+def terms_apart(one: Data, other: Data) -> list[str]:
+    """On which terms the speeds of two scorecards were not measured alike: ["threads 8 and 2"]."""
+    mine, theirs = (as_dict(card.get("speed")) for card in (one, other))
     return [
         f"{term.replace('_', ' ')} {mine.get(term, 'unknown')} and {theirs.get(term, 'unknown')}"
         for term in _TERMS
@@ -116,7 +116,7 @@ def faster(run: Run, student: Stage) -> Pace | None:
     in_turns = pace(run, student, IN_TURNS)
     if in_turns and not _alike(teacher, student):
         return in_turns
-    if _terms_apart(teacher, student):
+    if terms_apart(teacher.scorecard or {}, student.scorecard or {}):
         return None
     ours, theirs = pace(run, student, WRITES), pace(run, teacher, WRITES)
     if not ours or not theirs:
@@ -159,6 +159,6 @@ def why_no_ratio(run: Run, student: Stage | None) -> list[str]:
     if teacher is None or student is None or faster(run, student):
         return []
     known = all(measured_pace(stage.scorecard or {}, WRITES) for stage in (teacher, student))
-    apart = "; ".join(_terms_apart(teacher, student))
+    apart = "; ".join(terms_apart(teacher.scorecard or {}, student.scorecard or {}))
     told = f"The speeds of {teacher.name} and {student.name} were measured on other terms"
     return [f"{told} ({apart}), so there is no ratio of them."] if known and apart else []

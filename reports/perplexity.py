@@ -30,28 +30,41 @@ def position_losses(
     windows: int,
     progress: Progress = silent,
 ) -> Floats:
-    """Negative log-likelihoods (nats) in the text's first ``windows`` token windows.
+    """Negative log-likelihoods (nats) in ``windows`` token windows of the text.
 
-    [window, position]: non-overlapping windows of ``length`` tokens; no special tokens are added;
-    the first token of a window is not predicted, so there are ``length - 1`` positions. A last,
-    shorter window is left out. A text of less than one window is a ShearlingError.
+    [window, position]: ``spread_windows`` of ``length`` tokens; no special tokens are added;
+    the first token of a window is not predicted, so there are ``length - 1`` positions. A text of
+    less than one window is a ShearlingError.
     """
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    count = min(windows, len(tokens) // length)
-    if count == 0:
+    ids_WT = spread_windows(tokens, length, windows)
+    if not len(ids_WT):
         raise ShearlingError(
             f"The text has {len(tokens)} tokens, fewer than one window of {length}.",
             hint="Use a longer text.",
         )
-    losses = np.empty((count, length - 1))
-    for window in range(count):
-        progress(f"perplexity at {length}", window, count)
-        ids = torch.tensor(tokens[window * length : (window + 1) * length], device=model.device)
+    losses = np.empty((len(ids_WT), length - 1))
+    for window, ids_T in enumerate(ids_WT):
+        progress(f"perplexity at {length}", window, len(ids_WT))
+        ids = ids_T.to(model.device)
         hidden_TD = model.model(ids[None], use_cache=False).last_hidden_state[0]
         places = torch.arange(length - 1, device=model.device)
         logprob_T, _ = score_positions(hidden_TD, model.lm_head.weight, places, ids[1:])
         losses[window] = -logprob_T.cpu().numpy()
     return losses
+
+
+def spread_windows(tokens: Sequence[int], length: int, windows: int) -> torch.Tensor:
+    """[W, length]: windows that don't overlap, evenly spread over a text, or all that it has.
+
+    From its start, a few articles would stand for all of them, and neighbours for independent
+    samples. A last, shorter window is left out.
+    """
+    there = len(tokens) // length
+    count = min(windows, there)
+    starts = (number * there // count * length for number in range(count))
+    found = [list(tokens[start : start + length]) for start in starts]
+    return torch.tensor(found, dtype=torch.long).view(-1, length)
 
 
 def losses_by_position(losses_WP: Floats) -> list[dict[str, float | int | None]]:

@@ -11,11 +11,11 @@ from typing import Any
 import altair as alt
 
 from reports.chart import Chart, finish, shortened, told_apart, values
-from reports.compare import headline_metrics
+from reports.compare import headline_metrics, mismatch
 from reports.groups import whole_results
 from reports.pace import IN_TURNS, WRITES, Pace, measured_beside_one_teacher, measured_pace
 from reports.run_folder import Data, Run, as_dict, as_number
-from reports.words import count, is_share, metric_label, percent, score, significant
+from reports.words import count, is_right, metric_label, percent, score, significant
 
 
 def metric_number(card: Data | None, task: str, metric: str) -> tuple[float | None, float | None]:
@@ -68,8 +68,14 @@ def share_tasks(card: Data | None) -> dict[str, str]:
     return {
         task: metric
         for task, metric in headlines.items()
-        if is_share(metric) and metric_number(card, task, metric)[0] is not None
+        if is_right(metric) and metric_number(card, task, metric)[0] is not None
     }
+
+
+def common_tasks(cards: Sequence[Data]) -> list[str]:
+    """The tasks with right answers that all scorecards have that have any."""
+    asked = [tasks for tasks in map(share_tasks, cards) if tasks]
+    return [task for task in asked[0] if all(task in each for each in asked)] if asked else []
 
 
 def mean_share(card: Data | None, tasks: Sequence[str] | None = None) -> Mean | None:
@@ -99,6 +105,19 @@ class Measure:
     of: Callable[[Data | None], tuple[float | None, float | None]]
     """Scorecard -> value and standard error."""
     show: Callable[[float], str]
+    tasks: tuple[str, ...]
+    """On which it is measured."""
+
+    windows: str = ""
+    """The fact that says on how many windows, where it matters."""
+
+    def alike(self, one: Data, other: Data) -> bool:
+        """Whether two scorecards were asked the same."""
+        facts = [
+            [as_dict(card.get("tasks")).get(t, {}) for t in self.tasks] for card in (one, other)
+        ]
+        windows = [[each.get(self.windows) for each in card] for card in facts]
+        return windows[0] == windows[1] and not any(mismatch(one, other, t) for t in self.tasks)
 
 
 def measure_of(cards: Sequence[Data]) -> Measure | None:
@@ -111,8 +130,10 @@ def measure_of(cards: Sequence[Data]) -> Measure | None:
             logarithmic=True,
             of=lambda card: metric_number(card, *key),
             show=significant,
+            tasks=key[:1],
+            windows="perplexity_windows" if key[1].startswith("token_") else "",
         )
-    common = [task for task in share_tasks(cards[0]) if all(task in share_tasks(c) for c in cards)]
+    common = common_tasks(cards)
     if not common:
         return None
 
@@ -127,6 +148,7 @@ def measure_of(cards: Sequence[Data]) -> Measure | None:
         logarithmic=False,
         of=of,
         show=lambda value: percent(value, 1),
+        tasks=tuple(common),
     )
 
 
@@ -190,7 +212,11 @@ def _quality(
     if measure is None:
         return None
     rows: list[Data] = []
+    asked_otherwise = []
     for label, each in run_labels([run, *rivals]):
+        if not all(measure.alike(cards[0], card) for card in _having(each, measure)):
+            asked_otherwise.append(label)
+            continue
         rows += [
             {**row, "run": label, "order": order}
             for order, row in enumerate(_points(each, measure, of))
@@ -232,10 +258,23 @@ def _quality(
     return finish(
         name,
         title,
-        f"{measure.told} against {against}, with standard errors.",
+        f"{measure.told} against {against}, with standard errors.{_left_out(asked_otherwise)}",
         path + bars + across + points + halo + ink,
         numbers=said,
     )
+
+
+def _having(run: Run, measure: Measure) -> list[Data]:
+    """The scorecards of a run that have the measure."""
+    return [
+        stage.scorecard
+        for stage in run.measured
+        if stage.scorecard and measure.of(stage.scorecard)[0] is not None
+    ]
+
+
+def _left_out(runs: Sequence[str]) -> str:
+    return f" Not drawn, for they were asked otherwise: {', '.join(runs)}." if runs else ""
 
 
 def _scale(logarithmic: bool) -> Data:

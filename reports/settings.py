@@ -30,13 +30,13 @@ class BenchmarkSettings(Settings):
     mirror: str | None = Field(
         default=None,
         description="A folder of JSONL files that stand in for the hub's data "
-        "(arc_easy.jsonl, piqa.jsonl, ...). Tasks whose file is absent are skipped with a word.",
+        "(arc_easy.jsonl, piqa.jsonl, ...). Those of tasks whose file is absent come from the hub.",
     )
     batch_size: int = Field(default=8, gt=0, description="Sequences in one forward pass.")
     perplexity_windows: int = Field(
         default=64,
         ge=1,
-        description="Windows of 512 tokens for token_perplexity_512, from the start of the text; "
+        description="Windows of 512 tokens for token_perplexity_512, evenly spread over the text; "
         "the other lengths take about as many tokens.",
     )
     perplexity_lengths: tuple[PositiveInt, ...] = Field(

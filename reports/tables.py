@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ from reports.compare import headline_metrics
 from reports.cuts import Cut
 from reports.groups import whole_results
 from reports.pace import IN_TURNS, READS, WRITES, measured_pace
-from reports.quality_charts import main_perplexity, mean_share, metric_number
+from reports.quality_charts import common_tasks, main_perplexity, mean_share, metric_number
 from reports.run_folder import Data, Run, Stage, as_dict, as_list, as_number
 from reports.verdict import Judgement
 
@@ -43,19 +44,23 @@ def stage_table(run: Run) -> Table | None:
     """The waterfall: one row a stage, what it made, how good and fast that is, what it took."""
     if not run.stages:
         return None
-    key = main_perplexity([stage.scorecard for stage in run.measured if stage.scorecard])
+    cards = [stage.scorecard for stage in run.measured if stage.scorecard]
+    key = main_perplexity(cards)
+    tasks = common_tasks(cards)
     return Table(
         name="stages",
-        caption="What each stage made, and what it took. Tasks: mean share of right answers. Reads "
-        "and writes: tokens per second, for one sequence on this machine, and the quartiles of the "
-        "repeats; × the teacher's, both in turns. Memory: what a process with this model alone "
-        "needs.",
+        caption="What each stage made, and what it took. Tasks: mean share of right answers on "
+        "those that all have. Reads and writes: tokens per second, for one sequence on this "
+        "machine, and the quartiles of the repeats; × the teacher's, both in turns. Memory: what a "
+        "process with this model alone needs.",
         columns=["stage", "parameters", "perplexity", "tasks", "reads", "writes", "memory", "took"],
-        rows=[_stage_row(stage, run.teacher or {}, key) for stage in run.stages],
+        rows=[_stage_row(stage, run.teacher or {}, key, tasks) for stage in run.stages],
     )
 
 
-def _stage_row(stage: Stage, teacher: Data, key: tuple[str, str] | None) -> list[Cell]:
+def _stage_row(
+    stage: Stage, teacher: Data, key: tuple[str, str] | None, tasks: Sequence[str]
+) -> list[Cell]:
     card = stage.scorecard or {}
     speed = as_dict(card.get("speed"))
     share = words.percent(words.ratio(card.get("parameters"), teacher.get("parameters")))
@@ -78,7 +83,7 @@ def _stage_row(stage: Stage, teacher: Data, key: tuple[str, str] | None) -> list
             f"{share}, {words.size(on_disk)}" if on_disk else share,
         ),
         _perplexity_cell(card, key),
-        _mean_cell(card),
+        _mean_cell(card, tasks),
         pace_cell(card, READS, after),
         pace_cell(card, WRITES, times),
         cell(used, words.size, grown),
@@ -101,9 +106,9 @@ def _perplexity_cell(card: Data, key: tuple[str, str] | None) -> Cell:
     return cell(value, words.significant, note)
 
 
-def _mean_cell(card: Data) -> Cell:
-    """Mean share of right answers over the tasks that have them, with its standard error."""
-    mean = mean_share(card)
+def _mean_cell(card: Data, tasks: Sequence[str]) -> Cell:
+    """Mean share of right answers over some tasks that have them, with its standard error."""
+    mean = mean_share(card, tasks)
     if mean is None:
         return cell(None, words.percent)
     tasks = "1 task" if mean.tasks == 1 else f"{mean.tasks} tasks"

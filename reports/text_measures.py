@@ -6,7 +6,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import LlamaForCausalLM
 
 from reports.agreement import (
@@ -18,7 +17,12 @@ from reports.agreement import (
     read_windows,
 )
 from reports.load import load_model
-from reports.perplexity import losses_by_position, perplexity_of_windows, position_losses
+from reports.perplexity import (
+    losses_by_position,
+    perplexity_of_windows,
+    position_losses,
+    spread_windows,
+)
 from reports.settings import MAIN_WINDOW as WINDOW
 from reports.settings import BenchmarkSettings
 from shearling import Progress, ShearlingError
@@ -62,12 +66,11 @@ def read_text(
     model: LlamaForCausalLM, tokenizer: Any, text: str, settings: BenchmarkSettings,
     progress: Progress,
 ) -> Reading | None:  # fmt: skip
-    """The model on the first windows; None where the text or the model is too short for one."""
+    """The model on some windows; None where the text or the model is too short for one."""
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = min(settings.agreement_windows, len(tokens) // WINDOW)
-    if windows == 0 or model.config.max_position_embeddings < WINDOW:
+    ids_WT = spread_windows(tokens, WINDOW, settings.agreement_windows)
+    if not len(ids_WT) or model.config.max_position_embeddings < WINDOW:
         return None
-    ids_WT = torch.tensor(tokens[: windows * WINDOW]).view(windows, WINDOW)
     return read_windows(model, ids_WT, progress)
 
 

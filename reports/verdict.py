@@ -124,7 +124,7 @@ def mean_difference(compared: Sequence[Comparison]) -> Comparison | None:
     tasks = [
         (entry, entry.reference, entry.value, entry.difference, entry.stderr or 0.0)
         for entry in compared
-        if words.is_share(entry.metric) and entry.difference is not None
+        if words.is_right(entry.metric) and entry.difference is not None
     ]
     shares = [(r, v, d, s) for _, r, v, d, s in tasks if None not in (r, v, d)]
     if not shares:
@@ -157,7 +157,7 @@ def verdict_details(run: Run, judgement: Judgement) -> list[str]:
     """How the tasks with right answers came out, and where the scorecards can't be compared."""
     student = last_student(run)
     compared = judgement.comparisons.get(student.name, []) if student else []
-    shares = [entry for entry in compared if words.is_share(entry.metric)]
+    shares = [entry for entry in compared if words.is_right(entry.metric)]
     judged = [entry for entry in shares if entry.p is not None]
     found = []
     if judged:

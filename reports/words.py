@@ -19,6 +19,8 @@ SHARES = (
     "teacher_first_choice",
 )
 """Metrics that are shares of documents, or of tokens."""
+RIGHT = ("acc", "acc_norm", "exact", "exact_match", "em")
+"""Of these, shares of right answers: a rule that is kept makes no text right."""
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -89,6 +91,11 @@ def unquantised(export: Mapping[str, Any]) -> str:
 def is_share(metric: str) -> bool:
     """Whether the metric is shown in percent."""
     return metric.split(",")[0] in SHARES
+
+
+def is_right(metric: str) -> bool:
+    """Whether the metric is a share of right answers."""
+    return metric.split(",")[0] in RIGHT
 
 
 def score(metric: str, value: float | None, stderr: float | None = None) -> str:

@@ -8,7 +8,7 @@ from pipelines.stages.context import Context
 from reports.settings import BenchmarkSettings
 from shearling import write_json
 
-CODE_VERSION = 6
+CODE_VERSION = 7
 RESUMABLE = False
 
 

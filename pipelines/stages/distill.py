@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pipelines.stages.context import Context
@@ -19,6 +20,12 @@ TOGETHER = True
 def teacher_role(name: str) -> str:
     """The role that a teacher of this name has among the stage's inputs."""
     return "teacher" if name == "teacher" else f"teacher {name}"
+
+
+def in_order(teachers: Iterable[str]) -> list[str]:
+    """Names of teachers: first the one whose layers are compared and which corrects and writes,
+    the others however a recipe lists them."""
+    return sorted(teachers, key=lambda name: (name != "teacher", name))
 
 
 def run(settings: DistillStage, context: Context) -> dict[str, Any]:
@@ -40,7 +47,7 @@ def run(settings: DistillStage, context: Context) -> dict[str, Any]:
     if leads():
         shutil.copyfile(selection, context.out / TEACHER_SELECTION)
         write_map(context.out / TEACHER_SELECTION, read_map(selection))
-    names = sorted(settings.teachers, key=lambda name: name != "teacher")  # the first is compared
+    names = in_order(settings.teachers)
     summary = distill(
         context.inputs["teacher"] / "model",
         student / "model",

@@ -51,8 +51,13 @@ _MIRRORED = {
 }
 """Stock tasks whose file name or place isn't the task's own: (YAML, file stem, split)."""
 
-_NAMES = re.compile(r"^(?:task|group|tag):[ ]*[\"']?([\w.+-]+)[\"']?[ ]*$", re.MULTILINE)
-_LISTED_TAGS = re.compile(r"^tag:[ ]*\n((?:[ ]*-[ ]+[\w.+-]+[ ]*\n)+)", re.MULTILINE)
+_QUOTE = "[\"']?"
+_NAMES = re.compile(
+    rf"^{_QUOTE}(?:task|group|tag){_QUOTE}:[ ]*{_QUOTE}([\w.+-]+){_QUOTE}[ ]*$", re.MULTILINE
+)
+_LISTED_TAGS = re.compile(
+    rf"^{_QUOTE}tag{_QUOTE}:[ ]*\n((?:[ ]*-[ ]+[\w.+-]+[ ]*\n)+)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +142,9 @@ def prepare(
     if file is None:
         stock = stock_files().get(name)
         single = stock and re.search(
-            rf"^task:[ ]*[\"']?{re.escape(name)}[\"']?[ ]*$", stock.read_text("utf-8"), re.MULTILINE
+            rf"^{_QUOTE}task{_QUOTE}:[ ]*{_QUOTE}{re.escape(name)}{_QUOTE}[ ]*$",
+            stock.read_text("utf-8"),
+            re.MULTILINE,
         )
         return Task(name=name, source="hub", file=stock if single else None)
     return _prepare_mirrored(name, file, work)
@@ -193,7 +200,8 @@ def _write_task(name: str, source: str, base: Path, splits: dict[str, Path], wor
         "training_split": "train" if "train" in splits else None,
         "validation_split": "validation" if "validation" in splits else None,
         "test_split": "test" if "test" in splits else None,
-        "fewshot_split": "train" if "train" in splits else None,
+        # Named, or lm-eval would show what it asks about among the examples of a test split.
+        "fewshot_split": next((split for split in ("train", "test") if split in splits), None),
     }
     file = work / f"{name}.yaml"
     write_text(file, yaml.safe_dump(config))

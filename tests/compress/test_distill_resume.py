@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -164,6 +165,44 @@ def test_a_checkpoint_with_what_is_no_longer_kept_goes_on(
     del state["sha256"]
     write_json(path, {**state, "sha256": sha256_of_json(state)})
     distill(*interrupted, DistillSettings(**SETTINGS))
+    same(tmp_path, whole)
+
+
+def test_another_kind_of_device_measures_its_own_precision(
+    whole: Path, interrupted: Folders, tmp_path: Path
+) -> None:
+    path = tmp_path / "resume" / "step-00000003" / "state.json"
+    state = read_json(path)
+    assert state["device"] == "cpu"
+    elsewhere = {"device": "cuda", "precision": {**state["precision"], "name": "bfloat16"}}
+    state |= elsewhere
+    del state["sha256"]
+    write_json(path, {**state, "sha256": sha256_of_json(state)})
+    distill(*interrupted, DistillSettings(**SETTINGS))
+    same(tmp_path, whole)
+
+
+def test_a_model_that_cannot_be_written_costs_no_training(
+    whole: Path,
+    tiny_llama: Path,
+    tiny_student: Path,
+    tiny_transfer_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folders = (tiny_llama, tiny_student, tmp_path, tiny_transfer_set)
+    # Where saving takes long, checkpoints come seldom: not at the end.
+    monkeypatch.setattr("compress.distill._SAVING_PART", 1e9)
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.distill.save_student", full)
+        with pytest.raises(OSError, match="No space left"):
+            distill(*folders, DistillSettings(**{**SETTINGS, "save_every_seconds": 1e-9}))
+    told: list[dict[str, Any]] = []
+    distill(*folders, DistillSettings(**SETTINGS), on_metrics=told.append)
+    assert not told, "nothing was trained or evaluated again"
     same(tmp_path, whole)
 
 

@@ -17,12 +17,14 @@ from compress import fused
 from compress.attention import LONGEST, NAME, choose_attention
 from compress.fused import FusedLoss, Term
 from compress.lean import make_lean
-from compress.losses import DIVERGENCES, LiveTargets, MixedTargets
+from compress.losses import DIVERGENCES, HIDDEN_LOSSES, LiveTargets, MixedTargets
 from compress.optimizers import build_optimizers, optimizer_tensors
 from compress.settings import DistillSettings, PruneSettings
+from pipelines.cost import trunk_flops
 from pipelines.estimate_distill import (
     activation_bytes,
     cache_bytes,
+    compared_bytes,
     distill_cost,
     hidden_bytes,
     loss_bytes,
@@ -218,6 +220,46 @@ def test_on_a_cpu_the_loss_takes_the_memory_of_a_block() -> None:
     work = FusedLoss(terms=(), dtype=torch.bfloat16)
     rows = fused._rows_at_once(work, torch.device("cpu"), 128_256, torch.float32)
     assert on_cpu == on_device * rows / 512
+
+
+@pytest.mark.parametrize("kind", HIDDEN_LOSSES)
+def test_a_compared_layer_is_kept_as_its_loss_needs_it(kind: str) -> None:
+    student_ND, teacher_ND = torch.randn(2, 64, 256, dtype=torch.bfloat16)
+    student_ND.requires_grad_()
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        HIDDEN_LOSSES[kind](student_ND, teacher_ND).sum()
+    saved.pop(student_ND.untyped_storage().data_ptr(), None)  # an activation
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    settings = DistillSettings(tokens=1, targets="live", hidden={"kind": kind, "weight": 1.0})
+    shape = replace(STUDENT, hidden_size=256, num_hidden_layers=1)
+    planned = 64 * compared_bytes(settings, shape, shape, "bfloat16")
+    assert kept + teacher_ND.nbytes == pytest.approx(planned, rel=0.05)
+
+
+def test_compared_layers_are_planned_in_a_step_and_a_capture() -> None:
+    plain, both = distilled(), distilled(hidden={"weight": 1.0}, attention={"weight": 1.0})
+    step = both.moments[0].device
+    assert "compared layers" not in plain.moments[0].device
+    layers, places = STUDENT.num_hidden_layers, 2
+    least = 1024 * layers * places * 4 * (TEACHER.hidden_size + STUDENT.hidden_size)
+    assert least <= step["compared layers"] <= 2 * least
+    cached = distilled(targets="sample", hidden={"weight": 1.0})
+    once = distilled(targets="sample")
+    assert cached.flops["product"] - once.flops["product"] == pytest.approx(
+        20_000 * trunk_flops(TEACHER, 256)
+    )
+    wide = distilled(targets="sample", micro_batch_windows=16)
+    captures = [
+        next(moment.device for moment in cost.moments if moment.what == "capture")
+        for cost in (once, wide)
+    ]
+    assert captures[1]["activations"] == 4 * captures[0]["activations"]
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

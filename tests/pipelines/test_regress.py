@@ -13,8 +13,9 @@ from pipelines import regress
 from pipelines.regress import BASELINES, RECIPES, Number, baseline_of, compare
 from pipelines.stages import distill
 from pipelines.stages.context import Context
+from reports.benchmark import NO_NUMBERS
 from reports.compare import asked_as
-from shearling import ShearlingError
+from shearling import ShearlingError, write_json
 
 MEASURED = {
     "distill/wikitext2/word_perplexity": Number(50.0, "lower"),
@@ -59,6 +60,16 @@ def test_a_number_that_is_gone_fails_unless_its_task_was_skipped(baseline: dict[
     (gone,) = (f for f in compare(baseline, now, {"distill/copa"}) if "copa" in f.name)
     assert gone.verdict == "skipped"
     assert not gone.fails
+
+
+def test_a_task_that_the_model_cannot_answer_is_not_skipped(tmp_path: Path) -> None:
+    for stage in ("teacher", "distill"):
+        skipped = {"copa": NO_NUMBERS, "piqa": "its data are on the Hugging Face hub"}
+        card = {"parameters": 1, "results": {}, "tasks": {}, "skipped": skipped}
+        (tmp_path / "stages" / stage).mkdir(parents=True)
+        write_json(tmp_path / "stages" / stage / "scorecard.json", card)
+    _, skipped_tasks = regress.numbers_of(tmp_path, ["distill"])
+    assert skipped_tasks == {"teacher/piqa", "distill/piqa"}
 
 
 def test_a_new_number_is_shown_and_does_not_fail(baseline: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +36,10 @@ from pipelines.display import headline, skipped_lines
 from pipelines.evaluate import scorecard_table
 from pipelines.tiny import make_tiny_llama, tiny_documents
 from reports.benchmark import (
+    NO_NUMBERS,
     benchmark,
+    check_examples,
+    evaluate,
     finite,
     floors,
     hash_of_samples,
@@ -45,12 +49,14 @@ from reports.benchmark import (
 )
 from reports.compare import compare_models, mismatch, unpack, written_alike
 from reports.hub import hub_answers, is_passing, may_pass
+from reports.lm import PrefixLM
 from reports.load import load_model, quiet_libraries
 from reports.perplexity import (
     losses_by_position,
     perplexity_of_windows,
     position_losses,
     ratio_error,
+    spread_windows,
 )
 from reports.quality_charts import Mean, mean_share, share_tasks
 from reports.settings import BenchmarkSettings
@@ -118,6 +124,83 @@ def test_what_the_model_or_the_data_lack_is_told(
         BenchmarkSettings(prompts=("",))
 
 
+@pytest.fixture
+def arc(tmp_path: Path) -> Path:
+    """A mirror folder with six questions in the layout of ARC."""
+    folder = tmp_path / "arc"
+    folder.mkdir()
+    choices = {"text": ["rain", "a gate"], "label": ["A", "B"]}
+    rows = [
+        {"id": str(n), "question": f"What falls on day {n}?", "choices": choices, "answerKey": "A"}
+        for n in range(6)
+    ]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (folder / "arc_easy.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_no_question_is_among_its_own_examples(
+    arc: Path, models: Any, settings: BenchmarkSettings, tmp_path: Path
+) -> None:
+    asked = settings.model_copy(update={"mirror": str(arc), "num_fewshot": 5})
+    with quiet_libraries():
+        task = prepare("arc_easy", asked, tmp_path, tmp_path, silent)
+        loaded = load_task(task, asked, {})
+        assert loaded is not None
+        check_examples(loaded, 5)
+        with pytest.raises(ShearlingError, match="has 5 documents to show"):
+            check_examples(loaded, 6)
+        lm = PrefixLM(*load_model(models.teacher), batch_size=4)
+        samples = evaluate(lm, loaded, limit=None, num_fewshot=5)["samples"]["arc_easy"]
+    assert len(samples) == 6
+    for sample in samples:
+        prompt = sample["arguments"][0][0]
+        assert prompt.count("What falls on day") == 6
+        assert prompt.count(sample["doc"]["question"]) == 1
+
+
+def test_examples_of_their_own_split_may_all_be_shown(
+    arc: Path, settings: BenchmarkSettings, tmp_path: Path
+) -> None:
+    """As MMLU's five are."""
+    lines = (arc / "arc_easy.jsonl").read_text("utf-8").replace("day", "night").splitlines(True)
+    (arc / "arc_easy_train.jsonl").write_text("".join(lines[:5]), encoding="utf-8")
+    asked = settings.model_copy(update={"mirror": str(arc)})
+    with quiet_libraries():
+        loaded = load_task(prepare("arc_easy", asked, tmp_path, tmp_path, silent), asked, {})
+    assert loaded is not None
+    check_examples(loaded, 5)
+    with pytest.raises(ShearlingError, match="too few for 6"):
+        check_examples(loaded, 6)
+
+
+def test_running_text_has_no_examples(
+    models: Any, settings: BenchmarkSettings, local_wikitext: str, tmp_path: Path
+) -> None:
+    text = {"tasks": ("wikitext2",), "limits": {}, "num_fewshot": 3, "speed": False}
+    card = benchmark(
+        models.teacher, settings.model_copy(update=text), name="teacher", cache=tmp_path
+    )
+    facts = card["tasks"]["wikitext2"]
+    assert facts["num_fewshot"] == 0
+    assert (facts["precision"], facts["max_length"]) == ("float32", 512)
+
+
+def test_a_model_that_computes_nan_has_no_accuracy(
+    models: Any, settings: BenchmarkSettings, tmp_path: Path
+) -> None:
+    """Of NaN the first choice would be taken, which is right as often as it is the first."""
+    model, tokenizer = load_model(models.teacher)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    model.save_pretrained(tmp_path / "broken")
+    tokenizer.save_pretrained(tmp_path / "broken")
+    asked = settings.model_copy(update={"tasks": ("piqa",), "limits": {}, "speed": False})
+    card = benchmark(tmp_path / "broken", asked, name="broken", cache=tmp_path)
+    assert card["results"] == {}
+    assert card["skipped"] == {"piqa": NO_NUMBERS}
+
+
 def test_numbers_are_those_of_simple_evaluate_with_stock_hflm(
     cards: dict[str, dict[str, Any]],
     models: Any,
@@ -166,17 +249,34 @@ def test_examples_in_the_prompts_are_those_of_stock_lm_eval(
     assert (card["num_fewshot"], card["tasks"]["piqa"]["num_fewshot"]) == (3, 3)
 
 
+def spread_over(text: str, tokenizer: Any, windows: int) -> torch.Tensor:
+    """[W, 512]: so many windows, from all over a text that has more."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    whole_WT = ids[: len(ids) // 512 * 512].view(-1, 512)
+    assert len(whole_WT) > windows
+    return torch.stack([whole_WT[int(n * len(whole_WT) / windows)] for n in range(windows)])
+
+
+@pytest.mark.parametrize("windows", [1, 3, 7, 10, 99])
+def test_windows_lie_all_over_the_text(windows: int) -> None:
+    ids_WT = spread_windows(range(103), 10, windows)
+    assert ids_WT.shape == (min(windows, 10), 10)
+    starts = ids_WT[:, 0].tolist()
+    assert all(start % 10 == 0 for start in starts)
+    gaps = {after - before for before, after in pairwise([*starts, 100])}
+    assert max(gaps) - min(gaps) <= 10
+    assert torch.equal(ids_WT - ids_WT[:, :1], torch.arange(10).expand_as(ids_WT))
+    assert spread_windows(range(9), 10, windows).shape == (0, 10)
+
+
 def test_token_perplexity_is_what_the_formats_say(
     cards: dict[str, dict[str, Any]], models: Any, local_wikitext: str
 ) -> None:
     model, tokenizer = load_model(models.teacher)
-    ids = tokenizer(local_wikitext, add_special_tokens=False)["input_ids"]
     losses = []
-    for start in range(0, len(ids) // 512 * 512, 512):
-        window = torch.tensor([ids[start : start + 512]])
+    for window_T in spread_over(local_wikitext, tokenizer, 6):
         with torch.no_grad():
-            losses.append(model(window, labels=window).loss.item())
-    losses = losses[:6]
+            losses.append(model(window_T[None], labels=window_T[None]).loss.item())
     found = cards["teacher"]["results"]["wikitext2"]["token_perplexity_512"]
     assert found["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert cards["teacher"]["tasks"]["wikitext2"]["perplexity_windows"] == len(losses)
@@ -189,8 +289,7 @@ def test_losses_by_position_are_what_the_formats_say(
 ) -> None:
     """The longest window that the model has room for, cut into stretches that double."""
     model, tokenizer = load_model(models.teacher)
-    ids = tokenizer(local_wikitext, add_special_tokens=False)["input_ids"]
-    windows_WT = torch.tensor(ids[: len(ids) // 512 * 512]).view(-1, 512)[:6]
+    windows_WT = spread_over(local_wikitext, tokenizer, 6)
     with torch.no_grad():
         logprobs_WPV = model(windows_WT).logits[:, :-1].double().log_softmax(-1)
     losses_WP = -logprobs_WPV.gather(-1, windows_WT[:, 1:, None])[..., 0]
@@ -236,8 +335,7 @@ def test_agreement_with_the_teacher_is_that_of_dense_logits(
     found = cards["distill"]["results"]["wikitext2"]
     taught, tokenizer = load_model(models.taught)
     teacher, _ = load_model(models.teacher)
-    ids = tokenizer(local_wikitext, add_special_tokens=False)["input_ids"][: 3 * 512]
-    windows = torch.tensor(ids).view(3, 512)
+    windows = spread_over(local_wikitext, tokenizer, 3)
     with torch.no_grad():
         mine = taught(windows).logits[:, :-1].log_softmax(-1)
         theirs = teacher(windows).logits[:, :-1].log_softmax(-1)

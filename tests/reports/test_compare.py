@@ -121,6 +121,15 @@ def test_what_was_measured_differently_is_not_compared(fact: str) -> None:
     assert fact.split("_")[0] in (entry.reason or "")
 
 
+@pytest.mark.parametrize("fact", ["precision", "max_length"])
+def test_what_earlier_scorecards_do_not_say_is_held_against_nobody(fact: str) -> None:
+    teacher, student = (card(name, choice="1100" * 10) for name in ("teacher", "student"))
+    student["tasks"]["choice"][fact] = "float32"
+    assert mismatch(teacher, student, "choice") is None
+    teacher["tasks"]["choice"][fact] = "bfloat16"
+    assert fact.split("_")[0] in (mismatch(teacher, student, "choice") or "")
+
+
 @pytest.mark.parametrize(
     ("metric", "fact"),
     [

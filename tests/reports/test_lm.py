@@ -142,6 +142,13 @@ def test_only_wanted_positions_are_projected() -> None:
     assert torch.equal(greedy, dense.argmax(-1)[nodes] == tokens)
 
 
+def test_of_equally_likely_tokens_the_first_is_the_greedy_one() -> None:
+    vocabulary = torch.tensor([[0.0], [1.0], [1.0]])
+    nodes, tokens = torch.zeros(3, dtype=torch.long), torch.arange(3)
+    _, greedy = score_positions(torch.ones(1, 1), vocabulary, nodes, tokens)
+    assert greedy.tolist() == [False, True, False]
+
+
 def test_no_question_goes_to_the_hub(tiny_llama: Path) -> None:
     assert pair(tiny_llama)[1].get_model_info() == {}
 

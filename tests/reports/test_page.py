@@ -529,6 +529,22 @@ def test_two_runs_are_held_against_each_other(run: Path, tmp_path: Path) -> None
     assert "Against other runs" in (out / "report.md").read_text(encoding="utf-8")
 
 
+def test_runs_that_were_asked_otherwise_are_not_drawn_beside(run: Path, tmp_path: Path) -> None:
+    rival = tmp_path / "runs" / "rival"
+    shutil.copytree(run, rival)
+    ours, theirs = read_run(run), read_run(rival)
+    alike = {chart.name: chart.text for chart in make_charts(ours, [theirs])}["quality-by-size"]
+    assert "Not drawn" not in alike
+    for path in rival.glob("stages/*/scorecard.json"):
+        card = read_json(path)
+        card["tasks"]["wikitext2"]["perplexity_windows"] += 1
+        write_json(path, card)
+    (chart,) = (
+        chart for chart in make_charts(ours, [read_run(rival)]) if chart.name == "quality-by-size"
+    )
+    assert "Not drawn, for they were asked otherwise: tiny (rival)." in chart.text
+
+
 def test_runs_of_different_tokenizers_are_held_against_each_other_by_the_word(
     run: Path, tmp_path: Path
 ) -> None:

@@ -208,6 +208,14 @@ def test_unknown_tasks_are_all_named_with_the_nearest() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["mmlu_anatomy", "mmlu_stem_tasks", "bbh_zeroshot_snarks"])
+def test_names_under_quoted_keys_are_found(name: str, tmp_path: Path) -> None:
+    settings = BenchmarkSettings(tasks=(name,))
+    check_tasks(settings)
+    single = not name.endswith("_tasks")
+    assert (prepare(name, settings, tmp_path, tmp_path, silent).file is not None) == single
+
+
 def test_a_limit_for_a_task_that_is_not_run_is_an_error() -> None:
     with pytest.raises(ShearlingError, match="piqa"):
         check_tasks(BenchmarkSettings(tasks=("wikitext2",), limits={"piqa": 3}))
