@@ -233,7 +233,7 @@ def open_answers(
     if not teachers:
         return NoAnswers(), {}
     for other in teachers[1:]:
-        check_same_tokenizer(teachers[0].folder, other.folder)
+        _check_ids_alike(teachers[0].folder, other.folder)
     parts: list[LiveAnswers | CachedAnswers] = []
     facts: dict[str, Any] = {}
     for number, teacher in enumerate(teachers):
@@ -257,6 +257,17 @@ def open_answers(
     if len(parts) == 1:
         return parts[0], facts
     return MixedAnswers(parts, [teacher.weight for teacher in teachers]), facts
+
+
+def _check_ids_alike(first: Path, other: Path) -> None:
+    try:
+        check_same_tokenizer(first, other)
+    except ShearlingError as error:
+        raise ShearlingError(
+            f"{other} has another tokenizer than {first}, so what the two teachers say can't be "
+            "mixed.",
+            hint="Name teachers of one family in the distill stage's teachers.",
+        ) from error
 
 
 def cached_answers(

@@ -24,6 +24,7 @@ from compress.distill import distill
 from compress.losses import IGNORED, cross_entropy, forward_kl, hidden_cosine
 from compress.precision import PrecisionChoice, in_precision
 from compress.settings import CorrectSettings, DistillSettings
+from pipelines.stages.distill import in_order
 from pipelines.tiny import make_tiny_llama
 from shearling import ShearlingError
 from teachers.tokenizer import copy_tokenizer
@@ -471,6 +472,19 @@ def test_two_teachers_are_mixed_by_weight(bench: Bench, targets: str) -> None:
         assert 0 < mixed < weighted
     else:
         assert mixed == pytest.approx(weighted, rel=2e-2)
+
+
+def test_teachers_may_differ_in_their_chat_templates(bench: Bench) -> None:
+    assert bench.teacher is not None
+    other = bench.tmp_path / "instruct"
+    shutil.copytree(bench.teacher, other)
+    (other / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    bench.run(teachers=[Taught(bench.teacher), Taught(other)])
+
+
+def test_the_order_of_further_teachers_says_nothing() -> None:
+    assert in_order(["b", "teacher", "a"]) == in_order(["a", "b", "teacher"])
+    assert in_order(["b", "teacher", "a"])[0] == "teacher"
 
 
 def test_teachers_with_other_tokenizers_are_refused(bench: Bench) -> None:

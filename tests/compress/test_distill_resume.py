@@ -198,7 +198,7 @@ def test_a_model_that_cannot_be_written_costs_no_training(
     monkeypatch.setattr("compress.distill._SAVING_PART", 1e9)
     with monkeypatch.context() as patch:
         patch.setattr("compress.distill.save_student", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(ShearlingError, match="disk is full"):
             distill(*folders, DistillSettings(**{**SETTINGS, "save_every_seconds": 1e-9}))
     told: list[dict[str, Any]] = []
     distill(*folders, DistillSettings(**SETTINGS), on_metrics=told.append)
