@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from shearling_process import Shearling
 
-from pipelines.difference import find_scorecard, settings_like
+from pipelines.difference import Difference, find_scorecard, settings_like
 from reports import words
+from reports.pace import WRITES
 from reports.run_folder import Data
 from reports.settings import BenchmarkSettings
 from shearling import ShearlingError, read_json, write_json
@@ -53,6 +54,19 @@ def copas(tmp_path: Path, card: Data) -> tuple[Path, Path]:
         paths.append(tmp_path / f"{name}.json")
         write_json(paths[-1], made)
     return paths[0], paths[1]
+
+
+def test_speeds_on_other_terms_are_told(card: Data) -> None:
+    def of(**terms: str) -> Data:
+        return {**card, "speed": {WRITES: 4.0, "threads": 2, **terms}}
+
+    here, there = of(device="cpu", precision="float32"), of(device="cuda", precision="bfloat16")
+    alike, apart = (
+        Difference(first=here, second=other, comparisons=[]).footnotes() for other in (here, there)
+    )
+    told = "speeds and memory were measured on other terms: "
+    assert not any(note.startswith(told) for note in alike)
+    assert told + "precision float32 and bfloat16, device cpu and cuda" in apart
 
 
 def test_a_clear_difference_is_called_worse(copas: tuple[Path, Path], shearling: Shearling) -> None:

@@ -58,7 +58,7 @@ from reports.perplexity import (
     ratio_error,
     spread_windows,
 )
-from reports.quality_charts import Mean, mean_share, share_tasks
+from reports.quality_charts import Mean, common_tasks, mean_share, share_tasks
 from reports.settings import BenchmarkSettings
 from reports.speed import has_room, measure_speed
 from reports.tasks import Task, prepare
@@ -555,6 +555,24 @@ def test_a_group_of_tasks_counts_as_one_task(
     assert settings_like(cut, {})["tasks"] == ["flock"]
     cut["tasks"]["ewes"]["hash"] = cut["tasks"]["flock"]["hash"] = "other"
     assert mismatch(teacher, cut, "flock")
+
+
+def test_means_are_of_right_answers_on_common_tasks() -> None:
+    def card(**tasks: str) -> dict[str, Any]:
+        scores = {t: {metric: {"value": 0.5, "stderr": 0.1}} for t, metric in tasks.items()}
+        return {"results": scores, "tasks": {task: {} for task in tasks}}
+
+    cards = [
+        card(instructions="followed", copa="acc", piqa="acc", gsm8k="exact_match"),
+        card(instructions="followed", piqa="acc", gsm8k="exact_match"),
+        card(summaries="followed"),  # has no tasks with right answers
+    ]
+    assert share_tasks(cards[0]) == {"copa": "acc", "piqa": "acc", "gsm8k": "exact_match"}
+    assert common_tasks(cards) == ["piqa", "gsm8k"]
+    assert common_tasks(cards[2:]) == []
+    mean = mean_share(cards[0], common_tasks(cards))
+    assert mean is not None
+    assert mean.tasks == 2
 
 
 def test_errors_of_perplexities() -> None:
