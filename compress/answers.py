@@ -459,8 +459,10 @@ def _keep_heldout(
     cache: TargetCache, inside: Inside, data: StepData, precision: PrecisionChoice
 ) -> None:
     """Hidden states of the held-out windows, one after the other however they are batched."""
-    hidden_NE = torch.cat(
-        [inside(partial(trunk, batch=batch, precision=precision)).cpu() for batch in data.heldout()]
-    )
+    parts = []
+    for batch in data.heldout():
+        part_NE = inside(partial(trunk, batch=batch, precision=precision))  # by all processes
+        if leads():
+            parts.append(part_NE.cpu())
     if leads():
-        save_hashed({"hidden": hidden_NE}, cache.folder / _HELDOUT)
+        save_hashed({"hidden": torch.cat(parts)}, cache.folder / _HELDOUT)
