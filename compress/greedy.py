@@ -68,11 +68,16 @@ class Removal:
 
     def costs(self, groups_GW: Tensor) -> Tensor:
         """How much the squared error rises when each group alone goes, [G]."""
-        rows_GW = self._row_I[groups_GW]
-        blocks_GWW = self._inverse(rows_GW[:, :, None], rows_GW[:, None, :])
-        columns_GWO = self.weight_LO[rows_GW]
-        costs_G: Tensor = (columns_GWO * torch.linalg.solve(blocks_GWW, columns_GWO)).sum((1, 2))
-        return costs_G
+        # One by one: a batch is divided among threads, and inside of them MKL's own can stand still
+        # (LU, two threads, minutes; docs/LOG.md).
+        return torch.stack([self._cost(self._row_I[group_W]) for group_W in groups_GW])
+
+    def _cost(self, rows_W: Tensor) -> Tensor:
+        """tr(Wᵀ B⁻¹ W) for the rows W of the weight and their block B = L Lᵀ of G⁻¹: ‖L⁻¹ W‖²."""
+        factor_WW = torch.linalg.cholesky(self._inverse(rows_W[:, None], rows_W))
+        halved_WO = torch.linalg.solve_triangular(factor_WW, self.weight_LO[rows_W], upper=False)
+        cost: Tensor = halved_WO.square().sum()
+        return cost
 
     def single_costs(self) -> Tensor:
         """How much the squared error rises when each input alone goes, [I]; infinity if it has."""
@@ -85,7 +90,7 @@ class Removal:
         rows_R = self._row_I[inputs]
         size = len(self.inverse_LL)
         gone_RL = self._inverse(rows_R[:, None], torch.arange(size, device=rows_R.device))
-        step_RL = torch.linalg.solve(gone_RL[:, rows_R], gone_RL)
+        step_RL = torch.cholesky_solve(gone_RL, torch.linalg.cholesky(gone_RL[:, rows_R]))
         self.weight_LO.addmm_(step_RL.T, self.weight_LO[rows_R], alpha=-1)
         for first in range(0, size, _ROWS):
             rows, upto = slice(first, first + _ROWS), slice(0, first + _ROWS)
