@@ -32,13 +32,16 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from compress.precision import fast_dtype, product_rate
+from compress.precision import fast_dtype
 from compress.prune import prune
 from compress.settings import PruneSettings
+from pipelines.accelerators import this_machine
 from pipelines.estimate_prune import prune_cost
+from pipelines.plan import seconds
 from shearling import read_json, write_json
 from students.shape import Shape, resolve_shape
 from teachers.families import FAMILIES
+from teachers.fetch import default_cache
 from teachers.layout import expected_tensors
 
 FAMILY = FAMILIES["llama-3.1-8b"]
@@ -165,19 +168,14 @@ def measured(teacher: Shape, student: Shape, tokens: int, folder: Path | None) -
 
 
 def planned(teacher: Shape, student: Shape, tokens: int) -> dict[str, Any]:
-    """What `shearling plan` foresees, with this machine's rates measured now."""
+    """What `shearling plan` foresees of this machine."""
     settings = PruneSettings(calibration_tokens=tokens)
-    cpu = torch.device("cpu")
-    product = str(fast_dtype(cpu, "auto").dtype).removeprefix("torch.")
+    machine = this_machine(default_cache(), "cpu", Path.cwd())
+    product = machine.precision("auto")
     cost = prune_cost(teacher, student, settings, window=WINDOW, product=product, dtype_bytes=2)
-    rates = {
-        "product": product_rate(getattr(torch, product), cpu),
-        "float32": product_rate(torch.float32, cpu),
-        "float64": product_rate(torch.float64, cpu),
-    }
     worst = cost.worst(on_cpu=True)
     return {
-        "planned_seconds": round(sum(cost.flops[kind] / rate for kind, rate in rates.items()), 1),
+        "planned_seconds": round(seconds("prune", cost, machine, 1), 1),
         "planned_gb": round((worst.device_bytes() + worst.host_bytes()) / 1e9, 2),
         "planned_moment": worst.what,
     }
