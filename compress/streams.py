@@ -49,7 +49,8 @@ class Streams:
                 _take_room(file.fileno(), size)
             mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
         finally:
-            path.unlink()  # the map keeps it, and nothing stays of a process that is killed
+            # The map keeps it, and nothing stays of a process that is killed.
+            path.unlink(missing_ok=True)
         return mapped.view(shape)
 
 
