@@ -2,12 +2,14 @@
 
     python tests/bench/bench_rivals.py --out rivals.jsonl [--work FOLDER] [--budgets like-3b,...]
         [--methods ours,minitron,magnitude,flap,osscar] [--rates 5e-4,1e-3,2e-3] [--tokens 61440]
+        [--seeds 0]
     python tests/bench/bench_rivals.py --out rivals.jsonl --table
 
 Teacher and text are those of a recipe (``--recipe``), by default the quickstart's: the same
 calibration windows for all, then the same windows and the same trainer with its defaults for all
-(its answers from the cache), at each of the rates. The rate whose student has the lowest KL to the
-teacher on held-out windows of the transfer set counts; the test texts have no part in that.
+(its answers from the cache), at each of the rates, once for each seed of the windows that are
+trained on. The rate whose students have the lowest median KL to the teacher on held-out windows of
+the transfer set counts, and of it the medians; the test texts have no part in that.
 Perplexities are means over windows of 512 tokens evenly spread over WikiText-2's test split and
 over books. ``tests/bench/rivals.py`` holds the others; slicing alone is this project's selection
 without its refits.
@@ -23,7 +25,9 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -58,6 +62,7 @@ BUDGETS: dict[str, str | dict[str, int]] = {
 METHODS = ("ours", *RIVALS)
 RATES = (5e-4, 1e-3, 2e-3)
 SEED = 0
+"""Of the calibration windows."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +91,14 @@ def cut(method: str, ground: Ground, budget: Budget, out: Path) -> Path:
 
 
 def train(
-    ground: Ground, start: Path, out: Path, tokens: int, **more: Any
+    ground: Ground, start: Path, out: Path, tokens: int, seed: int = SEED, **more: Any
 ) -> tuple[Path, dict[str, Any]]:
     """Distil a start with the trainer's defaults; the student's folder and the stage's summary."""
     settings = DistillSettings(
         tokens=tokens, targets="sample", evaluate_every=0, keep="last", **more
     )
     summary = distill(
-        ground.teacher, start, out, ground.text, settings, seed=SEED, cache=ground.cache
+        ground.teacher, start, out, ground.text, settings, seed=seed, cache=ground.cache
     )
     return out / "model", summary
 
@@ -105,8 +110,9 @@ def measure(
     rates: Sequence[float],
     texts: Mapping[str, Tensor],
     rows: Rows,
+    seeds: Sequence[int] = (SEED,),
 ) -> None:
-    """One method at one budget: the row of its start, and one for each rate."""
+    """One method at one budget: the row of its start, and one for each rate and seed."""
     known = {"budget": budget.name, "method": method}
     folder = ground.work / f"{budget.name}-{method}"
     if not rows.has(**known, rate=None):
@@ -118,13 +124,13 @@ def measure(
             | {"rate": None, "parameters": parameters(model), "cpu_seconds": round(seconds, 1)}
             | perplexities(model, texts)
         )
-    for rate in rates:
-        wanted = known | {"rate": rate, "tokens": budget.tokens}
+    for rate, seed in product(rates, seeds):
+        wanted = known | {"rate": rate, "seed": seed, "tokens": budget.tokens}
         if rows.has(**wanted):
             continue
         start = cut(method, ground, budget, folder)
-        trained = folder / f"rate-{rate:g}"
-        model, summary = train(ground, start, trained, budget.tokens, learning_rate=rate)
+        trained = folder / f"rate-{rate:g}-{seed}"
+        model, summary = train(ground, start, trained, budget.tokens, seed, learning_rate=rate)
         heldout = {"heldout_kl": summary["heldout_end"]["heldout_kl"]}
         rows.add(wanted | heldout | perplexities(model, texts))
         shutil.rmtree(trained)
@@ -137,20 +143,32 @@ def parameters(model: Path) -> int:
 
 
 def table(rows: Rows) -> str:
-    """Markdown: before training, and after it at each method's best rate on held-out text."""
+    """Markdown: before training, and after it at each method's best rate on held-out text;
+    medians of the seeds there, and how many they are."""
     out = []
     texts = [name for name in ("wikitext2", "books") if any(name in row for row in rows.rows)]
     for start in rows.where(rate=None):
         of = {"budget": start["budget"], "method": start["method"]}
-        trained = [row for row in rows.where(**of) if row["rate"] is not None]
+        rates = {row["rate"] for row in rows.where(**of) if row["rate"] is not None}
+        trained = [middle(rows.where(**of, rate=rate)) for rate in rates]
         best = min(trained, key=lambda row: row["heldout_kl"]) if trained else {}
         numbers = [row.get(text) for text in texts for row in (start, best)]
         title = [start["budget"], start["method"], f"{start['parameters']:,}"]
         rate = f"{best['rate']:g}" if best else None
-        out.append([*title, *numbers, best.get("heldout_kl"), rate])
+        out.append([*title, *numbers, best.get("heldout_kl"), rate, best.get("seeds")])
     head = ["budget", "method", "parameters"]
     head += [f"{text}, {when}" for text in texts for when in ("before", "after")]
-    return markdown([*head, "held-out KL, after", "best rate"], out)
+    return markdown([*head, "held-out KL, after", "best rate", "seeds"], out)
+
+
+def middle(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The medians of rows that differ in their seed alone."""
+    numbers = {
+        name: median(row[name] for row in seeds)
+        for name in ("rate", "heldout_kl", "wikitext2", "books")
+        if name in seeds[0]
+    }
+    return {**numbers, "seeds": len(seeds)}
 
 
 def test_rivals_make_the_shape_and_learn(tiny_llama: Path, tiny_text: Path, tmp_path: Path) -> None:
@@ -215,6 +233,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RATES))
     parser.add_argument("--tokens", type=int, default=61440, help="of distillation")
+    parser.add_argument("--seeds", default=str(SEED), help="of the windows that are trained on")
     parser.add_argument("--calibration-tokens", type=int, default=32768)
     parser.add_argument("--windows", type=int, default=24, help="of each test text")
     parser.add_argument("--table", action="store_true", help="print the rows as Markdown, no more")
@@ -232,12 +251,13 @@ def main() -> None:
         found = perplexities(ground.teacher, texts)
         rows.add(start | {"parameters": teacher.parameters} | found)
     rates = [float(rate) for rate in arguments.rates.split(",") if rate]
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
     for name in arguments.budgets.split(","):
         shape = resolve_shape(BUDGETS[name], teacher)
         budget = Budget(name, shape, arguments.calibration_tokens, arguments.tokens)
         for method in arguments.methods.split(","):
             if suits(method, teacher, shape):
-                measure(method, ground, budget, rates, texts, rows)
+                measure(method, ground, budget, rates, texts, rows, seeds)
 
 
 if __name__ == "__main__":
