@@ -90,9 +90,11 @@ def without_secrets(text: str) -> str:
 
 
 @contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
+def disk_errors(
+    where: Path, *, elsewhere: str = "put the run elsewhere with --out DIR"
+) -> Iterator[None]:
     """Turn the operating system's errors about a disk that is full or read-only, and about places
-    where no folder can be, into a ShearlingError."""
+    where no folder can be, into a ShearlingError. ``elsewhere`` is how to take another place."""
     try:
         yield
     except Exception as error:
@@ -100,7 +102,7 @@ def disk_errors(where: Path) -> Iterator[None]:
         if number in (errno.ENOSPC, errno.EDQUOT):
             raise ShearlingError(
                 f"The disk is full: could not write {where}.",
-                hint="Free some space, or put the run elsewhere with --out DIR. "
+                hint=f"Free some space, or {elsewhere}. "
                 "Finished stages are kept; the same command goes on.",
             ) from error
         if number == errno.EFBIG:
@@ -112,7 +114,7 @@ def disk_errors(where: Path) -> Iterator[None]:
             refused = getattr(error, "filename", None) or where
             raise ShearlingError(
                 f"Not allowed to use {refused}.",
-                hint="Change its permissions, or put the run elsewhere with --out DIR.",
+                hint=f"Change its permissions, or {elsewhere}.",
             ) from error
         if number in (errno.EEXIST, errno.ENOTDIR) or _nothing_can_be_made(where, error):
             raise ShearlingError(

@@ -170,6 +170,14 @@ def settings_like(card: Data, settings: dict[str, Any]) -> dict[str, Any]:
         },
         "speed": bool(card["speed"]),
     }
+    limit, limits = asked.get("limit"), like["limits"]
+    if limit is not None and any(limits.get(task) != limit for task in chosen):
+        found = sorted({str(limits.get(task) or "all") for task in chosen})
+        raise ShearlingError(
+            f"{card['model']} was measured on {', '.join(found)} examples a task, so {limit} could "
+            "not be compared with it.",
+            hint="Leave --limit out: the other model is then measured on as many.",
+        )
     known = [facts for task, facts in tasks.items() if task in chosen]
     if not known:
         raise ShearlingError(

@@ -202,6 +202,7 @@ def search_cost(
         flops={**flops, "product": flops["product"] + asked + heads},
         tokens=final.tokens + sum(cost.tokens for cost in tries),
         moved=sum(cost.moved for cost in (final, *tries)),
+        product=product,
     )
 
 

@@ -56,7 +56,7 @@ class Journal:
         self._written = 0.0
         self._pace = Pace()
         self.at = ""
-        before = _rows_before(self.path)
+        self._unfinished = _unfinished_before(self.path)
         self.data: dict[str, Any] = {
             "schema": SCHEMA,
             "recipe": recipe,
@@ -69,8 +69,8 @@ class Journal:
             "error": None,
             "current": None,
             "stages": [_row(name, kind) for name, kind in stages],
+            "unfinished": self._unfinished,
         }
-        self._before = {row.get("key"): row for row in before}
         self.write()
 
     def row(self, stage: str) -> dict[str, Any]:
@@ -78,18 +78,21 @@ class Journal:
 
     def seconds_before(self, key: str) -> float:
         """Seconds that an interrupted run already spent on the artefact of this key."""
-        return float(self._before.get(key, {}).get("seconds") or 0.0)
+        return float(self._unfinished.get(key, {}).get("seconds") or 0.0)
 
     def resumes_before(self, key: str) -> list[Any]:
         """Where the artefact of this key went on after earlier interruptions."""
-        return list(self._before.get(key, {}).get("resumes") or [])
+        return list(self._unfinished.get(key, {}).get("resumes") or [])
 
     def begin(self, stage: str) -> None:
         """From now on this stage is the one at work."""
         self.at = stage
 
     def set_row(self, stage: str, **values: Any) -> None:
-        self.row(stage).update(values)
+        row = self.row(stage)
+        row.update(values)
+        if row["state"] == "done":
+            self._unfinished.pop(row["key"], None)
         self.write()
 
     def progress(self, step: str, what: str, done: int, total: int, **numbers: float) -> None:
@@ -135,12 +138,21 @@ def _row(name: str, kind: str) -> dict[str, Any]:
     }
 
 
-def _rows_before(path: Path) -> list[dict[str, Any]]:
+def _unfinished_before(path: Path) -> dict[str, dict[str, Any]]:
+    """Seconds and resumes of stages that were begun and not finished, by their keys: of the last
+    session, and of those before it whose stages it did not come to."""
     try:
-        rows = as_list(as_dict(json.loads(path.read_text(encoding="utf-8"))).get("stages"))
+        data = as_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError):
-        return []  # a first run, or a journal that nobody can use any more
-    return [_known_row(row) for row in rows if isinstance(row, dict)]
+        return {}  # a first run, or a journal that nobody can use any more
+    rows = as_dict(data.get("unfinished"))
+    rows |= {row["key"]: row for row in as_list(data.get("stages")) if as_dict(row).get("key")}
+    known = {str(key): _known_row(as_dict(row)) for key, row in rows.items()}
+    return {
+        key: {name: row[name] for name in ("seconds", "resumes") if row.get(name)}
+        for key, row in known.items()
+        if row["state"] != "done" and row["seconds"]
+    }
 
 
 def _known_row(row: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ another machine left is watched for its sign of life before it is taken over.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,8 @@ from reports.liveness import (
 from shearling import ShearlingError, disk_errors
 
 _WATCHED_SECONDS = 2.5 * BEAT_SECONDS
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+"""What a disk without such locks says (Lustre mounted without flock): who is named has to do."""
 
 
 @contextlib.contextmanager
@@ -46,10 +49,15 @@ def run_lock(run: Path, *, watched: float = _WATCHED_SECONDS) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise _taken(run, lock_owner(run) or {}) from error
+            raise taken(run, lock_owner(run) or {}) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if owner := lock_owner(run):
+                raise taken(run, owner) from error
         owner = read_owner(run)
         if owner and is_foreign(owner) and _shows_life(path, watched):
-            raise _taken(run, owner)
+            raise taken(run, owner)
         with disk_errors(path):
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(process_identity()).encode(), 0)
@@ -61,7 +69,8 @@ def run_lock(run: Path, *, watched: float = _WATCHED_SECONDS) -> Iterator[None]:
         os.close(handle)
 
 
-def _taken(run: Path, owner: dict[str, Any]) -> ShearlingError:
+def taken(run: Path, owner: dict[str, Any]) -> ShearlingError:
+    """The error where ``owner``, as `lock_owner` gives it, runs in the folder already."""
     where = f" on {owner['host']}" if owner and is_foreign(owner) else ""
     return ShearlingError(
         f"Another run is at work in {run} (process {owner.get('pid', 'unknown')}{where}).",

@@ -180,9 +180,16 @@ def _from_gguf(name: str, path: Path) -> TeacherFacts:
 
 
 def make_plan(
-    recipe: Recipe, teacher: TeacherFacts, machine: Machine, *, processes: int = 1
+    recipe: Recipe,
+    teacher: TeacherFacts,
+    machine: Machine,
+    *,
+    processes: int = 1,
+    imported: Mapping[str, Path] = {},
 ) -> dict[str, Any]:
     """The plan as JSON: teacher, machine, a row for each step, totals, assumptions, warnings.
+
+    ``imported`` says where further teachers are that a run has brought in, by their stage.
 
     Raises:
         ShearlingError: a stage's shape does not fit the model before it, a teacher has another
@@ -192,7 +199,7 @@ def make_plan(
     preflight.check_processes(recipe, processes)
     rows = [
         _row(name, kind, shape, cost, machine, processes)
-        for name, kind, shape, cost in stage_costs(recipe, teacher, machine)
+        for name, kind, shape, cost in stage_costs(recipe, teacher, machine, imported)
     ]
     return {
         "schema": SCHEMA,
@@ -218,7 +225,10 @@ def make_plan(
 
 
 def stage_costs(
-    recipe: Recipe, teacher: TeacherFacts, machine: Machine
+    recipe: Recipe,
+    teacher: TeacherFacts,
+    machine: Machine,
+    artefacts: Mapping[str, Path] = {},
 ) -> Iterator[tuple[str, str, Shape | None, Cost]]:
     """(name, kind, the shape of the model that it makes, cost) of every step, in order."""
     window, width = recipe.transfer_set.window, teacher.dtype_bytes
@@ -250,7 +260,7 @@ def stage_costs(
 
     for stage in recipe.stages:
         if isinstance(stage, TeacherStage):
-            other = teacher_facts(stage)
+            other = teacher_facts(stage, artefacts.get(stage.name))
             shapes[stage.name] = other.shape
             cost = import_cost(other.shape, other.form, other.dtype_bytes)
             yield stage.name, "teacher", other.shape, cost

@@ -443,11 +443,27 @@ def check_with_teacher(recipe: Recipe, artefact: Path) -> None:
     if config is None:
         return
     check_shapes(recipe, Shape.from_config(config))
+    _check_exports(recipe, artefact, config)
     if config.get("model_type") == "llama":  # of others it is made at their import
         _check_rotations(recipe, config)
     context = config.get("max_position_embeddings")
     if isinstance(context, int):
         recipe.transfer_set.check_context(context)
+
+
+def _check_exports(recipe: Recipe, artefact: Path, config: dict[str, Any]) -> None:
+    """The teacher's tokenizer, which the student will have, fits into a GGUF if one is wanted."""
+    from students.gguf_vocabulary import vocabulary_metadata
+    from teachers.tokenizer import load_tokenizer
+
+    exports = [stage for stage in recipe.stages if stage.kind == "export" and stage.to == "gguf"]
+    folder = artefact / "model"
+    if not exports or not folder.is_dir():
+        return
+    try:
+        vocabulary_metadata(load_tokenizer(folder), config["vocab_size"])
+    except ShearlingError as error:
+        raise ShearlingError(f"Stage {exports[0].name}: {error.what}", hint=error.hint) from error
 
 
 def _check_rotations(recipe: Recipe, config: dict[str, Any]) -> None:

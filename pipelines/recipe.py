@@ -293,6 +293,7 @@ def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     resolve_paths(data, path.parent)
     data.setdefault("name", path.stem)
     mistakes = [m for m in (apply_override(data, text) for text in overrides) if m]
+    mistakes += unusable_paths(data)
     return check_recipe(data, where=reference, mistakes=mistakes)
 
 
@@ -393,25 +394,49 @@ def resolve_paths(data: dict[str, Any], folder: Path) -> None:
 
     Works in place on unchecked data, so it touches only what has the expected form.
     """
-    for owner, key in _path_slots(data):
+    for _, owner, key in _path_slots(data):
         value = owner[key]
-        if isinstance(value, str) and "\0" not in value and not Path(value).is_absolute():
+        if value and not Path(value).is_absolute():
             inside = folder / value
-            if value and inside.exists():
+            if _unusable(inside) is None and inside.exists():
                 owner[key] = str(inside.parent.resolve() / inside.name)
 
 
-def _path_slots(data: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """The places in a recipe that may hold a local path."""
+def unusable_paths(data: dict[str, Any]) -> list[str]:
+    """A line for each path that the system can't even look for."""
+    found = (
+        (label, owner[key], _unusable(Path(owner[key]))) for label, owner, key in _path_slots(data)
+    )
+    return [f"{label}: {value[:60]!r} can't be used: {why}" for label, value, why in found if why]
+
+
+def _unusable(path: Path) -> str | None:
+    """Why the system doesn't say whether something is there; None where it does."""
+    try:
+        path.expanduser().exists()
+    except OSError as error:
+        return error.strerror or str(error)
+    except RuntimeError as error:  # a home folder of nobody
+        return str(error).rstrip(".")
+    return None
+
+
+def _path_slots(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """The places in a recipe that may hold a local path and hold a text: their label, the mapping
+    and its key."""
     transfer_set = data.get("transfer_set")
     sources = transfer_set.get("sources") if isinstance(transfer_set, dict) else None
-    owners = [(data.get("teacher"), "model"), (data.get("benchmark"), "mirror")]
-    owners += [(source, "path") for source in sources] if isinstance(sources, list) else []
-    stages = data.get("stages")
-    owners += [(stage, "model") for stage in stages] if isinstance(stages, list) else []
-    for owner, key in owners:
-        if isinstance(owner, dict) and key in owner:
-            yield owner, key
+    owners = [("teacher", data.get("teacher"), "model")]
+    owners += [("benchmark", data.get("benchmark"), "mirror")]
+    for where, items, key in (
+        ("transfer_set.sources", sources, "path"),
+        ("stages", data.get("stages"), "model"),
+    ):
+        items = items if isinstance(items, list) else []
+        owners += [(f"{where}.{number}", item, key) for number, item in enumerate(items)]
+    for label, owner, key in owners:
+        if isinstance(owner, dict) and isinstance(owner.get(key), str):
+            yield f"{label}.{key}", owner, key
 
 
 # --- overrides ----------------------------------------------------------------------------------
@@ -440,6 +465,8 @@ def apply_override(data: dict[str, Any], text: str) -> str | None:
             f"--set {path}: {parts[0]!r} is neither a top-level key nor a stage"
             f"{_nearest(parts[0], known)}"
         )
+    if len(parts) == 1 and place is not data:
+        return f"--set {path}: names a whole stage; name a key of it, as in {path}.KEY=VALUE"
     return _assign(place, parts, value, label=path)
 
 

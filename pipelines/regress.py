@@ -29,12 +29,15 @@ from rich.console import Console
 from rich.text import Text
 
 from pipelines.display import Display
+from pipelines.locks import taken
 from pipelines.machine import package_versions
+from pipelines.preflight import check_run_folder
 from pipelines.recipe import Recipe, load_recipe
 from pipelines.runner import Options, run_recipe
 from pipelines.tables import tables
 from pipelines.tiny import make_tiny_llama, tiny_documents, write_documents, write_last_words
 from reports.compare import asked_as
+from reports.liveness import lock_owner
 from shearling import ShearlingError, read_json, write_json
 
 SCHEMA = 1
@@ -139,7 +142,8 @@ def regress(
         measured, skipped = run_fresh(name, run, cache=cache, console=console)
         path = BASELINES / f"{name}.json"
         if update:
-            write_json(path, baseline_of(name, measured, before=_read_baseline(path)))
+            before = _read_baseline(path)
+            write_json(path, baseline_of(name, measured, before=before, skipped=skipped))
             console.print(f"{name}: baselines written to {path}", highlight=False, soft_wrap=True)
             continue
         found[name] = compare(_need_baseline(path, name), measured, skipped)
@@ -164,9 +168,10 @@ def run_fresh(
 
     Nothing of an earlier run is used again: a change of code is what regress is there to catch.
     """
+    check_run_folder(run)
+    if owner := lock_owner(run):
+        raise taken(run, owner)
     if run.exists():
-        if not (run / "run.json").is_file():
-            raise ShearlingError(f"{run} is not a run.", hint="Name another folder with --out DIR.")
         shutil.rmtree(run)
     options = Options(run=run, cache=cache, again=f"shearling regress --only {name}")
     with _threads(None if name == "regress-smollm2" else 1):
@@ -314,23 +319,31 @@ def _verdict(now: float, before: float, better: Better, allowed: float) -> str:
 
 
 def baseline_of(
-    name: str, measured: Mapping[str, Number], *, before: Mapping[str, Any] | None
+    name: str,
+    measured: Mapping[str, Number],
+    *,
+    before: Mapping[str, Any] | None,
+    skipped: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """A baseline file's content; tolerances that were set before stay."""
+    """A baseline file's content; tolerances that were set before stay, and so do the numbers of
+    tasks that were skipped here."""
     known = (before or {}).get("numbers", {})
+    tasks = tuple(f"{task}/" for task in skipped)
+    numbers = {key: number for key, number in known.items() if key.startswith(tasks)}
+    numbers |= {
+        key: {
+            "value": number.rounded(),
+            "better": number.better,
+            "tolerance": known.get(key, {}).get("tolerance") or number.default_tolerance(),
+            **({"asked": number.asked} if number.asked else {}),
+        }
+        for key, number in measured.items()
+    }
     return {
         "schema": SCHEMA,
         "recipe": name,
         "versions": package_versions(),
-        "numbers": {
-            key: {
-                "value": number.rounded(),
-                "better": number.better,
-                "tolerance": known.get(key, {}).get("tolerance") or number.default_tolerance(),
-                **({"asked": number.asked} if number.asked else {}),
-            }
-            for key, number in sorted(measured.items())
-        },
+        "numbers": dict(sorted(numbers.items())),
     }
 
 

@@ -221,6 +221,7 @@ class _Run:
             # Its config is known now; what doesn't fit it ends the run early.
             preflight.check_with_teacher(self.recipe, self._artefact("teacher"))
             self._warn()
+        if step.kind == "teacher" and decision.runs:
             self._write_plan()
         if step.kind in ("benchmark", "transfer_set", "export"):
             self.journal.set_row(step.stage, state="done")
@@ -362,16 +363,23 @@ class _Run:
         write_text(self.run / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
 
     def _write_plan(self) -> None:
-        """plan.json, once and as soon as the teacher's shape is known: the report compares."""
+        """plan.json, once and as soon as all teachers' shapes are known: the report compares."""
         path = self.run / PLAN_FILE
         if path.exists():
             return
+        imported = {
+            step.name: self._artefact(step.name)
+            for step in self.steps.values()
+            if step.kind == "teacher"
+        }
         try:
-            facts = teacher_facts(self.recipe.teacher, self._artefact("teacher"))
+            facts = teacher_facts(self.recipe.teacher, imported["teacher"])
+            here = this_machine(self.options.cache, self.device, self.run)
+            plan = make_plan(
+                self.recipe, facts, here, processes=self.options.processes, imported=imported
+            )
         except ShearlingError:
-            return  # not known before the teacher has been brought in
-        here = this_machine(self.options.cache, self.device, self.run)
-        plan = make_plan(self.recipe, facts, here, processes=self.options.processes)
+            return  # a teacher is not known before it has been brought in
         write_json(path, plan)
 
     def _report(self) -> None:

@@ -338,6 +338,7 @@ def decide_all(
     ``verify`` hashes every finished artefact; ``verify_inputs`` those that a step that runs will
     read, so that hours are not spent on weights in which a bit has flipped.
     """
+    by_name = {step.name: step for step in steps}
     decided: dict[str, Decision] = {}
     read: set[str] = set()
     for step in reversed(steps):
@@ -345,10 +346,28 @@ def decide_all(
         size = store.size(step.kind, step.key) if hashed else 0
         if size > TELL_HASHING:
             tell(f"{step.name}: reading its {size / 1e9:.1f} GB, to see that no bit has changed")
-        decided[step.name] = decide(step, store, previous(step), verify=hashed)
+        decision = decide(step, store, previous(step), verify=hashed)
+        if not decision.runs and (news := _measured_since(step, by_name, store)):
+            decision = Decision(True, f"measured anew: {', '.join(news)}")
+        decided[step.name] = decision
         if decided[step.name].runs:
             read |= set(step.needs.values())
     return [(step, decided[step.name]) for step in steps]
+
+
+def _measured_since(step: Step, steps: Mapping[str, Step], store: Store) -> list[str]:
+    """Benchmarks that an export's card tells of, measured again behind it or about to be: tasks
+    that were skipped once are no change of settings."""
+    if step.kind != "export":
+        return []
+    written = str((store.read(step.kind, step.key) or {}).get("started"))
+    told = [steps[name] for name in step.needs.values() if steps[name].kind == "benchmark"]
+    return [
+        benchmark.name
+        for benchmark in told
+        if _missed_tasks(benchmark, store)
+        or str((store.read(benchmark.kind, benchmark.key) or {}).get("started")) > written
+    ]
 
 
 def _missed_tasks(step: Step, store: Store) -> list[str]:

@@ -32,6 +32,8 @@ LLAMA3_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """The regular expression by which Llama 3's tokenizer splits text."""
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+"""Qwen2's: the same, each digit for itself."""
 
 
 BLOCK = 32

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shearling import ShearlingError
-from students.gguf_layout import LLAMA3_SPLIT
+from students.gguf_layout import LLAMA3_SPLIT, QWEN2_SPLIT
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -49,7 +49,7 @@ def vocabulary_metadata(tokenizer: PreTrainedTokenizerBase, size: int) -> dict[s
     else:
         metadata |= {
             "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": _split_rule(data["pre_tokenizer"]),
+            "tokenizer.ggml.pre": _split_rule(data),
             "tokenizer.ggml.merges": merges,
         }
     return metadata | _special(tokenizer)
@@ -98,16 +98,30 @@ def _adds_space(data: Mapping[str, Any]) -> bool:
     return '"Prepend"' in text or '"prepend_scheme": "always"' in text or '"first"' in text
 
 
-def _split_rule(split: Mapping[str, Any] | None) -> str:
-    """llama.cpp's name for how text is split before merging."""
-    parts = (split or {}).get("pretokenizers") or [split or {}]
+_SPLITS = {LLAMA3_SPLIT: "llama-bpe", QWEN2_SPLIT: "qwen2"}
+
+
+def _split_rule(data: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how text is split before merging.
+
+    It splits text as it is. NFC, which changes few texts, is let pass: Qwen2's files have it, and
+    llama.cpp leaves it out.
+    """
+    normaliser = (data.get("normalizer") or {}).get("type", "NFC")
+    if normaliser != "NFC":
+        raise _refusal(f"it changes text first ({normaliser}), which llama.cpp does not")
+    split = data["pre_tokenizer"] or {}
+    parts = split.get("pretokenizers") or [split]
     kinds = [part.get("type") for part in parts]
+    if kinds[-1] == "ByteLevel" and parts[-1].get("add_prefix_space"):
+        raise _refusal("it puts a space before each text, which llama.cpp does not")
     if kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == LLAMA3_SPLIT:
-        return "llama-bpe"
+    pattern = parts[0].get("pattern", {}).get("Regex")
+    if kinds == ["Split", "ByteLevel"] and pattern in _SPLITS:
+        return _SPLITS[pattern]
     raise _refusal(f"it splits text by a rule that llama.cpp has no name for ({kinds})")
 
 

@@ -181,7 +181,7 @@ def open_checkpoint(folder: Path | str, *, values: bool = True) -> Checkpoint:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", hint=AGAIN)
     if not isinstance(config, dict):
         raise ShearlingError(f"{folder / 'config.json'} holds no JSON object.", hint=AGAIN)
     kind = config.get("model_type")
@@ -420,17 +420,22 @@ def folder_format(folder: Path) -> str:
 
 def _hub_snapshot(name: str, revision: str | None) -> Path:
     """The local snapshot of a hub model: weights in safetensors if it has them, else .bin."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     small = ["config.json", "generation_config.json", *TOKENIZER_FILES]
     try:
-        for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
-            folder = Path(
-                snapshot_download(name, revision=revision, allow_patterns=[*small, pattern])
-            )
-            if any(folder.glob(pattern)):
-                break
+        with disk_errors(
+            Path(constants.HF_HUB_CACHE), elsewhere="set HF_HOME to a folder elsewhere"
+        ):
+            for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
+                folder = Path(
+                    snapshot_download(name, revision=revision, allow_patterns=[*small, pattern])
+                )
+                if any(folder.glob(pattern)):
+                    break
+    except ShearlingError:
+        raise
     except LocalEntryNotFoundError as error:
         raise ShearlingError(
             f"{name} is not in the local hub cache, and the hub can't be reached.",
@@ -444,7 +449,13 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
             hint="Check the name and the revision. For a gated model accept its licence on the "
             "hub and log in with `hf auth login`.",
         ) from error
+    except Exception as error:  # of the client for HTTP, or of the one for the hub's own storage
+        why = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        raise ShearlingError(
+            f"The download of {name} broke off: {why}",
+            hint="Run the same command again: it goes on with what is missing.",
+        ) from error
     # By its commit, and apart: a snapshot that is in the cache without them is whole all the same.
-    with contextlib.suppress(LocalEntryNotFoundError):
+    with contextlib.suppress(Exception):
         snapshot_download(name, revision=folder.name, allow_patterns=[CARD, *LICENCES])
     return folder

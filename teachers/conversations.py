@@ -84,7 +84,7 @@ class ChatTemplate:
         A turn's span holds the token that ends it: to stop is part of the answer. A control token
         that a message spells out gets a space inside, so no message can begin or end a turn.
         """
-        messages = [{"role": role, "content": self._disarmed(text)} for role, text in turns]
+        messages = [{"role": role, "content": self.disarmed(text)} for role, text in turns]
         text = self._render(messages)
         found = []
         for number, message in enumerate(messages):
@@ -108,7 +108,8 @@ class ChatTemplate:
         """
         return self._render([{"role": "assistant", "content": _WORD}]).partition(_WORD)[0]
 
-    def _disarmed(self, text: str) -> str:
+    def disarmed(self, text: str) -> str:
+        """The text with a space inside each control token that it spells out."""
         return self._control.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
     def _render(self, messages: list[dict[str, str]], *, prompt: bool = False) -> str:

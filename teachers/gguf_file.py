@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +33,28 @@ _BASE = re.compile(r"general\.base_model\.\d+\.repo_url")
 # --- configuration ------------------------------------------------------------------------------
 
 
+@contextmanager
+def _making_sense(path: Path) -> Iterator[None]:
+    """Metadata may be of any type and value, and libraries are given them."""
+    try:
+        yield
+    except ShearlingError:
+        raise
+    except Exception as error:
+        raise refusal(path, f"its metadata make no sense: {error}") from error
+
+
 def llama_config(gguf: Gguf) -> LlamaConfig:
     """The configuration that a GGUF's metadata and tensors say.
 
     Raises:
         ShearlingError: another architecture, or features that a stock Llama can't hold, by name.
     """
+    with _making_sense(gguf.path):
+        return _llama_config(gguf)
+
+
+def _llama_config(gguf: Gguf) -> LlamaConfig:
     meta = gguf.metadata
     if problems := _architecture_problems(gguf):
         raise refusal(gguf.path, *problems)
@@ -206,13 +223,9 @@ def convert(path: Path, out: Path, *, progress: Progress = silent) -> None:
     ``out`` is filled as it stands; the caller makes it appear as a whole.
     """
     gguf = read_gguf(path)
-    try:
+    with _making_sense(path):
         config, tokenizer = llama_config(gguf), llama_tokenizer(gguf)
         _check_tensors(gguf, config)
-    except ShearlingError:
-        raise
-    except Exception as error:  # metadata of any type and value, given to two libraries
-        raise refusal(path, f"its metadata make no sense: {error}") from error
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(out)
     _generation_config(gguf, config).save_pretrained(out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from tokenizers import processors as post_processors
 from transformers import PreTrainedTokenizerFast
 
 from shearling import write_json
-from students.gguf_layout import LLAMA3_SPLIT
+from students.gguf_layout import LLAMA3_SPLIT, QWEN2_SPLIT
 from teachers.gguf_header import Gguf, refusal
 
 
@@ -29,13 +30,16 @@ def _digits_split() -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2_split()])
 
 
-def _llama3_split() -> Any:
+def _regex_split(pattern: str) -> Any:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
+
+
+_llama3_split = partial(_regex_split, LLAMA3_SPLIT)
 
 
 class PreTokenizer(NamedTuple):
@@ -55,6 +59,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "smollm": PreTokenizer(_digits_split),
     "starcoder": PreTokenizer(_digits_split),
     "refact": PreTokenizer(_digits_split),
+    "qwen2": PreTokenizer(partial(_regex_split, QWEN2_SPLIT)),
     "llama-bpe": PreTokenizer(_llama3_split, ignore_merges=True, adds_bos=True),
     "llama3": PreTokenizer(_llama3_split, ignore_merges=True, adds_bos=True),
     "llama-v3": PreTokenizer(_llama3_split, ignore_merges=True, adds_bos=True),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shearling import Progress, ShearlingError
-from teachers.conversations import same_every_day
+from teachers.conversations import ChatTemplate, same_every_day
 from teachers.model import open_model
 from teachers.settings import ClassifierSettings
 from teachers.tokenizer import load_tokenizer
@@ -35,7 +35,9 @@ _ROUNDS = 10
 _BAD = 0.25
 """The part of the sample that the classifier is taught to find."""
 _LEAST_AUC = 0.6
-_WORDS = 300
+_WORDS, _LETTERS, _ASKED_TOKENS = 300, 6000, 768
+"""Of a document that the teacher is asked about: 300 words, which are about 400 tokens; where there
+are few spaces, so many letters and tokens."""
 
 PROMPT = (
     "Is the following text well written, coherent and informative, so that one could learn from "
@@ -85,6 +87,7 @@ class Reader:
                 "The teacher has no chat template, so it can't be asked what it thinks of a text.",
                 hint="Set transfer_set.clean.classifier.score to perplexity.",
             )
+        template = ChatTemplate(tokenizer, self.folder)
         yes, no = (
             [tokenizer.encode(word, add_special_tokens=False)[0] for word in words]
             for words in (("yes", "Yes", " yes", " Yes"), ("no", "No", " no", " No"))
@@ -92,8 +95,8 @@ class Reader:
         score_N = np.zeros(len(texts))
         for number, text in enumerate(texts):
             self.progress("clean: ask", number, len(texts))
-            short = " ".join(text.split(" ")[:_WORDS])
-            messages = [{"role": "user", "content": PROMPT.format(text=short)}]
+            shown = PROMPT.format(text=excerpt(text, template))
+            messages = [{"role": "user", "content": shown}]
             ids = tokenizer.apply_chat_template(
                 messages,
                 add_generation_prompt=True,
@@ -122,6 +125,14 @@ class Reader:
                 ids_BT[row, : ids.size] = torch.from_numpy(ids)
                 mask_BT[row, : ids.size] = 1
             yield chosen, ids_BT.to(self.device), mask_BT.to(self.device)
+
+
+def excerpt(text: str, template: ChatTemplate) -> str:
+    """The beginning of a document, so that it neither ends the turn that it is shown in nor, where
+    its language has no spaces, is shown whole."""
+    short = template.disarmed(" ".join(text.split(" ")[:_WORDS])[:_LETTERS])
+    ids = template.tokenizer.encode(short, add_special_tokens=False)
+    return short if len(ids) <= _ASKED_TOKENS else template.tokenizer.decode(ids[:_ASKED_TOKENS])
 
 
 # --- semantic duplicates ------------------------------------------------------------------------

@@ -42,7 +42,7 @@ _SHARED = (
 def model_type(folder: Path) -> str | None:
     """What the config.json of a Hugging Face folder says the model is; None where it says none."""
     path = folder / "config.json"
-    config = read_json(path) if path.is_file() else None
+    config = read_json(path, hint=AGAIN) if path.is_file() else None
     kind = config.get("model_type") if isinstance(config, dict) else None
     return kind if isinstance(kind, str) else None
 

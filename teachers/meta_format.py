@@ -91,7 +91,7 @@ class MetaRelease:
 
     @cached_property
     def params(self) -> dict[str, Any]:
-        params = read_json(self.folder / "params.json")
+        params = read_json(self.folder / "params.json", hint=_AGAIN)
         found = params if isinstance(params, dict) else {}
         nested = found.get("model")  # some fine-tuned releases have it all under this key
         found = nested if isinstance(nested, dict) else found
@@ -178,6 +178,17 @@ def meta_config(release: MetaRelease) -> LlamaConfig:
 
     The context length is in neither; it is looked up in the families, or guessed from the RoPE.
     """
+    try:
+        return _config(release)
+    except ShearlingError:
+        raise
+    except Exception as error:  # numbers of any type and value
+        raise ShearlingError(
+            f"{release.folder / 'params.json'} makes no sense: {error}", hint=_AGAIN
+        ) from error
+
+
+def _config(release: MetaRelease) -> LlamaConfig:
     params = release.params
     needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
     missing = [name for name in needed if name not in release.parts[0]]

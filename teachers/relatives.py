@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
-from shearling import Progress, ShearlingError, silent
+from shearling import Progress, ShearlingError, read_json, silent, write_json
 from students.shape import Shape
 from teachers.layout import (
     AGAIN,
@@ -31,7 +31,7 @@ from teachers.layout import (
     model_type,
     tensor_problems,
 )
-from teachers.tokenizer import check_same_tokenizer, copy_companions
+from teachers.tokenizer import copy_companions, load_tokenizer, same_ids
 from teachers.weights import FLOAT_DTYPES, WeightFiles, save_shards, weight_files
 
 RELATIVES: dict[str, type[MistralConfig] | type[Qwen2Config]] = {
@@ -144,5 +144,27 @@ def convert(folder: Path, out: Path, *, progress: Progress = silent) -> None:
     out.mkdir(parents=True, exist_ok=True)
     relative.config.save_pretrained(out)
     copy_companions(folder, out)
-    check_same_tokenizer(folder, out)  # transformers' choice of a class looks at the model's kind
+    _keep_ids(folder, out)
     save_shards(relative.tensors(), relative.sizes(), out, what="teacher", progress=progress)
+
+
+def _keep_ids(folder: Path, out: Path) -> None:
+    """Have the converted folder's tokenizer give the ids that the relative's gives.
+
+    transformers chooses a tokenizer's class by the model's kind, and a Llama's may read the same
+    files in another way: then the class that follows tokenizer.json is named in them.
+
+    Raises:
+        ShearlingError: that one gives other ids too.
+    """
+    theirs = load_tokenizer(folder)
+    if same_ids(theirs, load_tokenizer(out)):
+        return
+    path = out / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+    if not same_ids(theirs, load_tokenizer(out)):
+        raise ShearlingError(
+            f"The tokenizer in {folder} gives other tokens as a Llama's than as its own kind's.",
+            hint="Save it again with a tokenizer.json (AutoTokenizer and save_pretrained).",
+        )

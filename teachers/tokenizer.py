@@ -85,6 +85,15 @@ def ids_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 _PROBE = "In 2023, 1234567 sheep 🐑: x**2\n\t美洲驼 é\u0301 <s>"
 
 
+def same_ids(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
+    """Whether two tokenizers turn text into the same ids: also behind a space and behind the token
+    that texts begin with, where Llama 2's files are read in two ways."""
+    if ids_fingerprint(one) != ids_fingerprint(other):
+        return False
+    probes = (" x", f"{one.bos_token or ''}[x", f"{one.bos_token or ''} x")
+    return all(one(probe)["input_ids"] == other(probe)["input_ids"] for probe in probes)
+
+
 def check_same_tokenizer(teacher: Path, student: Path) -> None:
     """The student's tokenizer gives the teacher's ids: else their probabilities can't be compared.
 
@@ -98,7 +107,7 @@ def check_same_tokenizer(teacher: Path, student: Path) -> None:
     if tokenizer_fingerprint(teacher) == tokenizer_fingerprint(student):
         return
     theirs, ours = load_tokenizer(teacher), load_tokenizer(student)
-    if ids_fingerprint(theirs) == ids_fingerprint(ours):
+    if same_ids(theirs, ours):
         return
     their_ids, our_ids = _ordinary(theirs), _ordinary(ours)
     differing = sum(our_ids.get(token) != number for token, number in their_ids.items())

@@ -7,7 +7,6 @@ knows what a Llama is.
 from __future__ import annotations
 
 import json
-import pickle
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -99,7 +98,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _indexed_files(folder: Path, index: Path) -> list[Path]:
     """The shards of an index; all that are missing are named at once."""
-    data = read_json(index)
+    data = read_json(index, hint=_AGAIN)
     entries = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(entries, dict) or not all(isinstance(v, str) for v in entries.values()):
         raise ShearlingError(f"{index} has no usable weight_map.", hint=_AGAIN)
@@ -114,18 +113,19 @@ def _indexed_files(folder: Path, index: Path) -> list[Path]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a Hugging Face folder, safetensors before .bin.
+    """The weight files of a Hugging Face folder: safetensors before .bin, a single file before an
+    index that an earlier save may have left beside it, as transformers has it.
 
     Raises:
         ShearlingError: none there, or some of an index's files missing.
     """
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{ending}.index.json"
-        if index.is_file():
-            return _indexed_files(folder, index)
         single = folder / f"{stem}.{ending}"
         if single.is_file():
             return [single]
+        index = folder / f"{stem}.{ending}.index.json"
+        if index.is_file():
+            return _indexed_files(folder, index)
     found = sorted(path.name for path in folder.iterdir() if path.is_file())
     raise ShearlingError(
         f"{folder} holds no weights (model.safetensors, shards with "
@@ -145,9 +145,10 @@ def load_state(file: Path) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before torch 1.6 can't be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # bytes of any kind, given to pickle
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ShearlingError(
-            f"{file} can't be read as plain weights: {str(error).splitlines()[0]}",
+            f"{file} can't be read as plain weights: {why}",
             hint=f"{_AGAIN} A safetensors version is safer and faster.",
         ) from error
     if not isinstance(state, dict):

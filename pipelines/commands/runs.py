@@ -79,7 +79,7 @@ def run(
     options = Options(
         run=folder.expanduser(),
         cache=download_cache(),
-        again=_run_command(recipe, overrides, out, processes),
+        again=_run_command(recipe, overrides, out, processes, locked, verify),
         verify=verify,
         locked=locked,
         processes=int(os.environ.get("WORLD_SIZE", processes)),
@@ -155,7 +155,14 @@ def _run_together(recipe: Recipe, options: Options, display: Display) -> bool:
         return False
 
 
-def _run_command(recipe: str, overrides: list[str] | None, out: Path | None, processes: int) -> str:
+def _run_command(
+    recipe: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    processes: int,
+    locked: Path | None,
+    verify: bool,
+) -> str:
     parts = ["shearling", "run", recipe]
     for override in overrides or []:
         parts += ["--set", override]
@@ -163,6 +170,10 @@ def _run_command(recipe: str, overrides: list[str] | None, out: Path | None, pro
         parts += ["--out", str(out)]
     if processes > 1:
         parts += ["--processes", str(processes)]
+    if locked:
+        parts += ["--locked", str(locked)]
+    if verify:
+        parts += ["--verify"]
     return shlex.join(parts)
 
 

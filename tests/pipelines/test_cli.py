@@ -21,6 +21,7 @@ from typer.main import get_command
 from pipelines import terminal
 from pipelines.accelerators import CPU_UTILISATION, Machine
 from pipelines.cli import app
+from pipelines.commands.runs import _run_command
 from pipelines.export import export_model
 from pipelines.plan import make_plan, teacher_facts
 from pipelines.preflight import check_shapes
@@ -526,3 +527,12 @@ def test_one_familys_facts_come_with_their_sources(shearling: Shearling) -> None
     done = shearling("families", "llama-2-8b")
     assert done.returncode == 2
     assert "Did you mean 'llama-" in done.stderr
+
+
+def test_the_command_that_goes_on_is_the_one_that_was_given() -> None:
+    lock = Path("lock.json")
+    again = _run_command("quickstart", ["seed=1"], Path("out"), 2, lock, verify=True)
+    assert again == (
+        "shearling run quickstart --set seed=1 --out out --processes 2 --locked lock.json --verify"
+    )
+    assert _run_command("quickstart", None, None, 1, None, False) == "shearling run quickstart"

@@ -179,6 +179,9 @@ def test_settings_follow_the_scorecard(measured_run: Path) -> None:
     assert like == {
         "tasks": ["copa"], "limits": {"copa": 3}, "speed": False, "mirror": "here",
     }  # fmt: skip
+    assert settings_like(card, {"limit": 3})["limit"] == 3
+    with pytest.raises(ShearlingError, match="measured on 3 examples a task, so 10 could not"):
+        settings_like(card, {"limit": 10})
     card["num_fewshot"] = 2
     assert settings_like(card, {})["num_fewshot"] == 2
     card["tasks"]["copa"]["chat_template"] = True

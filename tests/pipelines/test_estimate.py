@@ -409,6 +409,7 @@ def test_scratch_is_the_largest_of_what_comes_after_each_other() -> None:
         TEACHER, [STUDENT, STUDENT], streams, tokens=8192, heldout_windows=4, **sizes
     )
     assert searched.scratch == plain.disk + plain.scratch
+    assert searched.product == "float32"
 
 
 @pytest.mark.parametrize("hidden", [64, 100])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -138,3 +139,18 @@ def test_a_run_gives_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             time.sleep(0.02)
         assert liveness.lock_owner(tmp_path) is not None
         assert (tmp_path / "run.lock").stat().st_mtime > 1
+
+
+def test_a_disk_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre mounted without flock: whom the file names, and whether that one lives, has to do."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with run_lock(tmp_path):
+        with pytest.raises(ShearlingError, match="Another run is at work"), run_lock(tmp_path):
+            pass
+        assert lock_owner(tmp_path) == process_identity()
+    with run_lock(tmp_path):
+        pass

@@ -379,6 +379,10 @@ def test_no_number_is_infinite_or_boundless(data: dict[str, Any]) -> None:
         ("stages=[]", "stages: needs at least 1 item\n"),
         ("prune.shape=nope", "no shape has the name 'nope'; shapes with names: llama-3.2-3b, "),
         ("distill.learning_rate=1e300", "should be at most 1,000,000,000"),
+        ("distill=100000", "distill: names a whole stage; name a key of it, as in distill.KEY"),
+        ("prune={shape: like-1b}", "prune: names a whole stage"),
+        ("teacher.model=~nobody.here/x", "teacher.model: '~nobody.here/x' can't be used: "),
+        ("benchmark.mirror=" + "m" * 300, "can't be used: File name too long"),
     ],
 )
 def test_values_that_do_not_fit(recipe_file: Path, override: str, message: str) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from shearling_process import Shearling
 
 from pipelines import regress
+from pipelines.locks import run_lock
 from pipelines.regress import BASELINES, RECIPES, Number, baseline_of, compare
 from pipelines.stages import distill
 from pipelines.stages.context import Context
@@ -105,6 +106,13 @@ def test_an_update_keeps_tolerances_set_by_hand(baseline: dict[str, Any]) -> Non
     assert updated["distill/wikitext2/word_perplexity"]["tolerance"] == {"relative": 0.02}
 
 
+def test_an_update_keeps_what_could_not_be_measured_here(baseline: dict[str, Any]) -> None:
+    here = {"distill/parameters": Number(7, "same")}
+    updated = baseline_of("r", here, before=baseline, skipped=["distill/copa"])["numbers"]
+    assert updated["distill/copa/acc"] == baseline["numbers"]["distill/copa/acc"]
+    assert sorted(updated) == ["distill/copa/acc", "distill/parameters"]
+
+
 def test_tolerances_are_never_wider_than_a_standard_error() -> None:
     def tolerance(*fields: Any, **named: Any) -> dict[str, float]:
         return Number(*fields, **named).default_tolerance()
@@ -179,6 +187,14 @@ def test_a_folder_of_something_else_is_not_wiped(tmp_path: Path) -> None:
     with pytest.raises(ShearlingError, match="is not a run"):
         regress.run_fresh("regress-tiny", precious, cache=tmp_path, console=Console())
     assert (precious / "thesis.txt").is_file()
+
+
+def test_a_run_at_work_is_not_wiped(tmp_path: Path) -> None:
+    run = tmp_path / "regress-tiny"
+    run.mkdir()
+    with run_lock(run), pytest.raises(ShearlingError, match="Another run is at work"):
+        regress.run_fresh("regress-tiny", run, cache=tmp_path, console=Console())
+    assert (run / "run.lock").is_file()
 
 
 def break_a_weight(settings: Any, context: Context) -> dict[str, Any]:

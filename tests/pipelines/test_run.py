@@ -424,6 +424,22 @@ def test_mistakes_end_a_run_before_it_touches_anything(
         assert message in done.stderr
 
 
+def test_a_second_teacher_of_unknown_shape_needs_no_plan(
+    run: Path, recipe_file: Path, shearling: Shearling
+) -> None:
+    """What can't be planned is no mistake: the run gets as far as that teacher, and says why."""
+    recipe = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    recipe["stages"].insert(0, {"name": "big", "kind": "teacher", "model": "nobody/their-finetune"})
+    recipe_file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = shearling("run", recipe_file, "--out", run)
+    assert done.returncode == 2
+    assert "nobody/their-finetune" in done.stderr
+    assert "shape" not in done.stderr
+    status = json.loads(shearling("status", run, "--json").stdout)
+    assert status["state"] == "failed"
+    assert not (run / "plan.json").exists()
+
+
 def test_all_mistakes_of_a_recipe_at_once(
     run: Path, recipe_file: Path, shearling: Shearling
 ) -> None:

@@ -13,7 +13,15 @@ import torch
 
 from pipelines.recipe import check_recipe
 from pipelines.stages.prune import joined_map, joined_selection, student_shape
-from pipelines.steps import Step, build_steps, decide, differences, history
+from pipelines.steps import (
+    Decision,
+    Step,
+    build_steps,
+    decide,
+    decide_all,
+    differences,
+    history,
+)
 from pipelines.store import FileHashes, Store
 from reports.hub import FAILED_NOW, FROM_CACHE, NO_ANSWER
 from students.shape import Shape
@@ -384,6 +392,36 @@ def test_an_export_knows_what_was_kept(recipe_data: dict[str, Any], store: Store
     store.open_work(distill.kind, distill.key, resumable=False)
     store.publish(distill.kind, distill.key, record(distill) | {"summary": {"kept_step": 0}})
     assert history(steps["small"], steps, store) == (["prune"], ["distill"])
+
+
+def test_an_export_tells_what_was_measured_since(
+    recipe_data: dict[str, Any], store: Store, hub: socket.socket
+) -> None:
+    """Tasks that missed the hub are no change of settings, but the card should have them."""
+    data = copy.deepcopy(recipe_data)
+    data["stages"].append({"name": "small", "kind": "export", "to": "gguf"})
+    steps = steps_of(data, store)
+
+    def publish(name: str, started: str, **summary: Any) -> None:
+        step = steps[name]
+        (store.open_work(step.kind, step.key, resumable=False) / "file").write_text("done")
+        made = record(step) | {"started": started, "summary": summary}
+        store.publish(step.kind, step.key, made)
+
+    def decision() -> Decision:
+        decided = decide_all(list(steps.values()), store, record)
+        return next(each for step, each in decided if step.name == "small")
+
+    publish("teacher/benchmark", "2026-01-01T10:00:00+00:00")
+    publish("distill/benchmark", "2026-01-01T11:00:00+00:00", skipped={"piqa": FAILED_NOW})
+    publish("small", "2026-01-01T12:00:00+00:00")
+    assert decision() == Decision(True, "measured anew: distill/benchmark")
+    hub.close()
+    assert decision() == Decision(False, "nothing changed")
+    publish("distill/benchmark", "2026-01-02T11:00:00+00:00")
+    assert decision() == Decision(True, "measured anew: distill/benchmark")
+    publish("small", "2026-01-02T12:00:00+00:00")
+    assert not decision().runs
 
 
 def with_teachers(data: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -187,6 +188,57 @@ def test_an_index_can_not_point_out_of_the_folder(copy: Path) -> None:
 class _Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("echo run > /tmp/shearling-evil",)
+
+
+@pytest.mark.parametrize("length", [0, 30, 100, 200])
+def test_a_cut_off_pickle_is_told(copy: Path, length: int) -> None:
+    weights, file = load_file(copy / "model.safetensors"), copy / "pytorch_model.bin"
+    (copy / "model.safetensors").unlink()
+    torch.save(weights, file, _use_new_zipfile_serialization=False)
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(ShearlingError, match=r"\.bin can't be read as plain weights: ."):
+        open_checkpoint(copy)
+
+
+def test_a_single_file_counts_before_an_index_that_was_left(copy: Path) -> None:
+    """As transformers has it: a folder that was saved again in one piece keeps its old index."""
+    weights = load_file(copy / "model.safetensors")
+    to_shards(copy)
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], 7.0)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    assert reference(copy)["model.norm.weight"][0] == 7.0
+    assert open_checkpoint(copy).tensor("model.norm.weight")[0] == 7.0
+    for shard in copy.glob("model-*.safetensors"):
+        shard.unlink()
+    assert open_checkpoint(copy).tensor("model.norm.weight")[0] == 7.0
+
+
+def test_a_damaged_config_is_not_the_users_to_delete(copy: Path) -> None:
+    (copy / "config.json").write_text('{"model_type": "lla')
+    with pytest.raises(ShearlingError) as caught:
+        import_teacher(TeacherSettings(model=str(copy)), copy / "out", cache=copy)
+    assert "Delete" not in caught.value.hint
+    assert "Download or copy the model again" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("error", "told", "remedy"),
+    [
+        (RuntimeError("the storage gave up"), "broke off: the storage gave up", "it goes on"),
+        (TimeoutError("timed out"), "broke off: timed out", "it goes on"),
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full", "HF_HOME"),
+    ],
+)
+def test_a_download_that_breaks_off_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, told: str, remedy: str
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(ShearlingError, match=told) as caught:
+        import_teacher(TeacherSettings(model="sheep/tiny"), tmp_path / "out", cache=tmp_path)
+    assert remedy in caught.value.hint
 
 
 def test_a_pickle_with_code_is_refused_and_not_run(copy: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,18 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from shapes import llama3_rope
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from shearling import ShearlingError
-from students.gguf_layout import llama3_rope_factors
+from students.gguf_layout import QWEN2_SPLIT, llama3_rope_factors
+from students.gguf_vocabulary import vocabulary_metadata
 from teachers.checkpoint import import_teacher, open_checkpoint
 from teachers.fetch import PackagedFile, fetch
 from teachers.gguf_file import convert, llama_config
@@ -526,3 +534,50 @@ def test_any_bytes_are_no_gguf(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(b"GGUF" + content)
     with pytest.raises(ShearlingError):
         convert(path, tmp_path / "out")
+
+
+def split_by(folder: Path, **changes: Any) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer that splits by Qwen2's rule, with other changes to its file."""
+    data = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated"}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    parts = [{**split, "invert": False}, {**level, "use_regex": False}]
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    backend = Tokenizer.from_str(json.dumps({**data, **changes}))
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_qwen2s_split_survives_gguf(tokenizer_folder: Path, nasty: list[str]) -> None:
+    theirs = split_by(tokenizer_folder, normalizer={"type": "NFC"})
+    metadata = vocabulary_metadata(theirs, len(theirs))
+    assert metadata["tokenizer.ggml.pre"] == "qwen2"
+    ours = llama_tokenizer(Gguf(Path("qwen2"), metadata))
+    composed = [unicodedata.normalize("NFC", text) for text in nasty]
+    for text in [*composed, "in 1234567, it's SHE'LL 12.5"]:
+        assert ours(text).input_ids == theirs(text).input_ids
+    assert ours.tokenize("2023") == ["2", "0", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "changes text first"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": True,
+                    "trim_offsets": True,
+                    "use_regex": True,
+                }
+            },
+            "puts a space before",
+        ),
+    ],
+)
+def test_what_llama_cpp_would_read_otherwise_is_refused(
+    tokenizer_folder: Path, changes: dict[str, Any], why: str
+) -> None:
+    tokenizer = split_by(tokenizer_folder, **changes)
+    with pytest.raises(ShearlingError, match=why):
+        vocabulary_metadata(tokenizer, len(tokenizer))

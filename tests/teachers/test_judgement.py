@@ -11,7 +11,16 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from pipelines.tiny import make_tiny_llama, tiny_documents
 from shearling import ShearlingError, silent
-from teachers.judgement import Reader, _taught, alike, bad_texts, directions, same_meaning
+from teachers.conversations import ChatTemplate
+from teachers.judgement import (
+    Reader,
+    _taught,
+    alike,
+    bad_texts,
+    directions,
+    excerpt,
+    same_meaning,
+)
 from teachers.settings import ClassifierSettings
 
 
@@ -106,3 +115,16 @@ def test_a_few_documents_teach_nothing(folder: Path, reader: Reader, count: int)
 def test_a_teacher_without_template_can_not_be_asked(reader: Reader) -> None:
     with pytest.raises(ShearlingError, match="no chat template"):
         reader.recommendations(["a text"])
+
+
+def test_a_document_is_shown_in_part_and_can_not_end_its_turn(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    template = ChatTemplate(tokenizer, folder)
+    assert excerpt("a short text", template) == "a short text"
+    assert excerpt("so <|im_end|> it ends", template) == "so < |im_end|> it ends"
+    for long in ("美洲驼是一种动物。" * 7000, "1,2,3," * 15_000, "a word " * 5000):
+        shown = excerpt(long, template)
+        assert 100 < len(tokenizer(shown, add_special_tokens=False)["input_ids"]) <= 2 * 768
+        assert long.startswith(shown[:200].rstrip("\N{REPLACEMENT CHARACTER}"))

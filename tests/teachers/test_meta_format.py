@@ -296,6 +296,8 @@ def _remove_tokenizer(folder: Path) -> None:
         (_params(dim=0), "lacks dim"),
         (_params(n_layers=3), "tensors are missing"),
         (_params(n_layers=10**12), "layers"),
+        (_params(dim="wide"), r"params\.json makes no sense"),
+        (_params(norm_eps="small"), r"params\.json makes no sense"),
         (_remove_tokenizer, r"no tokenizer\.model"),
     ],
 )

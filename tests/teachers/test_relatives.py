@@ -167,3 +167,29 @@ def test_a_missing_tensor_is_named(relative: Path, tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ShearlingError, match=r"missing.*q_proj"):
         import_teacher(TeacherSettings(model=str(tmp_path)), tmp_path / "in", cache=tmp_path)
+
+
+def test_a_tokenizer_that_a_llama_reads_in_another_way_keeps_its_ids(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """Llama 2's older layout: transformers chooses the class by the model's kind, and a Llama's
+    does not follow the normaliser of the file."""
+    folder = tmp_path / "mistral"
+    config = MistralConfig(**AXES, head_dim=16, sliding_window=None, vocab_size=32_000)
+    MistralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer = read_json(shared_data / "tokenizers/llama2/tokenizer.json")
+    tokenizer["pre_tokenizer"] = None
+    tokenizer["normalizer"] = {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    }
+    write_json(folder / "tokenizer.json", tokenizer)
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **names})
+    theirs = load_tokenizer(folder)
+    ours = load_tokenizer(brought_in(folder, tmp_path / "in"))
+    for text in (" x", "  two", "<s>[INST] sheep [/INST]", "plain words", "a\n b"):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
