@@ -228,7 +228,7 @@ def stage_costs(
     recipe: Recipe,
     teacher: TeacherFacts,
     machine: Machine,
-    artefacts: Mapping[str, Path] = {},
+    imported: Mapping[str, Path] = {},
 ) -> Iterator[tuple[str, str, Shape | None, Cost]]:
     """(name, kind, the shape of the model that it makes, cost) of every step, in order."""
     window, width = recipe.transfer_set.window, teacher.dtype_bytes
@@ -260,7 +260,7 @@ def stage_costs(
 
     for stage in recipe.stages:
         if isinstance(stage, TeacherStage):
-            other = teacher_facts(stage, artefacts.get(stage.name))
+            other = teacher_facts(stage, imported.get(stage.name))
             shapes[stage.name] = other.shape
             cost = import_cost(other.shape, other.form, other.dtype_bytes)
             yield stage.name, "teacher", other.shape, cost
