@@ -238,8 +238,7 @@ def stage_costs(
         cost = benchmark_cost(shape, recipe.benchmark, dtype_bytes=width, on_cpu=machine.on_cpu)
         return f"{name}/benchmark", "benchmark", shape, cost
 
-    imported = import_cost(teacher.shape, teacher.form, width)
-    yield "teacher", "teacher", teacher.shape, imported
+    yield "teacher", "teacher", teacher.shape, import_cost(teacher.shape, teacher.form, width)
     yield "transfer_set", "transfer_set", None, _text_cost(recipe, teacher, machine, tokens)
     yield measured("teacher", teacher.shape)
     newest = teacher.shape

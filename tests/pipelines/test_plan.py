@@ -68,6 +68,19 @@ def test_a_teacher_that_is_known_by_name_need_not_be_here(big: dict[str, Any]) -
     assert json.loads(json.dumps(plan)) == plan
 
 
+def test_a_second_teacher_is_planned_by_what_was_brought_in(
+    recipe_data: dict[str, Any], tmp_path: Path
+) -> None:
+    big = {"name": "big", "kind": "teacher", "model": "nobody/finetune"}
+    recipe = check_recipe({**recipe_data, "stages": [big, *recipe_data["stages"]]})
+    facts, here = teacher_facts(recipe.teacher), named_machine("l4")
+    with pytest.raises(ShearlingError, match="shape of the teacher nobody/finetune is not known"):
+        make_plan(recipe, facts, here)
+    (tmp_path / "model").symlink_to(recipe.teacher.model)
+    plan = make_plan(recipe, facts, here, imported={"big": tmp_path})
+    assert row(plan, "big")["parameters"] == facts.shape.parameters
+
+
 def test_a_stage_that_does_not_fit_says_how_many_processes_it_needs(big: dict[str, Any]) -> None:
     plan = planned(big, "a100-40gb")
     distill = row(plan, "distill")
