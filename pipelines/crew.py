@@ -37,12 +37,17 @@ _GRACE = 30.0
 # --- starting them on one machine ---------------------------------------------------------------
 
 
+def threads_of_each(count: int) -> int:
+    """Threads that each of so many processes on this machine is given."""
+    return max(1, (os.cpu_count() or 1) // count)
+
+
 def start_processes(count: int, arguments: Sequence[str]) -> int:
     """Run ``shearling ARGUMENTS`` in ``count`` processes that know of each other.
 
     Returns rank 0's exit code. Signals are passed on; a second one ends them at once.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // count))
+    threads = str(threads_of_each(count))
     told = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     started = [
         subprocess.Popen(

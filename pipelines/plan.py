@@ -197,10 +197,9 @@ def make_plan(
     """
     preflight.check_tokenizers(recipe)
     preflight.check_processes(recipe, processes)
-    rows = [
-        _row(name, kind, shape, cost, machine, processes)
-        for name, kind, shape, cost in stage_costs(recipe, teacher, machine, imported)
-    ]
+    steps = list(stage_costs(recipe, teacher, machine, imported))
+    rows = [_row(*step, machine, processes) for step in steps]
+    costs = {name: cost for name, _, _, cost in steps}
     return {
         "schema": SCHEMA,
         "recipe": recipe.name,
@@ -220,7 +219,7 @@ def make_plan(
             *_searches(recipe),
             *_written(recipe, teacher, machine),
         ],
-        "warnings": list(_warnings(recipe, teacher, machine, rows, processes)),
+        "warnings": list(_warnings(recipe, teacher, machine, rows, costs, processes)),
     }
 
 
@@ -401,23 +400,28 @@ def writing_seconds(writing: Writing | None, machine: Machine) -> float:
     return calls + writing.bytes / machine.memory_rate + writing.flops / rate
 
 
+def _room(machine: Machine) -> float:
+    return MEMORY_SHARE * machine.memory_bytes
+
+
+def _needed(cost: Cost, machine: Machine, processes: int) -> float:
+    """Bytes on a device, or on a CPU of all processes together, at the worst moment."""
+    divided = min(processes, cost.most_processes)
+    return max(
+        moment.together_bytes(divided) if machine.on_cpu else moment.device_bytes(divided)
+        for moment in cost.moments_of(divided)
+    )
+
+
 def processes_that_fit(cost: Cost, machine: Machine) -> tuple[int | None, int | None]:
     """The least number of processes with which a stage fits, and the most that can share it.
 
     On a CPU all processes share one memory, so more never help it to fit; elsewhere each brings
     its own device. Both are None where no number fits.
     """
-    room = MEMORY_SHARE * machine.memory_bytes
     most = cost.most_processes
     counts = [*(2**n for n in range((most - 1).bit_length())), most]
-
-    def needed(count: int) -> float:
-        return max(
-            moment.together_bytes(count) if machine.on_cpu else moment.device_bytes(count)
-            for moment in cost.moments_of(count)
-        )
-
-    fitting = [count for count in counts if needed(count) <= room]
+    fitting = [count for count in counts if _needed(cost, machine, count) <= _room(machine)]
     if not fitting:
         return None, None
     return fitting[0], fitting[-1] if machine.on_cpu else most
@@ -474,6 +478,7 @@ def _warnings(
     teacher: TeacherFacts,
     machine: Machine,
     rows: list[dict[str, Any]],
+    costs: Mapping[str, Cost],
     processes: int,
 ) -> Iterator[str]:
     context = teacher.context
@@ -492,6 +497,11 @@ def _warnings(
                 f"{row['name']} needs {row['memory_bytes'] / 1e9:.3g} GB on each of {processes} "
                 f"processes; with {row['least_processes']} it fits into "
                 f"{machine.memory_bytes / 1e9:.3g} GB"
+            )
+        elif (together := _needed(costs[row["name"]], machine, processes)) > _room(machine):
+            yield (
+                f"{row['name']} needs {together / 1e9:.3g} GB with {processes} processes; with "
+                f"{row['most_processes']} it fits into {machine.memory_bytes / 1e9:.3g} GB"
             )
     need, free = _total(rows)["disk_bytes"], machine.disk_free_bytes
     if free is not None and need > free:

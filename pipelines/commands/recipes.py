@@ -74,6 +74,7 @@ def plan(
     Works from shapes alone: a teacher that is known by name need not be downloaded.
     """
     from pipelines.accelerators import named_machine, this_machine
+    from pipelines.crew import threads_of_each
     from pipelines.machine import pick_device
     from pipelines.plan import make_plan, teacher_facts
     from pipelines.recipe import load_recipe
@@ -81,6 +82,10 @@ def plan(
 
     loaded = load_recipe(recipe, overrides or [])
     facts = teacher_facts(loaded.teacher)
+    if processes > 1 and not accelerator:
+        import torch
+
+        torch.set_num_threads(threads_of_each(processes))  # as `run` will start them
     with patience("measuring this machine"):
         machine = (
             named_machine(accelerator)

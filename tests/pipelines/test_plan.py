@@ -241,6 +241,18 @@ def test_processes_on_one_cpu_share_what_one_of_them_gathers(big: dict[str, Any]
     assert moment.host_bytes(3) == 8 + LIBRARIES
 
 
+def test_processes_that_do_not_fit_into_one_memory_together_are_told(
+    recipe_data: dict[str, Any],
+) -> None:
+    recipe = check_recipe(recipe_data)
+    facts, machine = teacher_facts(recipe.teacher), named_machine("h200")
+    cpu = replace(machine, device="cpu", memory_bytes=3 * LIBRARIES, host_bytes=3 * LIBRARIES)
+    told = r"distill needs 4\.\d* GB with 8 processes; with 2 it fits into 1\.5 GB"
+    assert re.fullmatch(told, make_plan(recipe, facts, cpu, processes=8)["warnings"][-1])
+    fits = make_plan(recipe, facts, cpu, processes=2)["warnings"]
+    assert not any("needs" in warning for warning in fits)
+
+
 def test_checkpoints_take_their_time(big: dict[str, Any]) -> None:
     """38.6 GB of a 3B with AdamW at half a gigabyte a second, and the best weights so far."""
     stage, disk = big["stages"][1], 0.5e9
