@@ -420,20 +420,33 @@ def folder_format(folder: Path) -> str:
 
 def _hub_snapshot(name: str, revision: str | None) -> Path:
     """The local snapshot of a hub model: weights in safetensors if it has them, else .bin."""
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     small = ["config.json", "generation_config.json", *TOKENIZER_FILES]
+    with _hub_errors(name, revision):
+        for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
+            folder = Path(
+                snapshot_download(name, revision=revision, allow_patterns=[*small, pattern])
+            )
+            if any(folder.glob(pattern)):
+                break
+    # By its commit, and apart: a snapshot that is in the cache without them is whole all the same.
+    with _hub_errors(name, revision), contextlib.suppress(LocalEntryNotFoundError):
+        snapshot_download(name, revision=folder.name, allow_patterns=[CARD, *LICENCES])
+    return folder
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """Say in a sentence why the hub did not give a model."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    cache = Path(constants.HF_HUB_CACHE)
     try:
-        with disk_errors(
-            Path(constants.HF_HUB_CACHE), elsewhere="set HF_HOME to a folder elsewhere"
-        ):
-            for pattern in ("model*.safetensors*", "pytorch_model*.bin*"):
-                folder = Path(
-                    snapshot_download(name, revision=revision, allow_patterns=[*small, pattern])
-                )
-                if any(folder.glob(pattern)):
-                    break
+        with disk_errors(cache, elsewhere="set HF_HOME to a folder elsewhere"):
+            yield
     except ShearlingError:
         raise
     except LocalEntryNotFoundError as error:
@@ -455,7 +468,3 @@ def _hub_snapshot(name: str, revision: str | None) -> Path:
             f"The download of {name} broke off: {why}",
             hint="Run the same command again: it goes on with what is missing.",
         ) from error
-    # By its commit, and apart: a snapshot that is in the cache without them is whole all the same.
-    with contextlib.suppress(Exception):
-        snapshot_download(name, revision=folder.name, allow_patterns=[CARD, *LICENCES])
-    return folder

@@ -145,6 +145,8 @@ def load_state(file: Path) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # the format before torch 1.6 can't be mapped
             state = torch.load(file, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
     except Exception as error:  # bytes of any kind, given to pickle
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ShearlingError(
