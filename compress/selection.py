@@ -218,7 +218,7 @@ def write_map(selection: Path, map_ED: Tensor | None) -> None:
     if map_ED is None:
         path.unlink(missing_ok=True)
     else:
-        save_tensors({"hidden": map_ED.contiguous()}, path)
+        save_tensors({"hidden": map_ED.cpu().contiguous()}, path)
 
 
 def read_map(selection: Path) -> Tensor | None:
