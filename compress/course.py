@@ -27,6 +27,7 @@ from compress.optimizers import (
     wide_products,
 )
 from compress.parallel import Inside, leader_says, open_split, processes, put, sum_gradients
+from compress.position_clip import clip_at_positions
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.saving import load_model
 from compress.schedule import at_step
@@ -135,6 +136,8 @@ def open_course(
     wide = bool(leader_says(wide_products(student, settings) if wide is None else wide))
     student.set_attn_implementation(choose_attention(device, precision.dtype, text.window))
     make_lean(student)
+    if settings.position_clip:
+        clip_at_positions(student, settings.position_clip)
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable()
     if settings.compile:

@@ -285,6 +285,12 @@ class DistillSettings(Settings):
         default=0.1, ge=0, description="Decoupled weight decay of matrices; norms have none."
     )
     clip: float = Field(default=1.0, gt=0, description="Largest norm of the whole gradient.")
+    position_clip: float = Field(
+        default=5.0,
+        ge=0,
+        description="Largest norm of the gradient in the stream at one position, in medians of its "
+        "window. 0 is off.",
+    )
     ema: float = Field(
         default=0.0,
         ge=0,
@@ -447,5 +453,9 @@ class CorrectSettings(Settings):
         """The same as settings of the training loop: labels and no divergence."""
         mine = {name: getattr(self, name) for name in CorrectSettings.model_fields}
         return DistillSettings(
-            **mine, forward_kl=0.0, cross_entropy=1.0, embedding_learning_rate=1.0
+            **mine,
+            forward_kl=0.0,
+            cross_entropy=1.0,
+            embedding_learning_rate=1.0,
+            position_clip=0.0,  # a whole teacher takes no second position for a first one
         )

@@ -157,7 +157,8 @@ class DistillStage(DistillSettings):
         default=None,
         description="A published training recipe: llama-1, llama-2, code-llama, llama-3, or a "
         "model's name for its learning rate too (llama-2-7b). It sets optimizer, betas, eps, "
-        "weight_decay, clip, warmup and final_learning_rate; what the stage gives itself stays.",
+        "weight_decay, clip, warmup and final_learning_rate, without position_clip; what the stage "
+        "gives itself stays.",
     )
 
     @model_validator(mode="before")
@@ -190,6 +191,7 @@ def published_training(stage: Mapping[str, Any]) -> dict[str, Any]:
         "eps": published.epsilon,
         "weight_decay": published.weight_decay,
         "clip": published.gradient_clip,
+        "position_clip": 0.0,
         "final_learning_rate": published.final_learning_rate_ratio,
         "learning_rate": rate,
         "embedding_learning_rate": 1.0,
