@@ -503,6 +503,12 @@ def _warnings(
                 f"{row['name']} needs {together / 1e9:.3g} GB with {processes} processes; with "
                 f"{row['most_processes']} it fits into {machine.memory_bytes / 1e9:.3g} GB"
             )
+        host, present = row["host_bytes"] or 0, machine.host_bytes
+        if present is not None and host > MEMORY_SHARE * present:
+            yield (
+                f"{row['name']} needs {host / 1e9:.3g} GB of the host's memory in its first "
+                f"process; the host has {present / 1e9:.3g} GB"
+            )
     need, free = _total(rows)["disk_bytes"], machine.disk_free_bytes
     if free is not None and need > free:
         yield f"the run writes {need / 1e9:.3g} GB; the disk has {free / 1e9:.3g} GB left"

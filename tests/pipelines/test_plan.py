@@ -92,6 +92,16 @@ def test_a_stage_that_does_not_fit_says_how_many_processes_it_needs(big: dict[st
     assert frugal["least_processes"] < distill["least_processes"]
 
 
+def test_a_host_with_too_little_memory_is_told(big: dict[str, Any]) -> None:
+    recipe = check_recipe(big)
+    facts, gpu = teacher_facts(recipe.teacher), named_machine("h200")
+    needed = row(make_plan(recipe, facts, gpu), "distill")["host_bytes"]
+    small, large = (replace(gpu, host_bytes=int(times * needed)) for times in (0.9, 2.0))
+    told = make_plan(recipe, facts, small)["warnings"]
+    assert any(re.match(r"distill needs .* GB of the host's memory in its first", w) for w in told)
+    assert not any("host's" in warning for warning in make_plan(recipe, facts, large)["warnings"])
+
+
 def test_no_more_processes_than_a_step_has_windows_for(big: dict[str, Any]) -> None:
     """The run would be refused, after all that comes before the distillation."""
     found = row(planned(big, processes=64), "distill")
