@@ -29,6 +29,7 @@ BASE: dict[str, Any] = {
     "batch_tokens": 32 * 7,  # an odd number of windows, so one process has a blank one
     "micro_batch_windows": 2,
     "learning_rate": 1e-3,
+    "position_clip": 1.0,  # so that it has much to do
     "optimizer": "adamw",
     "precision": "float32",
     "evaluate_every": 2,
