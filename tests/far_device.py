@@ -227,6 +227,10 @@ def _what_was_written_to(operation: Any, args: Any, kwargs: dict[str, Any], answ
 
 
 class _Backend(_DummyBackendModule):  # type: ignore[misc]
+    def is_available(self) -> bool:
+        """An accelerator while it is open, and none to the tests that run before and behind."""
+        return bool(_open)
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16]
 

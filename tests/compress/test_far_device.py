@@ -57,7 +57,9 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def test_what_lies_apart_does_not_mix() -> None:
     near = torch.arange(6.0).view(2, 3)
+    assert not torch.accelerator.is_available()
     with far_device():
+        assert torch.accelerator.is_available()
         far = near.to(FAR)
         assert far.device.type == FAR
         assert torch.equal((far @ far.T + 1).cpu(), near @ near.T + 1)
