@@ -27,7 +27,7 @@ from compress.optimizers import (
     wide_products,
 )
 from compress.parallel import Inside, leader_says, open_split, processes, put, sum_gradients
-from compress.position_clip import clip_at_positions
+from compress.position_clip import PositionClip
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.saving import load_model
 from compress.schedule import at_step
@@ -55,6 +55,7 @@ class Course:
     wide_muon: bool
     """Whether Muon multiplies in float32."""
     average: dict[str, Tensor] | None
+    position_clip: PositionClip | None = None
     alone: bool = False
     """Whether there is no teacher."""
     targets_facts: dict[str, Any] = field(default_factory=dict)
@@ -136,8 +137,7 @@ def open_course(
     wide = bool(leader_says(wide_products(student, settings) if wide is None else wide))
     student.set_attn_implementation(choose_attention(device, precision.dtype, text.window))
     make_lean(student)
-    if settings.position_clip:
-        clip_at_positions(student, settings.position_clip)
+    clip = PositionClip(student, settings.position_clip) if settings.position_clip else None
     if settings.gradient_checkpointing:
         student.activation_checkpointing_enable()
     if settings.compile:
@@ -173,6 +173,7 @@ def open_course(
         optimizers=build_optimizers(student, settings, wide=wide),
         wide_muon=wide,
         average=weights_copy(student) if settings.ema else None,
+        position_clip=clip,
         alone=not teachers,
         targets_facts=facts,
     )

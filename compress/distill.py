@@ -317,6 +317,8 @@ def _losses(
     student: LlamaForCausalLM,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The student's part of the step's loss on one micro-batch, and each term's sum."""
+    if course.position_clip is not None:
+        course.position_clip.expect(batch)
     with hidden_outputs(student, course.matches, "student") as learnt:
         student_ND = trunk(student, batch, course.precision)
     loss, parts = course.loss_now()(student_ND, head(student), targets, batch.labels_N, **counted)

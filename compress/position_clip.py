@@ -7,39 +7,59 @@ whole gradient takes from all others what is taken from it. As the clipping of t
 (Pascanu, Mikolov and Bengio 2013, https://arxiv.org/abs/1211.5063), position by position. What was
 measured stands in docs/LOG.md (2026-11-27).
 
+The median is that of the positions that count: behind all layers but the last, those of a prompt
+have some gradient too, a thirtieth of an answer's.
+
 Legend: B windows, T positions, D hidden.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from compress.data import Batch
 
-def clip_positions(grad_BTD: Tensor, times: float) -> Tensor:
-    """Shorten each position's gradient to at most ``times`` its window's median norm.
 
-    Positions without a gradient (padding, what comes behind the last one that counts) have no part
-    in the median. What is not finite stays so, and is noticed where the whole norm is taken.
+def clip_positions(grad_BTD: Tensor, times: float, counts_BT: Tensor) -> Tensor:
+    """Shorten each position's gradient to at most ``times`` the median norm of its window's
+    positions that count; those of them without a gradient (padding) have no part in it.
+
+    What is not finite, or has a norm that isn't, stays as it is, and is noticed where the norm of
+    the whole gradient is taken.
     """
-    norm_BT1: Tensor = torch.linalg.vector_norm(grad_BTD, dim=-1, keepdim=True, dtype=torch.float32)
-    some_BT1 = norm_BT1.masked_fill(norm_BT1 == 0, torch.nan)
-    longest_B11 = times * some_BT1.nanmedian(dim=1, keepdim=True).values
-    scale_BT1 = (longest_B11 / norm_BT1).clamp_(max=1.0).nan_to_num_(nan=1.0)
-    return grad_BTD * scale_BT1.to(grad_BTD.dtype)
+    norm_BT1 = torch.linalg.vector_norm(grad_BTD, dim=-1, keepdim=True, dtype=torch.float32)
+    counts_BT1 = counts_BT.unsqueeze(-1) & (norm_BT1 > 0)
+    median_B11 = norm_BT1.where(counts_BT1, torch.nan).nanmedian(dim=1, keepdim=True).values
+    scale_BT1 = (times * median_B11 / norm_BT1).clamp(max=1.0)
+    held_BT1 = norm_BT1.isfinite() & scale_BT1.isfinite()
+    scaled: Tensor = grad_BTD * scale_BT1.where(held_BT1, 1.0).to(grad_BTD.dtype)
+    return scaled
 
 
-def clip_at_positions(model: LlamaForCausalLM, times: float) -> None:
-    """Have every backward pass clip the stream's gradient behind embeddings and each layer."""
-    clip = partial(clip_positions, times=times)
+class PositionClip:
+    """Clips the stream's gradient behind embeddings and each layer, in every backward pass."""
 
-    def watch(module: nn.Module, arguments: Any, stream_BTD: Tensor) -> None:
+    def __init__(self, model: LlamaForCausalLM, times: float) -> None:
+        self.times = times
+        self.counts_BT: Tensor | None = None
+        for part in (model.model.embed_tokens, *model.model.layers):
+            part.register_forward_hook(self._watch)
+
+    def expect(self, batch: Batch) -> None:
+        """The batch whose pass comes next."""
+        shape, rows_N = batch.mask_BT.shape, batch.rows_N
+        counts_BT = torch.zeros(shape, dtype=torch.bool, device=rows_N.device)
+        counts_BT.view(-1).index_fill_(0, rows_N, True)
+        self.counts_BT = counts_BT
+
+    def _watch(self, module: nn.Module, arguments: Any, stream_BTD: Tensor) -> None:
         if stream_BTD.requires_grad:
-            stream_BTD.register_hook(clip)  # type: ignore[no-untyped-call]
+            stream_BTD.register_hook(self._clip)  # type: ignore[no-untyped-call]
 
-    for part in (model.model.embed_tokens, *model.model.layers):
-        part.register_forward_hook(watch)
+    def _clip(self, grad_BTD: Tensor) -> Tensor:
+        assert self.counts_BT is not None
+        return clip_positions(grad_BTD, self.times, self.counts_BT)

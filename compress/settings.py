@@ -28,9 +28,12 @@ def without_effect(settings: Settings) -> frozenset[str]:
 
     Results depend on them by rounding at most, as on the number of processes, so a stage that ran
     out of memory goes on with others. Text that a model writes is drawn a micro-batch at a time.
+    A clip by position that is off is as it was before there was one.
     """
     writes = getattr(settings, "on_policy", 0) != 0
-    return _HOW_SAFELY | (_HOW_LARGE - {"micro_batch_windows"} if writes else _HOW_LARGE)
+    large = _HOW_LARGE - {"micro_batch_windows"} if writes else _HOW_LARGE
+    off = frozenset() if getattr(settings, "position_clip", 0) else {"position_clip"}
+    return _HOW_SAFELY | large | off
 
 
 def deciding(settings: Settings, kind: type[Settings]) -> dict[str, Any]:
@@ -170,8 +173,9 @@ class HiddenLoss(Settings):
 class DistillSettings(Settings):
     """How a student is taught.
 
-    Schedule, betas, weight decay and clipping are those of the Llama papers; losses, optimizer,
-    learning rate and batch are what was best on small budgets of tokens (docs/LOG.md).
+    Schedule, betas, weight decay and the whole gradient's clipping are those of the Llama papers;
+    losses, optimizer, learning rate, batch and the clipping by position are what was best on small
+    budgets of tokens (docs/LOG.md).
     """
 
     tokens: Count = Field(gt=0, description="Tokens of the transfer set that the student sees.")
@@ -289,7 +293,7 @@ class DistillSettings(Settings):
         default=5.0,
         ge=0,
         description="Largest norm of the gradient in the stream at one position, in medians of its "
-        "window. 0 is off.",
+        "window's positions that count. 0 is off.",
     )
     ema: float = Field(
         default=0.0,

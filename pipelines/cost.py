@@ -48,13 +48,16 @@ class Moment:
 
     def together_bytes(self, processes: int) -> float:
         """Of all processes, where they and their devices have one memory."""
-        held = (share_of(self.device, processes), share_of(self.host, processes))
-        sizes = (
-            size if name == GATHERED else processes * size
-            for part in held
-            for name, size in part.items()
-        )
-        return sum(sizes) + processes * LIBRARIES
+        return _of_all(self.device, processes) + self.host_together_bytes(processes)
+
+    def host_together_bytes(self, processes: int) -> float:
+        """Beside their devices, of all processes, where they are on one host."""
+        return _of_all(self.host, processes) + processes * LIBRARIES
+
+
+def _of_all(held: Bytes, processes: int) -> float:
+    shares = share_of(held, processes)
+    return sum(size if name == GATHERED else processes * size for name, size in shares.items())
 
 
 def share_of(held: Bytes, processes: int) -> dict[str, float]:

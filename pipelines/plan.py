@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -503,12 +504,23 @@ def _warnings(
                 f"{row['name']} needs {together / 1e9:.3g} GB with {processes} processes; with "
                 f"{row['most_processes']} it fits into {machine.memory_bytes / 1e9:.3g} GB"
             )
-        host, present = row["host_bytes"] or 0, machine.host_bytes
-        if present is not None and host > MEMORY_SHARE * present:
-            yield (
-                f"{row['name']} needs {host / 1e9:.3g} GB of the host's memory in its first "
-                f"process; the host has {present / 1e9:.3g} GB"
+        if machine.host_bytes and not machine.on_cpu:
+            yield from _little_on_the_host(
+                row["name"], costs[row["name"]], processes, machine.host_bytes
             )
     need, free = _total(rows)["disk_bytes"], machine.disk_free_bytes
     if free is not None and need > free:
         yield f"the run writes {need / 1e9:.3g} GB; the disk has {free / 1e9:.3g} GB left"
+
+
+def _little_on_the_host(name: str, cost: Cost, processes: int, present: int) -> Iterator[str]:
+    """Of a host with accelerators, on which all of a stage's processes are."""
+    divided = min(processes, cost.most_processes)
+    moments = {m.what: m.host_together_bytes(divided) for m in cost.moments_of(divided)}
+    what, host = max(moments.items(), key=itemgetter(1))
+    if host > MEMORY_SHARE * present:
+        alone = "" if divided == 1 else f" for {divided} processes"
+        yield (
+            f"{name} needs {host / 1e9:.3g} GB of the host's memory{alone} ({what}); the host has "
+            f"{present / 1e9:.3g} GB"
+        )

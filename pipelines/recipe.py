@@ -157,8 +157,8 @@ class DistillStage(DistillSettings):
         default=None,
         description="A published training recipe: llama-1, llama-2, code-llama, llama-3, or a "
         "model's name for its learning rate too (llama-2-7b). It sets optimizer, betas, eps, "
-        "weight_decay, clip, warmup and final_learning_rate, without position_clip; what the stage "
-        "gives itself stays.",
+        "weight_decay, clip, warmup, final_learning_rate and embedding_learning_rate, and turns "
+        "position_clip off; what the stage gives itself stays.",
     )
 
     @model_validator(mode="before")

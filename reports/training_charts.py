@@ -220,7 +220,8 @@ def gradient_norms(run: Run) -> Chart | None:
         name="gradient-norm",
         title="Gradient norm",
         unit="norm (log)" if wide else "norm",
-        text="Norm of the whole gradient in each step, before it was clipped; the largest was "
+        text="Norm of the whole gradient in each step, before it was clipped (but behind the "
+        "clipping of single positions, position_clip); the largest was "
         f"{significant(highest)}.",
         height=150,
         logarithmic=wide,

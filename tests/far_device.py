@@ -3,11 +3,15 @@
 Code that forgets to move a tensor fails on a GPU only, and the machines that run these tests have
 none. Here a tensor says that it lies on ``far``, every operation on it is computed by the CPU on
 the tensor behind it, and where tensors of both devices meet it raises, as CUDA does: but for
-copies, numbers (of no dimension, on the CPU's side) and a far tensor's indices. It also counts how
-often the host would wait for the device.
+copies, a far tensor's indices, and numbers of the CPU (no dimensions) in pointwise operations. It
+also counts where the host would wait for the device: a number, a truth or a length that it learns,
+a copy to the CPU.
 
-What it does not show: kernels that a GPU lacks, their rounding, memory, streams, speed. It is made
-with PyTorch's experimental means for backends written in Python.
+What it does not show: kernels that a GPU lacks or fuses, their rounding, memory, streams, speed,
+waits inside of a kernel. It is made with PyTorch's experimental means for backends written in
+Python, which must come before the process's first backward pass. So from the import on PyTorch
+names it as the accelerator, though one that isn't there while it is closed; beside a real one it is
+not made.
 """
 
 from __future__ import annotations
@@ -44,11 +48,8 @@ _READS_INDICES = {
 _ANSWERS_THE_HOST = {
     _aten._local_scalar_dense.default,
     _aten.equal.default,
-    _aten.nonzero.default,
-    _aten.masked_select.default,
-    _aten._unique2.default,
+    _aten._linalg_check_errors.default,
 }
-"""What a host learns, or how long a result is: it waits for all that the device was told to do."""
 _NARROWED = ("linear", "matmul", "mm", "bmm", "addmm", "scaled_dot_product_attention")
 """Products, which autocast computes in the narrow dtype."""
 
@@ -120,11 +121,15 @@ _open: list[FarDevice] = []
 @contextmanager
 def far_device() -> Iterator[FarDevice]:
     """The device, as long as the block is open."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
     with FarDevice() as device:
         _open.append(device)
+        # A weight that two modules share stays one when it moves, as it does to a GPU.
+        torch.__future__.set_swap_module_params_on_conversion(True)
         try:
             yield device
         finally:
+            torch.__future__.set_swap_module_params_on_conversion(swaps)
             _open.pop()
 
 
@@ -184,8 +189,11 @@ def _check_that_none_mixes(operation: Any, args: Any, leaves: list[Any]) -> None
         return
     if operation in _READS_INDICES and isinstance(args[0], FarTensor):
         leaves = tree_leaves((args[0], args[2:]))  # its indices may lie on either device
+    numbers_may = operation in _READS_INDICES or torch.Tag.pointwise in operation.tags
     for leaf in leaves:
-        if isinstance(leaf, Tensor) and not isinstance(leaf, FarTensor) and leaf.dim() > 0:
+        if not isinstance(leaf, Tensor) or isinstance(leaf, FarTensor):
+            continue
+        if leaf.dim() or not numbers_may:
             shapes = [tuple(each.shape) for each in leaves if isinstance(each, Tensor)]
             raise RuntimeError(f"{operation} of tensors on {FAR} and on {leaf.device}: {shapes}")
 
@@ -197,7 +205,8 @@ def _host_waits(operation: Any, args: Any, target: Any) -> bool:
         return target is not None and not _is_far(target)
     if operation is _aten.copy_.default:
         return not isinstance(args[0], FarTensor)
-    return operation in _ANSWERS_THE_HOST
+    # The length of what it gives depends on what the numbers are.
+    return operation in _ANSWERS_THE_HOST or torch.Tag.dynamic_output_shape in operation.tags
 
 
 def _writes(argument: Any) -> bool:
@@ -261,12 +270,19 @@ def _copy_from(source: Tensor, target: Tensor, non_blocking: bool = False) -> Te
     return target
 
 
-_setup_privateuseone_for_python_backend(FAR, backend_module=_Backend())
-_operators, _fallback = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
-# What PyTorch asks for below any mode: torch.tensor(list, device=far), tensor[list].
-_operators.impl("empty.memory_format", _empty, "PrivateUse1")
-_operators.impl("empty_strided", _empty_strided, "PrivateUse1")
-_operators.impl("_copy_from", _copy_from, "PrivateUse1")
-_fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-for _name in _NARROWED:
-    _operators.impl(_name, _in_bfloat16(getattr(_aten, _name).default), "AutocastPrivateUse1")
+def _tell_pytorch() -> tuple[torch.library.Library, ...]:
+    _setup_privateuseone_for_python_backend(FAR, backend_module=_Backend())
+    operators, fallback = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
+    # What PyTorch asks for below any mode: torch.tensor(list, device=far), tensor[list].
+    operators.impl("empty.memory_format", _empty, "PrivateUse1")
+    operators.impl("empty_strided", _empty_strided, "PrivateUse1")
+    operators.impl("_copy_from", _copy_from, "PrivateUse1")
+    fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    for name in _NARROWED:
+        product = getattr(_aten, name).default
+        operators.impl(name, _in_bfloat16(product), "AutocastPrivateUse1")
+    return operators, fallback  # which are forgotten with their objects
+
+
+HAS_ACCELERATOR = torch.accelerator.is_available()
+_told = () if HAS_ACCELERATOR else _tell_pytorch()

@@ -23,7 +23,7 @@ from compress.data import StepData, make_batch
 from compress.distill import distill
 from compress.losses import IGNORED, cross_entropy, forward_kl, hidden_cosine
 from compress.precision import PrecisionChoice, in_precision
-from compress.settings import CorrectSettings, DistillSettings
+from compress.settings import CorrectSettings, DistillSettings, deciding
 from pipelines.stages.distill import in_order
 from pipelines.tiny import make_tiny_llama
 from shearling import ShearlingError
@@ -200,6 +200,20 @@ def test_micro_batches_change_nothing_but_rounding(bench: Bench, micro: int) -> 
     for one, other in zip(steps(whole), steps(parts), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-5)
         assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=2e-4)
+
+
+def test_positions_are_clipped_in_training(bench: Bench) -> None:
+    free, held = (steps(bench.run(f"{x:g}", position_clip=x)[0])[0] for x in (0.0, 0.5))
+    assert held["loss"] == free["loss"]  # of the start
+    assert held["gradient_norm"] < 0.9 * free["gradient_norm"]
+
+
+def test_a_clip_that_is_off_decides_nothing() -> None:
+    """What was trained before there was one goes on, and is not trained again."""
+    corrected = CorrectSettings(tokens=1024).as_distillation()
+    assert corrected.position_clip == 0
+    assert "position_clip" not in deciding(corrected, DistillSettings)
+    assert deciding(DistillSettings(**BASE), DistillSettings)["position_clip"] == 5
 
 
 def test_gradient_checkpointing_changes_nothing_but_rounding(bench: Bench) -> None:

@@ -92,14 +92,26 @@ def test_a_stage_that_does_not_fit_says_how_many_processes_it_needs(big: dict[st
     assert frugal["least_processes"] < distill["least_processes"]
 
 
-def test_a_host_with_too_little_memory_is_told(big: dict[str, Any]) -> None:
+@pytest.mark.parametrize("processes", [1, 8])
+def test_a_host_with_too_little_memory_for_all_its_processes_is_told(
+    big: dict[str, Any], processes: int
+) -> None:
     recipe = check_recipe(big)
     facts, gpu = teacher_facts(recipe.teacher), named_machine("h200")
-    needed = row(make_plan(recipe, facts, gpu), "distill")["host_bytes"]
-    small, large = (replace(gpu, host_bytes=int(times * needed)) for times in (0.9, 2.0))
-    told = make_plan(recipe, facts, small)["warnings"]
-    assert any(re.match(r"distill needs .* GB of the host's memory in its first", w) for w in told)
-    assert not any("host's" in warning for warning in make_plan(recipe, facts, large)["warnings"])
+
+    def told(host_bytes: float | None) -> list[str]:
+        machine = replace(gpu, host_bytes=None if host_bytes is None else int(host_bytes))
+        warnings = make_plan(recipe, facts, machine, processes=processes)["warnings"]
+        return [warning for warning in warnings if "of the host's memory" in warning]
+
+    assert not told(None)  # a machine by its name has a host that nobody knows
+    [distill] = [warning for warning in told(1e9) if warning.startswith("distill")]
+    assert ("for 8 processes" in distill) is (processes == 8)
+    needed = float(re.search(r"needs ([\d.e+]+) GB", distill).group(1)) * 1e9  # type: ignore[union-attr]
+    first = row(make_plan(recipe, facts, gpu, processes=processes), "distill")["host_bytes"]
+    assert needed >= 0.99 * first
+    assert any(warning.startswith("distill") for warning in told(needed))  # some room must be left
+    assert not any(warning.startswith("distill") for warning in told(1.2 * needed))
 
 
 def test_no_more_processes_than_a_step_has_windows_for(big: dict[str, Any]) -> None:

@@ -147,6 +147,7 @@ def test_a_published_training_recipe_by_name(data: dict[str, Any]) -> None:
     assert (distill.weight_decay, distill.final_learning_rate) == (0.1, 0.1)
     assert (distill.warmup, distill.learning_rate) == (0.1, 3e-4)  # 2,000 of 20,000 steps
     assert distill.clip == 0.5  # what the stage says itself stays
+    assert distill.position_clip == 0
     recipe = check_recipe(data)
     assert check_recipe(yaml.safe_load(recipe.to_yaml())) == recipe
 
