@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -516,11 +515,11 @@ def _warnings(
 def _little_on_the_host(name: str, cost: Cost, processes: int, present: int) -> Iterator[str]:
     """Of a host with accelerators, on which all of a stage's processes are."""
     divided = min(processes, cost.most_processes)
-    moments = {m.what: m.host_together_bytes(divided) for m in cost.moments_of(divided)}
-    what, host = max(moments.items(), key=itemgetter(1))
+    worst = max(cost.moments_of(divided), key=lambda m: m.host_together_bytes(divided))
+    host = worst.host_together_bytes(divided)
     if host > MEMORY_SHARE * present:
         alone = "" if divided == 1 else f" for {divided} processes"
         yield (
-            f"{name} needs {host / 1e9:.3g} GB of the host's memory{alone} ({what}); the host has "
+            f"{name} needs {host / 1e9:.3g} GB of the host's memory{alone} ({worst.what}); the host has "
             f"{present / 1e9:.3g} GB"
         )
