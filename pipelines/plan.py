@@ -520,6 +520,6 @@ def _little_on_the_host(name: str, cost: Cost, processes: int, present: int) -> 
     if host > MEMORY_SHARE * present:
         alone = "" if divided == 1 else f" for {divided} processes"
         yield (
-            f"{name} needs {host / 1e9:.3g} GB of the host's memory{alone} ({worst.what}); the host has "
-            f"{present / 1e9:.3g} GB"
+            f"{name} needs {host / 1e9:.3g} GB of the host's memory{alone} ({worst.what}); "
+            f"the host has {present / 1e9:.3g} GB"
         )
