@@ -20,7 +20,7 @@ from compress.data import vocabulary_of
 from compress.ends import student_ends
 from compress.memory import give_back_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
-from compress.selection import check_rotary, choose, write_selection
+from compress.selection import check_rotary, write_selection
 from compress.settings import PruneSettings, deciding
 from compress.slicing import Slicer
 from compress.streams import DTYPES, Streams
@@ -124,7 +124,7 @@ def prune(
         slicer = Slicer(
             teacher=source.shape,
             student=shape,
-            plan=choose(survey, shape).to(place),
+            plan=survey.plan(shape).to(place),
             coupling=derive_coupling(source.config),
         )
         writer = StudentWriter(out / "model", config, source.torch_dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -16,14 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from compress.basis import principal_basis
 from shearling import ShearlingError, read_json, sha256_of_file, sha256_of_json, write_json
-from students.shape import Shape
 from students.tensors import save_tensors
-
-if TYPE_CHECKING:
-    from compress.survey import Survey
-
 
 Depth = Literal["cosine", "contiguous", "divergence"] | list[int]
 
@@ -163,36 +157,6 @@ class Plan:
                 None if basis is None else basis.to(device) for basis in self.value_basis_KCc
             ],
         )
-
-
-def choose(survey: Survey, shape: Shape) -> Plan:
-    """Turn what the survey found into the selection that has exactly the student's shape."""
-    hidden = top(survey.hidden_E, shape.hidden_size)
-    basis_DE = principal_basis(survey.gram_EE, hidden) if len(survey.gram_EE) else None
-    chosen = [survey.chosen[layer] for layer in survey.layers]
-    grams = [
-        survey.value_gram_LKCC[layer][kept.key_value_heads]
-        for layer, kept in zip(survey.layers, chosen, strict=True)
-    ]
-    return Plan(
-        layers=survey.layers,
-        hidden=hidden,
-        basis_DE=basis_DE,
-        chosen=chosen,
-        value_basis_KCc=[_value_basis(gram_KCC, shape.head_dim) for gram_KCC in grams],
-    )
-
-
-def _value_basis(gram_KCC: Tensor, head_dim: int) -> Tensor | None:
-    """The subspace of each key/value head's values that attention's output uses most.
-
-    Values aren't rotated, so unlike queries and keys they may be projected: [K, C, c], orthonormal
-    columns. None where the head dim stays.
-    """
-    if gram_KCC.shape[-1] == head_dim:
-        return None
-    vectors: Tensor = torch.linalg.eigh(gram_KCC.double()).eigenvectors
-    return vectors[..., -head_dim:].float()
 
 
 # --- on the disk -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.basis import add_stream_gram
+from compress.basis import add_stream_gram, principal_basis
 from compress.depth import layers_by_divergence
 from compress.greedy import keep_heads, keep_inputs
 from compress.importance import (
@@ -36,7 +36,7 @@ from compress.layer import (
     read_layer,
 )
 from compress.reconstruct import add_gram
-from compress.selection import LayerSelection, choose_heads, choose_layers, top
+from compress.selection import LayerSelection, Plan, choose_heads, choose_layers, top
 from compress.settings import PruneSettings
 from compress.streams import Streams
 from compress.taylor import taylor_scores
@@ -78,6 +78,22 @@ class Survey:
     neuron_shares: list[float] = field(default_factory=list)
     chosen: list[LayerSelection] = field(default_factory=list)
     value_gram_LKCC: list[Tensor] = field(default_factory=list)
+
+    def plan(self, shape: Shape) -> Plan:
+        """The selection that has exactly the student's shape, as the survey was made for it."""
+        hidden = top(self.hidden_E, shape.hidden_size)
+        chosen = [self.chosen[layer] for layer in self.layers]
+        grams = [
+            self.value_gram_LKCC[layer][kept.key_value_heads]
+            for layer, kept in zip(self.layers, chosen, strict=True)
+        ]
+        return Plan(
+            layers=self.layers,
+            hidden=hidden,
+            basis_DE=principal_basis(self.gram_EE, hidden) if len(self.gram_EE) else None,
+            chosen=chosen,
+            value_basis_KCc=[_value_basis(gram_KCC, shape.head_dim) for gram_KCC in grams],
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The part of ``selection.json`` that says what the teacher's parts were worth."""
@@ -131,6 +147,18 @@ class Survey:
             ],
             value_gram_LKCC=list(tensors["value_gram"]),
         )
+
+
+def _value_basis(gram_KCC: Tensor, head_dim: int) -> Tensor | None:
+    """The subspace of each key/value head's values that attention's output uses most.
+
+    Values aren't rotated, so unlike queries and keys they may be projected: [K, C, c], orthonormal
+    columns. None where the head dim stays.
+    """
+    if gram_KCC.shape[-1] == head_dim:
+        return None
+    vectors: Tensor = torch.linalg.eigh(gram_KCC.double()).eigenvectors
+    return vectors[..., -head_dim:].float()
 
 
 def take_survey(
