@@ -26,13 +26,13 @@ from compress.layer import normed
 from compress.reconstruct import add_gram
 
 
-def add_stream_gram(gram_EE: Tensor, stream_BTE: Tensor, eps: float) -> None:
+def add_stream_gram(gram_EE: Tensor, stream_BTE: Tensor, eps: float, dtype: torch.dtype) -> None:
     """Add the second moments of the stream divided by its size, over all positions.
 
     First positions, the attention sinks, are in it as any other: their directions must stay.
+    ``dtype`` as of ``add_product``.
     """
-    input_NE = normed(stream_BTE, eps).flatten(0, 1)
-    add_gram(gram_EE, input_NE, input_NE)
+    add_gram(gram_EE, normed(stream_BTE, eps).flatten(0, 1), dtype)
 
 
 def principal_basis(gram_EE: Tensor, dims_D: Tensor) -> Tensor:

@@ -54,8 +54,17 @@ class TrainingState:
     tensors: Mapping[str, Group] = field(default_factory=dict)
 
     def whole(self, name: str) -> Mapping[str, Tensor]:
-        """A group that is never split into parts."""
-        group = self.tensors[name]
+        """A group that is never split into parts.
+
+        Raises:
+            ShearlingError: its file is gone.
+        """
+        group = self.tensors.get(name)
+        if group is None:
+            raise ShearlingError(
+                f"The checkpoint of step {self.step} is damaged: {name}{_WHOLE} is gone",
+                hint="Delete the stage's resume folder to start it from its beginning.",
+            )
         assert not isinstance(group, Path), f"{name} is one file"
         return group
 
@@ -147,7 +156,9 @@ def load_checkpoint(folder: Path) -> TrainingState | None:
         return None
     newest = steps[-1]
     again = f"Delete {folder} to start this stage from its beginning."
-    state = read_json(newest / "state.json")
+    if not (newest / "state.json").is_file():
+        raise ShearlingError(f"The checkpoint {newest} is damaged: no state.json", hint=again)
+    state = read_json(newest / "state.json", hint=again)
     if not isinstance(state, dict) or state.get("schema") != SCHEMA:
         raise ShearlingError(f"{newest} was written by another version.", hint=again)
     if state.pop("sha256", None) != sha256_of_json(state):

@@ -45,11 +45,12 @@ class Coupling:
     def cut(self, name: str, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """Narrow a parameter: on each axis in ``kept`` take those indices, in their order.
 
-        Where a matrix [new, old] stands for an axis, its products are taken instead.
+        Where a matrix [new, old] stands for an axis, its products are taken instead, with what
+        the indices have left.
         """
-        for dim, axis in enumerate(self.axes[name]):
-            if axis in kept:
-                tensor = narrowed(tensor, kept[axis], dim)
+        cuts = [(kept[axis], dim) for dim, axis in enumerate(self.axes[name]) if axis in kept]
+        for taken, dim in sorted(cuts, key=lambda cut: cut[0].ndim):
+            tensor = narrowed(tensor, taken, dim)
         return tensor
 
 

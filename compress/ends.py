@@ -42,8 +42,8 @@ class Ends:
     """Embedding and head of the student, and how its last hidden states become the teacher's.
 
     ``map_DE`` is what the stream behind the last layer should be of the teacher's, ``stream_DE``
-    what it is before. With a sliced head the ramp is one layer long; a merged head takes more of
-    the last layers.
+    what it is before. With a sliced head the ramp is one layer long, and the map near the stream;
+    a merged head takes more of the last layers, and turns the stream away.
     """
 
     embedding_VD: Tensor
@@ -55,6 +55,11 @@ class Ends:
     map_DE: Tensor
     stream_DE: Tensor
     ramp: int
+    merged: bool
+
+    def turned(self, layers: int) -> list[int]:
+        """Numbers of the student's layers whose stream speaks the merged head's language."""
+        return list(range(layers - self.ramp, layers)) if self.merged else []
 
     def target_map(self, number: int, layers: int) -> Tensor | None:
         """What layer ``number`` of ``layers`` aims at, [D, E]; None is the stream as it was."""
@@ -114,6 +119,7 @@ def student_ends(
         map_DE=map_DE,
         stream_DE=stream_DE,
         ramp=ramp,
+        merged=merged,
     )
 
 
@@ -124,27 +130,38 @@ def fisher_metric(
 
     The mean over the rows of ``normed_NE`` of Kᵀ (diag(p) - p pᵀ) H with the teacher's head H,
     its probabilities p, and for K the student's head; float32, products in ``dtype``.
+
+    A row that all tokens share moves no probability, but it would drown the rest in products of a
+    narrow dtype (SmolLM2's mean row is two thirds of the others' size), so it is left out.
     """
     parts = [slice(first, first + _ROWS) for first in range(0, len(head_VE), _ROWS)]
+    mean_D, mean_E = (head.mean(0, dtype=torch.float32) for head in (student_VD, head_VE))
+
+    # Both heads in another dtype a part at a time: of an 8B they would be 4 GB in float32.
+    def ours(rows: slice) -> Tensor:
+        return student_VD[rows].float() - mean_D
+
+    def theirs(rows: slice) -> Tensor:
+        return head_VE[rows].float() - mean_E
+
     mean_V = torch.zeros(len(head_VE), device=head_VE.device)
     students, teachers = student_VD.shape[1], head_VE.shape[1]
     outer_DX = torch.zeros(students, students + teachers, device=head_VE.device)
     for part_NE in torch.split(normed_NE, _CHUNK):
         narrow_NE = part_NE.to(dtype)
-        # Both heads in another dtype a part at a time: of an 8B they would be 4 GB in float32.
-        logits = [(narrow_NE @ head_VE[rows].to(dtype).T).float() for rows in parts]
+        logits = [(narrow_NE @ theirs(rows).to(dtype).T).float() for rows in parts]
         probability_NV = torch.softmax(torch.cat(logits, 1), dim=-1)
         mean_V += probability_NV.sum(0)
         expected_NX = torch.zeros(len(part_NE), students + teachers, device=head_VE.device)
         for rows in parts:
             narrow_NV = probability_NV[:, rows].to(dtype)
-            expected_NX[:, :students] += (narrow_NV @ student_VD[rows].to(dtype)).float()
-            expected_NX[:, students:] += (narrow_NV @ head_VE[rows].to(dtype)).float()
+            expected_NX[:, :students] += (narrow_NV @ ours(rows).to(dtype)).float()
+            expected_NX[:, students:] += (narrow_NV @ theirs(rows).to(dtype)).float()
         outer_DX += expected_NX[:, :students].T @ expected_NX
     metric_DX = -outer_DX
     for rows in parts:
-        ours, theirs = student_VD[rows].float(), head_VE[rows].float()
-        metric_DX += (ours * mean_V[rows, None]).T @ torch.cat([ours, theirs], 1)
+        both_RX = torch.cat([ours(rows), theirs(rows)], 1)
+        metric_DX += (both_RX[:, :students] * mean_V[rows, None]).T @ both_RX
     metric_DD, metric_DE = torch.split(metric_DX / len(normed_NE), [students, teachers], dim=1)
     return metric_DD, metric_DE
 

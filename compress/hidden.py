@@ -1,7 +1,8 @@
 """Where the student's and the teacher's hidden states meet: the pruner's own selection.
 
 Student layer i was teacher layer ``layers[i]``, and student dim j teacher dim ``hidden[j]`` or
-the j-th column of a map that the pruner wrote, so no projection has to be learnt.
+the j-th column of a map that the pruner wrote, so no projection has to be learnt. Layers that
+turn the stream toward an output head merged with the embedding have no such map and no part.
 
 Legend: B windows, T positions, N positions that count, D student hidden, E teacher hidden.
 """
@@ -124,11 +125,11 @@ def _open_match(
     cut = student.config
     depth, width = cut.num_hidden_layers, cut.hidden_size
     layers, dims = list(range(config.num_hidden_layers)), list(range(config.hidden_size))
-    map_ED = None
+    map_ED, turned = None, set[int]()
     if selection is not None:
         chosen = read_json(selection)
         layers, dims = chosen["layers"], chosen["hidden"]
-        map_ED = read_map(selection)
+        map_ED, turned = read_map(selection), set(chosen.get("turned", []))
     fits = len(layers) == depth and max(layers, default=0) < config.num_hidden_layers
     if map_ED is None:
         fits = fits and len(dims) == width and max(dims, default=0) < config.hidden_size
@@ -141,14 +142,21 @@ def _open_match(
             + (f" by {selection}." if selection else " without the pruner's selection."),
             hint=f"Put a prune stage before this one, or set {place}.weight to 0.",
         )
+    met = [number for number in range(depth) if number not in turned]
+    if not met:
+        raise ShearlingError(
+            f"The loss of {place} has no layer to compare: all turn the stream toward the output "
+            "head that was merged with the embedding.",
+            hint=f"Set {place}.weight to 0.",
+        )
     device = student.device
     whole = map_ED is None and dims == list(range(config.hidden_size))
     return HiddenMatch(
         place=place,
         kind=settings.kind,
         weight=settings.weight,
-        teacher_layers=tuple(layers),
-        student_layers=tuple(range(depth)),
+        teacher_layers=tuple(layers[number] for number in met),
+        student_layers=tuple(met),
         dims_D=None if whole or map_ED is not None else torch.tensor(dims, device=device),
         map_ED=None if map_ED is None else map_ED.float().to(device),
     )

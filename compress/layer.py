@@ -153,10 +153,15 @@ def openings(windows_BT: Tensor, config: LlamaConfig) -> Tensor:
     position each. The begin token may not be in the windows at all, but users and benchmarks put
     it before their texts.
     """
-    tokens_N1 = windows_BT[:, ::OPENING_EVERY].reshape(-1, 1).clone()
+    tokens_N1 = alone(windows_BT).clone()
     if config.bos_token_id in range(config.vocab_size):  # some name one that there isn't
         tokens_N1[::4] = config.bos_token_id
     return tokens_N1
+
+
+def alone(windows_BT: Tensor) -> Tensor:
+    """What ``windows_BT`` says of the positions that also pass the layers alone, [N, 1]."""
+    return windows_BT[:, ::OPENING_EVERY].reshape(-1, 1)
 
 
 def batches(stream_BTD: Tensor) -> Iterator[slice]:
@@ -173,10 +178,15 @@ def read_layer(
     dtype: torch.dtype | None = torch.float32,
 ) -> LayerWeights:
     """All weights of one decoder layer on the device, by their name inside it; without ``dtype``
-    as they are stored, which on a CPU are pages of the teacher's files and no memory."""
+    as they are stored, which on a CPU are pages of the teacher's files and no memory (float64,
+    with which nothing here is multiplied, in float32)."""
     prefix = f"model.layers.{number}."
-    return {
-        name.removeprefix(prefix): source.tensor(name, dtype).to(device)
+    weights = {
+        name.removeprefix(prefix): source.tensor(name, dtype)
         for name in source.names()
         if name.startswith(prefix)
+    }
+    return {
+        name: (weight.float() if weight.dtype is torch.float64 else weight).to(device)
+        for name, weight in weights.items()
     }

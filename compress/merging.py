@@ -77,8 +77,7 @@ def joint_ends(both: BothEnds, stream: Tensor) -> tuple[Tensor, Tensor]:
     teacher, count = len(both.norm_E), len(stream)
     gram_XX = torch.zeros(2 * teacher, 2 * teacher).to(both.norm_E)
     for _, embedding_RE, head_RE in both.parts(both.vocabulary):
-        both_RX = torch.cat([embedding_RE, head_RE], 1)
-        add_gram(gram_XX, both_RX, both_RX)
+        add_gram(gram_XX, torch.cat([embedding_RE, head_RE], 1), torch.float32)
     energy_X = gram_XX.diagonal()
     size_in, size_out = energy_X[:teacher].sum().sqrt(), energy_X[teacher:].sum().sqrt()
     scale_X = torch.cat([1 / size_in.expand(teacher), 1 / size_out.expand(teacher)])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from compress.checkpointing import TrainingState, load_checkpoint, save_checkpoi
 from compress.coupling import derive_coupling
 from compress.data import vocabulary_of
 from compress.ends import student_ends
+from compress.interrupts import StopRequest
 from compress.memory import give_back_freed_memory
 from compress.precision import PrecisionChoice, fast_dtype
 from compress.selection import check_rotary, write_selection
@@ -39,9 +41,12 @@ from teachers.checkpoint import Checkpoint, open_checkpoint
 from teachers.layout import EMBEDDING, listed
 from teachers.tokenizer import copy_companions
 from teachers.transfer_set import TransferSet
+from teachers.weights import is_finite
 
 MASSIVE = 10.0
 """Times the other positions' size from which a first position counts as an attention sink."""
+SURVEY, WALK = "survey", "walk"
+"""What a checkpoint was saved in."""
 SINK_FACTOR = 2.0
 """How far off a kept sink may be before a user is told."""
 
@@ -100,14 +105,19 @@ def prune(
         limit = int(settings.stream_memory_gb * 1024**3)
         return Streams(out / "streams", DTYPES[settings.stream_dtype], limit)
 
-    saving = Saving(
-        resume,
-        {"identity": identity, "precision": precision.to_dict()},
-        settings.save_every_seconds,
-    )
-    with torch.no_grad(), disk_errors(out), finite_or_told(source):
-        if saved:
-            survey = Survey.from_tensors(saved.whole("survey"))
+    with (
+        torch.no_grad(),
+        disk_errors(out),
+        finite_or_told(source),
+        Saving(
+            resume,
+            {"identity": identity, "precision": precision.to_dict()},
+            settings.save_every_seconds,
+        ) as saving,
+    ):
+        begun = saved if saved and saved.state["phase"] == WALK else None
+        if begun:
+            survey = Survey.from_tensors(begun.whole("survey"))
         else:
             survey = take_survey(
                 source,
@@ -119,8 +129,9 @@ def prune(
                 precision.dtype,
                 vocabulary,
                 progress,
+                saved,
+                partial(saving, SURVEY, 0),
             )
-            saving(survey)
         slicer = Slicer(
             teacher=source.shape,
             student=shape,
@@ -128,7 +139,6 @@ def prune(
             coupling=derive_coupling(source.config),
         )
         writer = StudentWriter(out / "model", config, source.torch_dtype)
-        begun = saved if saved and saved.step else None
         if begun:
             writer.restore(begun.state["shards"])
         ends = student_ends(
@@ -154,13 +164,23 @@ def prune(
         if begun:
             walk.restore(begun)
         saved = begun = None  # two streams in memory, wherever the walk's own lie
-        walk.run(progress, lambda: saving(survey, walk))
+
+        def state() -> TrainingState:
+            walked = walk.state()
+            return replace(walked, tensors={**walked.tensors, "survey": survey.to_tensors()})
+
+        walk.run(progress, lambda: saving(WALK, source.shape.num_hidden_layers, state))
+    with torch.no_grad(), disk_errors(out):
         copy_companions(teacher, out / "model")
         logit_error = _gate(walk, out / "model", shape)
     write_selection(
         out / "selection.json",
         slicer.plan,
-        {"importance": survey.to_json(), "reconstruction": walk.errors},
+        {
+            "turned": ends.turned(shape.num_hidden_layers),
+            "importance": survey.to_json(),
+            "reconstruction": walk.errors,
+        },
     )
     shutil.rmtree(out / "streams", ignore_errors=True)
     return _summary(walk, shape, windows, precision, logit_error)
@@ -175,28 +195,44 @@ def identity_of_cut(
 
 
 class Saving:
-    """Saves what is done so far when it is time, so that a killed stage can go on.
+    """Saves what is done so far when it is time, or when someone asks to stop: a stage that was
+    killed goes on from there.
 
-    Called behind the survey, and then between two layers.
+    Called between two layers, of the survey and then of the walk. While it is open, the first
+    SIGINT or SIGTERM is looked at there; a second one acts at once.
+
+    Raises:
+        KeyboardInterrupt: asked to stop, and saved.
     """
 
     def __init__(self, folder: Path, facts: Mapping[str, Any], seconds: float) -> None:
         self.folder, self.facts, self.seconds = folder, facts, seconds
-        self._saved = time.monotonic()
+        self._saved, self._stop = time.monotonic(), StopRequest()
 
-    def __call__(self, survey: Survey, walk: Walk | None = None) -> None:
-        if time.monotonic() - self._saved < self.seconds:
+    def __enter__(self) -> Saving:
+        self._stop.__enter__()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._stop.__exit__(*raised)
+
+    def __call__(self, phase: str, steps_before: int, state: Callable[[], TrainingState]) -> None:
+        """``state`` gives what is saved, its step counted behind ``steps_before`` others."""
+        asked = self._stop.asked
+        if not asked and time.monotonic() - self._saved < self.seconds:
             return
-        state = walk.state() if walk else TrainingState(step=0, state={})
+        found = state()
         save_checkpoint_alone(
             self.folder,
             replace(
-                state,
-                state={**self.facts, **state.state},
-                tensors={**state.tensors, "survey": survey.to_tensors()},
+                found,
+                step=steps_before + found.step,
+                state={**self.facts, "phase": phase, **found.state},
             ),
         )
         self._saved = time.monotonic()
+        if asked:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -239,6 +275,12 @@ def _gate(walk: Walk, folder: Path, shape: Shape) -> float:
             f"The pruned model has {counted:,} parameters, its shape asks for "
             f"{shape.parameters:,}.",
             hint="This is a bug in shearling; please report it with the recipe.",
+        )
+    broken = [name for name, parameter in model.named_parameters() if not is_finite(parameter)]
+    if broken:
+        raise ShearlingError(
+            f"The pruned model saved in {folder} holds NaN or infinity: {listed(broken)}.",
+            hint=f"The disk may be failing; delete {folder.parent} and run the stage again.",
         )
     logits = _last_answer(model, walk.probe_tokens, walk.device)
     error = float((logits - walk.probe_logits).abs().max() / walk.probe_logits.abs().max())

@@ -34,18 +34,25 @@ _GRAM_ROWS = 1024
 
 @dataclass
 class Moments:
-    """Weighted second moments of inputs and targets, added up batch by batch in float32."""
+    """Weighted second moments of inputs and targets, added up batch by batch in float32.
+
+    ``dtype`` is what the factors of their products may be rounded to (``add_product``).
+    """
 
     gram_II: Tensor
     cross_IO: Tensor
     target_energy: Tensor
+    dtype: torch.dtype = torch.float32
 
     @classmethod
-    def zeros(cls, inputs: int, outputs: int, device: torch.device) -> Moments:
+    def zeros(
+        cls, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> Moments:
         return cls(
             torch.zeros(inputs, inputs, device=device),
             torch.zeros(inputs, outputs, device=device),
             torch.zeros((), dtype=torch.float64, device=device),
+            dtype,
         )
 
     def add(
@@ -59,11 +66,14 @@ class Moments:
 
         ``energy_N`` is ‖y‖² of each where y is what a map makes of these targets later.
         """
-        weighted_NI = input_NI if weight_N is None else input_NI * weight_N[:, None]
-        add_gram(self.gram_II, weighted_NI, input_NI)
-        self.cross_IO.addmm_(weighted_NI.T, target_NO)
         energy_N = target_NO.square().sum(1) if energy_N is None else energy_N
-        energy_N = energy_N if weight_N is None else energy_N * weight_N
+        if weight_N is not None:
+            # Half of a weight on either side: rounded factors still make a Gram matrix.
+            root_N1 = weight_N.sqrt()[:, None]
+            input_NI, target_NO = input_NI * root_N1, target_NO * root_N1
+            energy_N = energy_N * weight_N
+        add_gram(self.gram_II, input_NI, self.dtype)
+        add_product(self.cross_IO, input_NI, target_NO, self.dtype)
         self.target_energy += energy_N.sum(dtype=torch.float64)
 
     def take(self, other: Moments) -> None:
@@ -98,19 +108,37 @@ def _blocks(outputs: int) -> Iterator[slice]:
     return (slice(first, first + _SOLVED) for first in range(0, outputs, _SOLVED))
 
 
-def add_gram(gram_II: Tensor, weighted_NI: Tensor, input_NI: Tensor) -> None:
-    """gram += weightedᵀ input, which is symmetric: what lies above the diagonal is mirrored."""
+def add_gram(gram_II: Tensor, input_NI: Tensor, dtype: torch.dtype) -> None:
+    """gram += inputᵀ input, which is symmetric: what lies above the diagonal is mirrored."""
     for first in range(0, input_NI.shape[1], _GRAM_ROWS):
         rows, upto = slice(first, first + _GRAM_ROWS), slice(0, first + _GRAM_ROWS)
-        gram_II[rows, upto].addmm_(weighted_NI[:, rows].T, input_NI[:, upto])
+        add_product(gram_II[rows, upto], input_NI[:, rows], input_NI[:, upto], dtype)
         gram_II[:first, rows] = gram_II[rows, :first].T
 
 
-def judging(windows: int) -> Tensor:
-    """Which of so many windows judge the ridge: every HELD_OUT-th, of fewer the last, of one none;
-    boolean, [windows]."""
-    number = torch.arange(1, windows + 1)
-    return (number % min(HELD_OUT, windows) == 0) & (windows > 1)
+def add_product(sum_XY: Tensor, left_NX: Tensor, right_NY: Tensor, dtype: torch.dtype) -> None:
+    """sum += leftᵀ right, added up in float32.
+
+    A CPU may round the factors to bfloat16 where that is the ``dtype`` of products: half to a
+    third of the time with AMX, and what the maps themselves read is rounded alike.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    if dtype is torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        sum_XY.addmm_(left_NX.T, right_NY)
+    finally:
+        matmul.fp32_precision = before
+
+
+def judging(windows: int, length: int) -> Tensor:
+    """Which positions judge the ridge: those of every HELD_OUT-th window, of fewer windows the
+    last's, of one window the last eighth; boolean, [windows, length]."""
+    if windows == 1:
+        return (torch.arange(length) >= length - length // HELD_OUT)[None]
+    number_B = torch.arange(1, windows + 1)
+    return (number_B % min(HELD_OUT, windows) == 0)[:, None].expand(windows, length)
 
 
 class SplitMoments:
@@ -120,9 +148,11 @@ class SplitMoments:
     learns them by heart, with many a strong pull toward the sliced weights loses what they teach.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
-        self.fitted = Moments.zeros(inputs, outputs, device)
-        self.heldout = Moments.zeros(inputs, outputs, device)
+    def __init__(
+        self, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.fitted = Moments.zeros(inputs, outputs, device, dtype)
+        self.heldout = Moments.zeros(inputs, outputs, device, dtype)
 
     def add(
         self,
@@ -137,6 +167,16 @@ class SplitMoments:
             if bool(chosen.any()):
                 weight, energy = (None if x is None else x[chosen] for x in (weight_N, energy_N))
                 part.add(input_NI[chosen], target_NO[chosen], weight, energy)
+
+    def scale_toward(self, map_IO: Tensor) -> float:
+        """The factor c that brings c x nearest to M y, M = ``map_IO``: Σ w ⟨x, M y⟩ / Σ w ‖x‖².
+
+        1 where no input ever spoke.
+        """
+        parts = (self.fitted, self.heldout)
+        energy = sum(float(part.gram_II.diagonal().sum()) for part in parts)
+        shared = sum(float((part.cross_IO * map_IO).sum(dtype=torch.float64)) for part in parts)
+        return shared / energy if energy else 1.0
 
     def rescale_inputs(self, scale: float) -> None:
         """As if every input had been multiplied by ``scale``."""
@@ -255,15 +295,6 @@ class RidgeFit:
             if ridge > 1e12:  # not even a diagonal matrix
                 raise FloatingPointError("the calibration activations are not finite")
             ridge *= 10
-
-
-def scale_of_norm(student_ND: Tensor, teacher_ND: Tensor) -> tuple[float, float]:
-    """Numerator and denominator of the factor c that best turns student into teacher.
-
-    c = Σ ⟨student, teacher⟩ / Σ ‖student‖²: an RMSNorm divides by the size of the channels
-    that are left, so its weights take the change of scale. Sums of batches add up.
-    """
-    return float((student_ND * teacher_ND).sum()), float((student_ND * student_ND).sum())
 
 
 def final_norm_refit(

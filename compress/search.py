@@ -55,7 +55,7 @@ def search(
     identity = identity_of_cut(source, text, settings, wanted, tokens, seed)
     path, place = out / "search.json", torch.device(device)
     kept = read_json(path) if path.exists() else {}
-    if kept.get("identity") != identity:
+    if not isinstance(kept, dict) or kept.get("identity") != identity:
         shutil.rmtree(out / "search", ignore_errors=True)
         # Measured once, lest a busy machine change the arithmetic between two candidates.
         precision = fast_dtype(place, settings.precision).name

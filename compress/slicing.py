@@ -19,6 +19,8 @@ from students.shape import Shape
 
 _LEAST_NORM = 0.01
 """Least weight of a norm, as a share of the mean: maps are divided by it."""
+_SMALLEST_NORM = 1e-6
+"""And of a norm that is zero everywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +49,7 @@ class Slicer:
         if self.plan.basis_DE is None:
             return narrowed(norm_E, self.plan.hidden)
         size_D = (self.plan.basis_DE.square().to(norm_E) @ norm_E.square()).sqrt()
-        return torch.maximum(size_D, _LEAST_NORM * size_D.mean())
+        return torch.maximum(size_D, (_LEAST_NORM * size_D.mean()).clamp_min(_SMALLEST_NORM))
 
     def layer(self, number: int, teacher: LayerWeights) -> LayerWeights:
         """The student's layer ``number``, sliced and not yet refitted."""

@@ -6,7 +6,7 @@ Q query rows, F neurons, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.basis import add_stream_gram, principal_basis
+from compress.checkpointing import TrainingState
 from compress.depth import layers_by_divergence
 from compress.greedy import keep_heads, keep_inputs
 from compress.importance import (
@@ -171,16 +172,24 @@ def take_survey(
     dtype: torch.dtype,
     vocabulary: int,
     progress: Progress = silent,
+    begun: TrainingState | None = None,
+    between: Callable[[Callable[[], TrainingState]], None] = lambda _: None,
 ) -> Survey:
     """Pass the teacher over the first windows; score its parts and choose inside its layers.
 
     What it would say counts among the first ``vocabulary`` tokens; the others are padding.
+    ``between`` is called after each layer, with a function that gives all that a survey needs to
+    go on in another process; ``begun`` is what that gave.
     """
-    taylor = None
-    if settings.chosen_by == "taylor":
+    taylor: list[PartScores] | None = None
+    divergent: list[int] | None = None
+    if begun:
+        divergent = begun.state["divergent"]
+        taylor = _scores_of(begun.whole("taylor")) if settings.chosen_by == "taylor" else None
+    elif settings.chosen_by == "taylor":
         taylor = taylor_scores(source, windows_BT, streams, device, dtype, vocabulary, progress)
-    divergent = None
-    if settings.depth == "divergence" and target.num_hidden_layers < source.shape.num_hidden_layers:
+    cuts_depth = target.num_hidden_layers < source.shape.num_hidden_layers
+    if settings.depth == "divergence" and cuts_depth and not begun:
         divergent = layers_by_divergence(
             source, windows_BT, target.num_hidden_layers, device, dtype, vocabulary, progress
         )
@@ -201,9 +210,25 @@ def take_survey(
     projects = settings.basis_for(shape, target) == "principal"
     if projects:
         survey.gram_EE = torch.zeros(shape.hidden_size, shape.hidden_size)
-    for number in range(shape.num_hidden_layers):
+    if begun:
+        survey = Survey.from_tensors(begun.whole("survey"))
+        survey.hidden_E = survey.hidden_E.to(device)
+        stream_BTE, short_BTE = (begun.whole("streams")[name] for name in ("windows", "openings"))
+
+    def state() -> TrainingState:
+        return TrainingState(
+            step=len(survey.chosen),
+            state={"divergent": divergent},
+            tensors={
+                "survey": survey.to_tensors(),
+                "streams": {"windows": stream_BTE, "openings": short_BTE},
+                **({"taylor": _stacked(taylor)} if taylor else {}),
+            },
+        )
+
+    for number in range(len(survey.chosen), shape.num_hidden_layers):
         progress("survey", number, shape.num_hidden_layers)
-        weights = read_layer(source, number, device)
+        weights = read_layer(source, number, device, dtype=None)
         chooses = greedy and (wanted is None or number in wanted)
         layer = LayerSurvey(shape, target, weights, device, chooses, projects)
         for math, stream, opening in ((maths, stream_BTE, False), (short_maths, short_BTE, True)):
@@ -224,13 +249,14 @@ def take_survey(
         survey.neuron_shares.append(
             float(worth_F[kept.neurons].sum() / worth_F.sum().clamp_min(1e-12))
         )
+        between(state)
     last_E, last_EE = torch.zeros_like(survey.hidden_E), torch.zeros_like(survey.gram_EE)
     for rows in batches(stream_BTE):
         last_E += relative_energy(stream_BTE[rows]).to(last_E)
         if projects:
-            add_stream_gram(last_EE, stream_BTE[rows], maths.eps)
+            add_stream_gram(last_EE, stream_BTE[rows], maths.eps, dtype)
     if projects:
-        add_stream_gram(last_EE, short_BTE, maths.eps)
+        add_stream_gram(last_EE, short_BTE, maths.eps, dtype)
     reads = 2 * shape.num_hidden_layers
     if taylor is None and settings.chosen_by != "magnitude":
         survey.hidden_E.mul_((1 - HEAD_SHARE) / reads).add_(last_E, alpha=HEAD_SHARE)
@@ -246,6 +272,21 @@ def take_survey(
         survey.distances, target.num_hidden_layers, settings.depth
     )
     return survey
+
+
+def _stacked(scores: Sequence[PartScores]) -> dict[str, Tensor]:
+    """All layers' scores as named tensors."""
+    return {
+        "hidden": torch.stack([layer.hidden_E for layer in scores]),
+        "heads": torch.stack([layer.heads_H for layer in scores]),
+        "neurons": torch.stack([layer.neurons_F for layer in scores]),
+    }
+
+
+def _scores_of(stacked: Mapping[str, Tensor]) -> list[PartScores]:
+    """What ``_stacked`` was given."""
+    layers = zip(stacked["hidden"], stacked["heads"], stacked["neurons"], strict=True)
+    return [PartScores(hidden_E=e, heads_H=h, neurons_F=f) for e, h, f in layers]
 
 
 class LayerSurvey:
@@ -300,8 +341,8 @@ class LayerSurvey:
         by_group = mixed.view(-1, len(self.gram_KCC), self.shape.group_size, self.shape.head_dim)
         self.gram_KCC += torch.einsum("nkgc,nkgd->kcd", by_group, by_group)
         if self.projects:
-            add_stream_gram(self.gram_EE, before_BTE, maths.eps)
-            add_stream_gram(self.gram_EE, middle, maths.eps)
+            add_stream_gram(self.gram_EE, before_BTE, maths.eps, maths.dtype)
+            add_stream_gram(self.gram_EE, middle, maths.eps, maths.dtype)
         # As the refits will judge: relative to the stream.
         for gram_II, inputs, stream in (
             (self.gram_QQ, mixed, middle),
@@ -309,16 +350,15 @@ class LayerSurvey:
         ):
             if gram_II is not None:
                 size_BT1 = stream.square().mean(-1, keepdim=True).clamp_min(1e-12)
-                weighted_NI = (inputs / size_BT1.sqrt()).flatten(0, 1)
-                add_gram(gram_II, weighted_NI, weighted_NI)
+                add_gram(gram_II, (inputs / size_BT1.sqrt()).flatten(0, 1), maths.dtype)
         return after
 
     def scores(self, importance: str) -> PartScores:
         """What each part is worth by its weights' size, or by its activations."""
         if importance == "magnitude":
             return magnitude_scores(self.weights, self.shape)
-        output = self.weights[f"{ATTENTION.output}.weight"]
-        down = self.weights[f"{MLP.output}.weight"]
+        output = self.weights[f"{ATTENTION.output}.weight"].float()
+        down = self.weights[f"{MLP.output}.weight"].float()
         return PartScores(
             hidden_E=self.hidden_E,
             heads_H=head_importance(self.query_Q.sqrt(), output, self.shape.head_dim),

@@ -27,6 +27,7 @@ from compress.layer import (
     Block,
     LayerMath,
     LayerWeights,
+    alone,
     batches,
     normed,
     openings,
@@ -37,7 +38,6 @@ from compress.reconstruct import (
     SplitMoments,
     final_norm_refit,
     judging,
-    scale_of_norm,
 )
 from compress.settings import PruneSettings
 from compress.slicing import Slicer
@@ -51,6 +51,10 @@ FINAL_NORM_RIDGE = 0.01
 """The final norm has a number a hidden dim and every token to fit it, so it needs little."""
 
 
+GAUGE_EVERY = 4
+"""Of so many windows one tells how far the student's stream is from what it should be."""
+
+
 def _flat(activations_BTD: Tensor) -> Tensor:
     return activations_BTD.reshape(-1, activations_BTD.shape[-1])
 
@@ -61,7 +65,8 @@ class Track:
     [B, T, D], and the arithmetic of that length.
 
     What an output map reads is made once and read twice, for its fit and behind it: ``mixed``.
-    ``judges_B`` says which windows are held out to judge the ridge.
+    ``judges_BT`` says which positions are held out to judge the ridge, ``gauged_B`` on which
+    windows the stream's error is measured.
     """
 
     teacher: Tensor
@@ -69,11 +74,12 @@ class Track:
     mixed: Tensor
     teacher_math: LayerMath
     student_math: LayerMath
-    judges_B: Tensor
+    judges_BT: Tensor
+    gauged_B: Tensor
 
     def heldout(self, rows: slice) -> Tensor:
         """Which positions of some windows are held out, [N]."""
-        return self.judges_B[rows].repeat_interleave(self.teacher.shape[1])
+        return self.judges_BT[rows].flatten()
 
 
 class Walk:
@@ -97,14 +103,18 @@ class Walk:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.source, self.settings, self.device = source, settings, device
+        self.source, self.settings = source, settings
+        self.device, self.dtype = device, dtype
         self.slicer, self.ends = slicer, ends
         config, self.writer = writer.config, writer
         self.tracks: dict[str, Track] = {}
         if settings.refit:  # slicing looks at nothing
             widest = max(slicer.student.query_size, slicer.student.intermediate_size)
-            short_BT = openings(windows_BT, source.config)
-            for name, tokens_BT in (("windows", windows_BT), ("openings", short_BT)):
+            judging_BT = judging(*windows_BT.shape)
+            for name, tokens_BT, judges_BT in (
+                ("windows", windows_BT, judging_BT),
+                ("openings", openings(windows_BT, source.config), alone(judging_BT)),
+            ):
                 length = tokens_BT.shape[1]
                 self.tracks[name] = Track(
                     teacher=streams.embedded(
@@ -114,10 +124,8 @@ class Walk:
                     mixed=streams.empty(f"{name}-mixed", (*tokens_BT.shape, widest), dtype),
                     teacher_math=LayerMath(source.config, length, device, dtype),
                     student_math=LayerMath(config, length, device, dtype),
-                    # A token on its own judges where its window does.
-                    judges_B=judging(len(windows_BT)).repeat_interleave(
-                        len(tokens_BT) // len(windows_BT)
-                    ),
+                    judges_BT=judges_BT,
+                    gauged_B=(torch.arange(len(tokens_BT)) % GAUGE_EVERY == 0) & (length > 1),
                 )
         self.eps = float(config.rms_norm_eps)
         self.probe_tokens = windows_BT[:1, :64]
@@ -199,7 +207,8 @@ class Walk:
             ],
             dim=1,
         )
-        fit = InputFit(student, block, map_EO)
+        map_EO *= teacher[block.norm][:, None]
+        fit = InputFit(student, block, map_EO, self.dtype)
         for track, rows in self._batches():
             before = self._read(track.teacher, rows)
             normed_BTE, parts = track.teacher_math.read(block, before, teacher)
@@ -209,8 +218,7 @@ class Walk:
             ]
             fit.add(
                 self._student_normed(track, rows),
-                _flat(self.slicer.kept(normed_BTE)),
-                _flat(normed_BTE * teacher[block.norm]),
+                _flat(normed_BTE),
                 targets,
                 track.heldout(rows).to(self.device),
             )
@@ -218,7 +226,8 @@ class Walk:
                 track.teacher_math.mix(block, parts), teacher, block.output
             )
             track.teacher[rows] = (before + written).to(track.teacher)
-        error = fit.solve(student, self.settings.ridge, self._ridge_before(fit.short))
+        near = self._ridge_before(fit.short)
+        error = fit.solve(student, self.ends.stream_DE, self.settings.ridge, near)
         # What follows is fitted to the student as it will be read back.
         student.update({name: self._stored(weight) for name, weight in student.items()})
         return error
@@ -243,20 +252,19 @@ class Walk:
         the kept dims of the teacher's, or what ``map_DE`` makes of all of them.
         """
 
-        def wanted_stream(track: Track, rows: slice) -> Tensor:
-            stream = self._read(track.teacher, rows)
-            return self.slicer.kept(stream) if map_DE is None else stream @ map_DE.T
+        def wanted_of(stream_BTE: Tensor) -> Tensor:
+            return self.slicer.kept(stream_BTE) if map_DE is None else stream_BTE @ map_DE.T
 
         weight_name, bias = f"{block.output}.weight", student.get(f"{block.output}.bias")
         sliced_OI = student[weight_name]
-        moments = SplitMoments(sliced_OI.shape[1], sliced_OI.shape[0], self.device)
+        moments = SplitMoments(sliced_OI.shape[1], sliced_OI.shape[0], self.device, self.dtype)
         inputs = sliced_OI.shape[1]
         for track, rows in self._batches():
             stream = self._read(track.student, rows)
             _, parts = track.student_math.read(block, stream, student)
             read = track.student_math.mix(block, parts)
             track.mixed[rows, :, :inputs] = read.to(track.mixed)
-            wanted = wanted_stream(track, rows)
+            wanted = wanted_of(self._read(track.teacher, rows))
             target_NO = _flat(wanted - stream)
             if bias is not None:
                 target_NO = target_NO - bias
@@ -270,23 +278,21 @@ class Walk:
         near = self._ridge_before(short)
         refit = moments.refit(sliced_OI, self.settings.ridge, near=near)
         student[weight_name] = self._stored(refit.weight_OI)
-        wrong, sink = 0.0, SinkGauge()
-        windows = self.tracks["windows"]
+        gauge = Gauge()
         for track, rows in self._batches():
             stream = self._read(track.student, rows)
             read = track.mixed[rows, :, :inputs].to(self.device)
             after = stream + track.student_math.linear(read, student, block.output)
             track.student[rows] = after.to(track.student)
-            wanted = wanted_stream(track, rows)
-            if track is windows:
-                wrong += _relative_distance(after, wanted)
-                sink.add(after, wanted)
+            gauged_B = track.gauged_B[rows]
+            if bool(gauged_B.any()):
+                gauge.add(after[gauged_B], wanted_of(self._read(track.teacher, rows)[gauged_B]))
         return {
             f"{short}_sliced": refit.sliced_error,
             short: refit.error,
             f"{short}_ridge": refit.ridge,
-            f"stream_after_{short}": wrong / windows.student[..., 0].numel(),
-            **(sink.measured() if block is MLP else {}),
+            f"stream_after_{short}": gauge.wrong(),
+            **(gauge.sink() if block is MLP else {}),
         }
 
     def _ridge_before(self, short: str) -> float | None:
@@ -327,7 +333,7 @@ class Walk:
 
     def _fit_final_norm(self) -> Tensor:
         ends = self.ends
-        moments = Moments.zeros(len(ends.norm_D), len(ends.norm_E), self.device)
+        moments = Moments.zeros(len(ends.norm_D), len(ends.norm_E), self.device, self.dtype)
         for track, rows in self._batches():
             before = self._read(track.teacher, rows)
             target_NE = _flat(normed(before, track.teacher_math.eps) * ends.norm_E)
@@ -348,15 +354,9 @@ def _larger_energy(one_BTD: Tensor, other_BTD: Tensor) -> Tensor:
     return torch.maximum(*energies).clamp_min(1e-12)
 
 
-def _relative_distance(ours_BTD: Tensor, theirs_BTD: Tensor) -> float:
-    """Sum over positions of the squared distance over the larger squared size."""
-    wrong_BT = (ours_BTD - theirs_BTD).square().sum(-1)
-    return float((wrong_BT / _larger_energy(ours_BTD, theirs_BTD)).sum())
-
-
-class SinkGauge:
-    """How large the stream of the first position is: the teacher's beside its other positions',
-    and the student's beside the teacher's.
+class Gauge:
+    """How far the student's stream is from what it should be, and how large both are at the first
+    position.
 
     Where the first is large, heads that have nothing to say attend there: an attention sink, made
     by massive activations (Sun et al. 2024, arXiv:2402.17762). It is one position of hundreds, so
@@ -364,23 +364,29 @@ class SinkGauge:
     """
 
     def __init__(self) -> None:
-        self._ours = self._theirs = self._others = 0.0
+        self._wrong = self._ours = self._theirs = self._others = 0.0
         self._windows = self._positions = 0
 
     def add(self, ours_BTD: Tensor, theirs_BTD: Tensor) -> None:
         """Take in a batch of the student's stream, and what it should be of the teacher's."""
+        wrong_BT = (ours_BTD - theirs_BTD).square().sum(-1)
+        self._wrong += float((wrong_BT / _larger_energy(ours_BTD, theirs_BTD)).sum())
         self._ours += float(ours_BTD[:, 0].square().sum())
         self._theirs += float(theirs_BTD[:, 0].square().sum())
         self._others += float(theirs_BTD[:, 1:].square().sum())
         self._windows += len(theirs_BTD)
-        self._positions += theirs_BTD[:, 1:, 0].numel()
+        self._positions += wrong_BT.numel()
 
-    def measured(self) -> dict[str, float]:
+    def wrong(self) -> float:
+        """The mean over positions of the squared distance over the larger squared size."""
+        return self._wrong / self._positions
+
+    def sink(self) -> dict[str, float]:
         """``sink``: the teacher's first position over its others; ``sink_kept``: the student's
         over the teacher's; both of root mean squares."""
-        theirs, others = self._theirs / self._windows, self._others / max(self._positions, 1)
+        others = self._others / max(self._positions - self._windows, 1)
         return {
-            "sink": math.sqrt(theirs / max(others, 1e-30)),
+            "sink": math.sqrt(self._theirs / self._windows / max(others, 1e-30)),
             "sink_kept": math.sqrt(self._ours / max(self._theirs, 1e-30)),
         }
 
@@ -388,46 +394,39 @@ class SinkGauge:
 class InputFit:
     """The refit of the maps that read the stream through one norm: q, k, v, or gate and up.
 
-    What the maps should say is a linear map of what the teacher's read, ``map_EO``. So only the
-    products of the two streams are added up, which are fewer than those with all outputs.
+    What the maps should say is a linear map of what the teacher's norm reads, ``map_EO``. So only
+    the products of the two streams are added up, which are fewer than those with all outputs.
     """
 
-    def __init__(self, student: LayerWeights, block: Block, map_EO: Tensor) -> None:
+    def __init__(
+        self, student: LayerWeights, block: Block, map_EO: Tensor, dtype: torch.dtype
+    ) -> None:
         self.block, self.map_EO = block, map_EO
         self.short = "qkv" if block is ATTENTION else "gate_up"
         self.norm_D = student[block.norm]
         self.biases = [student.get(f"{name}.bias") for name in block.inputs]
-        self.moments = SplitMoments(len(self.norm_D), len(map_EO), self.norm_D.device)
-        self._shared = self._energy = 0.0
+        self.moments = SplitMoments(len(self.norm_D), len(map_EO), self.norm_D.device, dtype)
 
     def add(
-        self,
-        normed_ND: Tensor,
-        kept_ND: Tensor,
-        read_NE: Tensor,
-        targets: Sequence[Tensor],
-        heldout_N: Tensor,
+        self, student_ND: Tensor, teacher_NE: Tensor, targets: Sequence[Tensor], heldout_N: Tensor
     ) -> None:
-        """Take in a batch: the student's stream divided by its size, the same of the teacher's
-        in the student's dims, what the teacher's maps read, the wanted output of each map, and
+        """Take in a batch: both streams divided by their size, the wanted output of each map, and
         which positions judge."""
-        input_ND = normed_ND * self.norm_D
-        energy_N = torch.zeros_like(input_ND[:, 0])
+        energy_N = torch.zeros_like(student_ND[:, 0])
         for target, bias in zip(targets, self.biases, strict=True):
             energy_N += (target if bias is None else target - bias).square().sum(1)
-        self.moments.add(input_ND, read_NE, None, heldout_N, energy_N)
-        shared, energy = scale_of_norm(input_ND, kept_ND * self.norm_D)
-        self._shared += shared
-        self._energy += energy
+        self.moments.add(student_ND * self.norm_D, teacher_NE, None, heldout_N, energy_N)
 
     def solve(
-        self, student: LayerWeights, ridge: float | None, near: float | None
+        self, student: LayerWeights, stream_DE: Tensor, ridge: float | None, near: float | None
     ) -> dict[str, float]:
         """Put the refitted weights and the rescaled norm into ``student``; returns the errors.
 
-        ``ridge`` and ``near`` as of ``SplitMoments.refit``.
+        An RMSNorm divides by the size of the channels that are left, so its weights take the
+        change of scale: they bring the student's stream nearest to ``stream_DE`` times the
+        teacher's. ``ridge`` and ``near`` as of ``SplitMoments.refit``.
         """
-        scale = self._shared / self._energy if self._energy else 1.0
+        scale = self.moments.scale_toward(self.norm_D[:, None] * stream_DE)
         student[self.block.norm] = self.norm_D * scale
         self.moments.rescale_inputs(scale)
         sliced = [student[f"{name}.weight"] for name in self.block.inputs]

@@ -93,13 +93,14 @@ def prune_cost(
     activations = (
         4.0 * positions * (4 * before.intermediate_size + 6 * wide + 3 * before.query_size)
     )
-    surveyed = {"teacher layer": 4.0 * before.layer_parameters, "activations": activations}
+    # The teacher's layer as it is stored, on a CPU as pages of its file.
+    stored = float(dtype_bytes * before.layer_parameters)
+    surveyed = {"teacher layer": stored, "activations": activations}
     if greedy:
         surveyed["Gram matrices"] = 4.0 * sum(size**2 for size, _ in _chosen(before, student))
-    # The teacher's layer as it is stored, on a CPU as pages of its file; what is cut of it in
-    # float32, sliced and refitted.
+    # What is cut of the teacher's layer in float32, sliced and refitted.
     walked = {
-        "teacher layer": float(dtype_bytes * before.layer_parameters),
+        "teacher layer": stored,
         "student layer": 8.0 * student.layer_parameters,
         "activations": activations,
     }
@@ -230,10 +231,11 @@ def _choice_moments(
     """
     moments = []
     head = float(before.vocab_size * before.hidden_size)
+    whole = {**layers, "teacher layer": 4.0 * before.layer_parameters}  # in float32
     chosen = _chosen(before, student)
     if settings.chosen_by == "greedy" and chosen:
         largest = max(size for size, _ in chosen)
-        removal = 16.0 * largest**2 + 8.0 * before.hidden_size * largest
+        removal = 8.0 * largest**2 + 4.0 * before.hidden_size * largest
         idle = {**layers, "activations": 0.0}
         stream = {"residual streams": 4.0 * survey * before.hidden_size}
         moments.append(
@@ -244,7 +246,7 @@ def _choice_moments(
             Moment(
                 what="gradients",
                 device={
-                    **layers,
+                    **whole,
                     "graph": 2 * layers["activations"],
                     "output head": 4 * head,
                     "logits": 16.0 * HEAD_POSITIONS * before.vocab_size,
@@ -259,7 +261,7 @@ def _choice_moments(
         read = {"output head": 4 * head, "final states": 2 * one}
         logits = {"logits": 24.0 * DEPTH_CHUNK * before.vocab_size}
         moments += [
-            Moment(what="depth", device={**layers, "Gram matrices": 0.0, **read}, host=held),
+            Moment(what="depth", device={**whole, "Gram matrices": 0.0, **read}, host=held),
             Moment(what="answers without a layer", device={**read, **logits}, host=held),
         ]
     if settings.basis_for(before, student) == "principal":
@@ -337,7 +339,7 @@ def _choice_flops(
             single += layers * survey * inputs * (inputs + min(inputs, GRAM_ROWS))
             # The inverse; for each input that goes, a half of what is left and the weights.
             removal = (inputs**3 - left**3) / 3 + wide * (inputs**2 - left**2)
-            double += layers * (inputs**3 + removal)
+            single += layers * (inputs**3 + removal)
     if settings.basis_for(before, student) == "principal":
         narrow = student.hidden_size
         single += 2.0 * layers * survey * wide * (wide + min(wide, GRAM_ROWS))
@@ -375,6 +377,8 @@ def _prune_flops(
         single += layers * RIDGES * (inputs**3 / 3 + 4.0 * inputs**2 * judged)
         single += layers * 2.0 * inputs**2 * outputs
         double += layers * (inputs**3 / 3 + 2.0 * inputs**2 * outputs)
+    if settings.basis_for(before, student) == "principal":  # the teacher's stream, in two blocks
+        single += 5.0 * layers * tokens * before.hidden_size * student.hidden_size
     # The metric of the output head, on the final states that are kept, and its map.
     wide, narrow = before.hidden_size, student.hidden_size
     final = min(survey, FINAL_POSITIONS)

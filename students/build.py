@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig
 
-from shearling import ShearlingError, sync, write_json
+from shearling import ShearlingError, sha256_of_file, sync, write_json
 from students.shape import Shape
 from students.tensors import save_tensors
 
@@ -32,6 +34,13 @@ def student_config(teacher: LlamaConfig, shape: Shape) -> LlamaConfig:
     return config
 
 
+class Shard(TypedDict):
+    """The tensors of a file, in their order, and the hash of its bytes."""
+
+    names: list[str]
+    sha256: str
+
+
 class StudentWriter:
     """Collects a student's tensors and writes a shard whenever enough have come together.
 
@@ -45,7 +54,7 @@ class StudentWriter:
         self.folder, self.config, self.dtype = folder, config, dtype
         self.shard_bytes = shard_bytes
         self._pending: dict[str, Tensor] = {}
-        self._shards: list[list[str]] = []
+        self._shards: list[Shard] = []
         self._bytes = 0
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -68,13 +77,13 @@ class StudentWriter:
         if sum(pending.nbytes for pending in self._pending.values()) >= self.shard_bytes:
             self._flush()
 
-    def checkpoint(self) -> list[list[str]]:
+    def checkpoint(self) -> list[Shard]:
         """Put what was added so far safely on the disk; ``restore`` takes the answer."""
         if self._pending:
             self._flush()
-        return [list(names) for names in self._shards]
+        return list(self._shards)
 
-    def restore(self, shards: list[list[str]]) -> None:
+    def restore(self, shards: Sequence[Shard]) -> None:
         """Go on behind the shards of a ``checkpoint`` that is on the disk.
 
         What was written after it goes, for it is written again: later shards, and what a
@@ -83,7 +92,7 @@ class StudentWriter:
         Raises:
             ShearlingError: a shard is gone or damaged.
         """
-        self._shards = [list(names) for names in shards]
+        self._shards = list(shards)
         paths = [self._shard_path(number) for number in range(1, len(shards) + 1)]
         for number, path in enumerate(paths, 1):
             if not path.exists():
@@ -93,17 +102,18 @@ class StudentWriter:
         for path in later:
             if path not in paths:
                 path.unlink(missing_ok=True)
-        try:
-            self._bytes = sum(tensor.nbytes for p in paths for tensor in load_file(p).values())
-        except SafetensorError as error:
-            raise ShearlingError(
-                f"A part of the student in {self.folder} is damaged: {error}",
-                hint=f"Delete {self.folder.parent} to start this stage from its beginning.",
-            ) from error
+        for shard, path in zip(shards, paths, strict=True):
+            if sha256_of_file(path) != shard["sha256"]:
+                raise ShearlingError(
+                    f"A part of the student is damaged: {path} holds something else than what was "
+                    "written.",
+                    hint=f"Delete {self.folder.parent} to start this stage from its beginning.",
+                )
+        self._bytes = sum(tensor.nbytes for path in paths for tensor in load_file(path).values())
 
     def written(self, name: str) -> Tensor:
         """A tensor of the shards that are on the disk."""
-        number = next(n for n, names in enumerate(self._shards, 1) if name in names)
+        number = next(n for n, shard in enumerate(self._shards, 1) if name in shard["names"])
         with safe_open(self._shard_path(number), framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(name)
         return tensor
@@ -124,10 +134,10 @@ class StudentWriter:
             self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
+        for number, shard in enumerate(self._shards, 1):
             name = _ONLY if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
             self._shard_path(number).rename(self.folder / name)
-            weight_map |= dict.fromkeys(names, name)
+            weight_map |= dict.fromkeys(shard["names"], name)
         if count > 1:
             index = {"metadata": {"total_size": self._bytes}, "weight_map": weight_map}
             write_json(self.folder / _INDEX, index)
@@ -141,5 +151,5 @@ class StudentWriter:
         path = self._shard_path(len(self._shards) + 1)
         save_tensors(self._pending, path)
         sync(path)
-        self._shards.append(list(self._pending))
+        self._shards.append({"names": list(self._pending), "sha256": sha256_of_file(path)})
         self._pending = {}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from pipelines.recipe import PruneStage
 
-CODE_VERSION = 13
+CODE_VERSION = 14
 RESUMABLE = True
 TEACHER_SELECTION = "teacher_selection.json"
 """What a student kept of the *teacher*; ``selection.json`` is about the model that was cut."""
@@ -120,13 +120,18 @@ def joined_selection(first: Mapping[str, Any], second: Mapping[str, Any]) -> dic
     """One selection for two cuts: ``second`` counts in the model that ``first`` made.
 
     ``layers`` and ``hidden`` are lists of indices; ``heads``, ``key_value_heads`` and ``neurons``
-    have such a list for each layer of the student.
+    have such a list for each layer of the student. ``turned`` are layers of the student.
     """
     layers: Sequence[int] = second["layers"]
     joined: dict[str, Any] = {
         "schema": 1,
         "layers": [first["layers"][layer] for layer in layers],
         "hidden": [first["hidden"][index] for index in second["hidden"]],
+        "turned": [
+            number
+            for number, layer in enumerate(layers)
+            if number in second["turned"] or layer in first["turned"]
+        ],
     }
     for axis in ("heads", "key_value_heads", "neurons"):
         joined[axis] = [

@@ -16,14 +16,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from compress.answers import Taught
 from compress.data import StepData, make_batch
 from compress.distill import distill
+from compress.hidden import open_matches
 from compress.losses import IGNORED, cross_entropy, forward_kl, hidden_cosine
 from compress.precision import PrecisionChoice, in_precision
-from compress.settings import CorrectSettings, DistillSettings, deciding
+from compress.settings import CorrectSettings, DistillSettings, HiddenLoss, deciding
 from pipelines.stages.distill import in_order
 from pipelines.tiny import make_tiny_llama
 from shearling import ShearlingError
@@ -329,6 +330,34 @@ def test_hidden_states_meet_as_the_selection_says(bench: Bench) -> None:
     line = steps(out)[0]
     assert line["hidden"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
     assert line["loss"] == pytest.approx(line["forward_kl"] + 0.5 * line["hidden"], rel=1e-5)
+
+
+def test_layers_that_turn_the_stream_have_no_part(bench: Bench) -> None:
+    """The last of a student with a merged head: its stream has no map of the teacher's."""
+    chosen = selection(bench, [1, 3])
+    alone = {"layers": [1, 3], "hidden": list(range(3, 27)), "turned": [1]}
+    turned = bench.tmp_path / "turned.json"
+    turned.write_text(json.dumps(alone))
+    options = {"hidden": {"weight": 0.5}, "tokens": 32}
+    both, first = (
+        steps(bench.run(name, selection=path, **options)[0])[0]["hidden"]
+        for name, path in (("both", chosen), ("first", turned))
+    )
+    matches = [
+        open_matches(
+            LlamaConfig.from_pretrained(bench.teacher),
+            LlamaForCausalLM.from_pretrained(bench.student),
+            path,
+            DistillSettings(tokens=32, hidden=HiddenLoss(weight=0.5)),
+        )[0]
+        for path in (chosen, turned)
+    ]
+    assert [match.student_layers for match in matches] == [(0, 1), (0,)]
+    assert [match.teacher_layers for match in matches] == [(1, 3), (1,)]
+    assert first != both
+    turned.write_text(json.dumps(alone | {"turned": [0, 1]}))
+    with pytest.raises(ShearlingError, match="no layer to compare"):
+        bench.run("none", selection=turned, **options)
 
 
 def test_what_attention_adds_is_compared_with_a_weight_that_changes(bench: Bench) -> None:

@@ -26,6 +26,15 @@ def test_the_metric_is_the_curvature_of_the_divergence() -> None:
     torch.testing.assert_close(metric.double(), curvature, rtol=1e-5, atol=1e-6)
 
 
+def test_a_row_that_all_tokens_share_is_not_in_the_metric() -> None:
+    """In bfloat16 the metric of a head with such a row would be far off, or no metric at all."""
+    torch.manual_seed(0)
+    hidden, head, shared = torch.randn(64, 8), torch.randn(300, 8), 10 * torch.randn(8)
+    exact, _ = fisher_metric(hidden, head, head[:, :5], torch.float32)
+    rounded, _ = fisher_metric(hidden, head + shared, (head + shared)[:, :5], torch.bfloat16)
+    assert float((rounded - exact).norm() / exact.norm()) < 0.02
+
+
 def test_what_dropped_dims_say_is_said_by_kept_ones() -> None:
     torch.manual_seed(0)
     kept, norm = torch.tensor([0, 2]), torch.tensor([1.0, 0.5, 2.0])

@@ -30,7 +30,7 @@ def error_without(gram: Tensor, weight: Tensor, gone: list[int]) -> float:
 
 def test_costs_are_the_rise_of_the_least_squares_error() -> None:
     gram, weight = problem()
-    removal = Removal(gram, weight)
+    removal = Removal(gram, weight, torch.float64)
     removal.remove(torch.tensor([3, 7]))
     before = error_without(gram, weight, [3, 7])
     groups = torch.tensor([[0, 1], [4, 11]])
@@ -47,7 +47,7 @@ def test_what_is_left_is_the_inverse_of_the_rest(
     monkeypatch.setattr("compress.greedy.DENSE", dense)
     monkeypatch.setattr("compress.greedy._ROWS", rows)
     gram, weight = problem()
-    removal, gone = Removal(gram, weight), []
+    removal, gone = Removal(gram, weight, torch.float64), []
     for inputs in ([5, 2], [11], [0, 8, 6]):
         removal.remove(torch.tensor(inputs))
         gone += inputs
@@ -76,6 +76,20 @@ def test_an_input_that_others_can_replace_goes_before_a_small_one() -> None:
     samples[:, 2] *= 0.5
     kept = keep_inputs(samples.T @ samples, torch.eye(4).double(), 3)
     assert 2 in kept.tolist()
+
+
+def test_float64_chooses_where_float32_is_too_coarse() -> None:
+    """Two inputs a millionth apart, beside whose size the damping is nothing."""
+    torch.manual_seed(0)
+    samples = torch.randn(500, 4).double()
+    samples[:, :2] = 1e4 * samples[:, :1] + 1e-2 * samples[:, :2]
+    gram = samples.T @ samples
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress.greedy.DAMPING", 1e-12)
+        with pytest.raises(torch.linalg.LinAlgError):
+            Removal(gram, torch.eye(4), torch.float32)
+        kept = keep_inputs(gram, torch.eye(4), 3).tolist()
+    assert kept in ([0, 2, 3], [1, 2, 3])
 
 
 def test_heads_go_inside_their_groups_after_whole_groups() -> None:

@@ -426,7 +426,7 @@ def test_greedy_choice_and_a_basis_are_foreseen() -> None:
 
     plain, greedy, turned = cost(), cost(importance="greedy"), cost(basis="principal")
     for dearer in (greedy, turned):
-        assert dearer.flops["float64"] > plain.flops["float64"]
+        assert sum(dearer.flops.values()) > sum(plain.flops.values())
         assert dearer.flops["float32"] > plain.flops["float32"]
     removal = next(moment for moment in greedy.moments if moment.what == "greedy choice")
-    assert removal.device["removal"] > 16 * TEACHER.intermediate_size**2
+    assert removal.device["removal"] > 8 * TEACHER.intermediate_size**2

@@ -293,6 +293,7 @@ def test_cuts_one_after_another_are_joined() -> None:
     first = {
         "layers": [0, 2, 3],
         "hidden": [1, 3, 5, 7],
+        "turned": [2],
         "heads": [[0, 2], [1, 3], [0, 1]],
         "key_value_heads": [[0], [1], [0]],
         "neurons": [[4, 5, 6], [1, 2, 3], [7, 8, 9]],
@@ -300,6 +301,7 @@ def test_cuts_one_after_another_are_joined() -> None:
     second = {
         "layers": [0, 2],
         "hidden": [0, 3],
+        "turned": [],
         "heads": [[1], [0]],
         "key_value_heads": [[0], [0]],
         "neurons": [[0, 2], [1]],
@@ -308,6 +310,7 @@ def test_cuts_one_after_another_are_joined() -> None:
         "schema": 1,
         "layers": [0, 3],
         "hidden": [1, 7],
+        "turned": [1],
         "heads": [[2], [0]],
         "key_value_heads": [[0], [0]],
         "neurons": [[4, 6], [8]],

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from shearling import ShearlingError
-from students.build import StudentWriter
+from students.build import Shard, StudentWriter
 
 TENSORS = {f"model.layers.{n}.weight": torch.arange(8.0) + n for n in range(6)}
 
@@ -56,7 +56,7 @@ def test_a_writer_that_was_killed_while_it_ended_goes_on(
 ) -> None:
     """With a checkpoint before the end, killed at every step of ``finish``, and after it."""
 
-    def written(folder: Path) -> tuple[StudentWriter, list[list[str]]]:
+    def written(folder: Path) -> tuple[StudentWriter, list[Shard]]:
         student = writer(folder, shard_bytes)
         add(student, 0, 4)
         shards = student.checkpoint()
@@ -101,5 +101,18 @@ def test_a_shard_that_is_gone_is_told(tmp_path: Path) -> None:
     shards = student.checkpoint()
     (tmp_path / "model" / ".shard-00001.safetensors").unlink()
     with pytest.raises(ShearlingError, match="part 1 is gone") as caught:
+        writer(tmp_path / "model").restore(shards)
+    assert str(tmp_path) in caught.value.hint
+
+
+def test_a_shard_with_a_flipped_bit_is_told(tmp_path: Path) -> None:
+    student = writer(tmp_path / "model")
+    add(student, 0, 4)
+    shards = student.checkpoint()
+    shard = tmp_path / "model" / ".shard-00002.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 64
+    shard.write_bytes(content)
+    with pytest.raises(ShearlingError, match="something else than what was written") as caught:
         writer(tmp_path / "model").restore(shards)
     assert str(tmp_path) in caught.value.hint
