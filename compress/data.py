@@ -133,13 +133,14 @@ class StepData:
     """Windows by optimizer step: a pure function of transfer set, settings, seed and step.
 
     So nothing but the step's number is needed to go on where a run was interrupted. Each epoch
-    has an order of its own. With many processes each takes its share of a step's windows.
+    has an order of its own; windows in which nothing is learnt are in none. With many processes
+    each takes its share of a step's windows.
     """
 
     def __init__(
         self, text: TransferSet, settings: DistillSettings, *, seed: int, device: torch.device
     ) -> None:
-        if len(text.tokens) == 0 or len(text.heldout) == 0:
+        if len(text.taught) == 0 or len(text.heldout) == 0:
             raise ShearlingError(
                 "The transfer set has no training or no held-out windows.",
                 hint="Add text to transfer_set.sources, or make transfer_set.window smaller.",
@@ -181,7 +182,7 @@ class StepData:
         """The window numbers of ``step`` (from 0), through as many epochs as it takes."""
         if self.mix is not None:
             return self.mix.windows(step)
-        count = len(self.text.tokens)
+        count = len(self.text.taught)
         first = step * self.step_windows
         places = [divmod(place, count) for place in range(first, first + self.step_windows)]
         return [int(self._order(epoch)[place]) for epoch, place in places]

@@ -72,6 +72,8 @@ OnMetrics = Callable[[dict[str, Any]], None]
 
 _EXPLODED = 4.0
 """A loss this many times its running mean is taken for divergence, not for noise."""
+_MANY_POSITIONS = 64
+"""Of fewer positions that count, a mean may lie further off before it is divergence."""
 _NOTICEABLE = 0.1
 """A loss below this many nats a token is no divergence, however small it was before."""
 _NEAR = 0.25
@@ -260,7 +262,7 @@ def train_step(course: Course) -> dict[str, Any]:
     norm = whole(torch.nn.utils.clip_grad_norm_(student.parameters(), settings.clip))
     sums = {name: total(part) for name, part in sums.items()}
     line = _line(course, sums, counted, norm.item())  # .item(): the one wait for the device
-    skipped = _is_spike(course, line)
+    skipped = _is_spike(course, line, counted["positions"])
     set_learning_rate(course.optimizers, line["learning_rate"])
     for optimizer in course.optimizers.values():
         if not skipped:
@@ -371,7 +373,7 @@ def _too_high(settings: DistillSettings) -> str:
     return f"{', '.join(names)} or {last}"
 
 
-def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
+def _is_spike(course: Course, line: Mapping[str, Any], positions: int) -> bool:
     """Whether the step is to be left out: its loss is no number, or far above its mean.
 
     Called before the weights are touched.
@@ -380,7 +382,7 @@ def _is_spike(course: Course, line: Mapping[str, Any]) -> bool:
         ShearlingError: where the recipe says stop, or too many steps in a row are like that.
     """
     mean, usual = _mean_loss(course, line), course.running_loss
-    what = _what_is_wrong(course, line, mean)
+    what = _what_is_wrong(course, line, mean, positions)
     if what is None:
         course.running_loss = mean if usual is None else usual + (1 - _RUNNING) * (mean - usual)
         course.skipped = 0
@@ -413,14 +415,18 @@ def _after_divergence(course: Course) -> str:
     return " ".join(said)
 
 
-def _what_is_wrong(course: Course, line: Mapping[str, Any], mean: float) -> str | None:
+def _what_is_wrong(
+    course: Course, line: Mapping[str, Any], mean: float, positions: int
+) -> str | None:
     loss, norm, step = line["loss"], line["gradient_norm"], line["step"]
     if not math.isfinite(loss) or not math.isfinite(norm):
         return f"The loss became {loss} with a gradient of norm {norm} in step {step}."
     usual = course.running_loss
     if course.step < _SETTLED or usual is None:
         return None
-    if mean > max(_EXPLODED * usual, _NOTICEABLE):
+    # The mean of a few positions is far from that of many, and nothing has diverged.
+    few = max(1.0, math.sqrt(_MANY_POSITIONS / max(positions, 1)))
+    if mean > max(_EXPLODED * few * usual, _NOTICEABLE):
         return f"The loss jumped from about {usual:.3g} to {mean:.3g} in step {step}."
     return None
 

@@ -56,8 +56,8 @@ class Mix:
     ) -> None:
         self.names, self._owner_W, self._order = list(names), owner_W, order
         self._step_windows, self._seed = step_windows, seed
-        self._sizes_S = np.bincount(owner_W, minlength=len(names))
-        self.natural_S: Floats = self._sizes_S / len(owner_W)
+        self._sizes_S = np.bincount(owner_W[order(0)], minlength=len(names))
+        self.natural_S: Floats = self._sizes_S / self._sizes_S.sum()
         self.history: list[tuple[int, list[float]]] = [(0, self.natural_S.tolist())]
         self._streams: dict[tuple[int, int], Counts] = {}
         self._taken: tuple[int, Counts] = (0, np.zeros(len(names), np.int64))

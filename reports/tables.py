@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -258,28 +258,34 @@ def source_table(run: Run) -> Table | None:
     sources = [as_dict(source) for source in as_list(transfer(run).get("sources"))]
     if not sources:
         return None
+
+    def count(value: float) -> str:
+        return f"{value:,.0f}"
+
+    numbers: dict[str, tuple[str, Callable[[float], str]]] = {
+        "documents": ("documents", count),
+        "tokens": ("tokens", count),
+        "learnt_tokens": ("learnt", count),
+        "heldout_learnt_tokens": ("held out and learnt", count),
+        "bytes": ("bytes", words.size),
+        "reserved": ("kept for benchmarks", count),
+    }
+    if not any("learnt_tokens" in source for source in sources):
+        del numbers["learnt_tokens"], numbers["heldout_learnt_tokens"]
     rows = [
         [
             Cell(
                 text=str(source.get("name") or source.get("path") or "source"),
                 note=plain(source.get("notes")),
             ),
-            *(
-                cell(as_number(source.get(key)), show)
-                for key, show in (
-                    ("documents", lambda v: f"{v:,.0f}"),
-                    ("tokens", lambda v: f"{v:,.0f}"),
-                    ("bytes", words.size),
-                    ("reserved", lambda v: f"{v:,.0f}"),
-                )
-            ),
+            *(cell(as_number(source.get(key)), show) for key, (_, show) in numbers.items()),
         ]
         for source in sources
     ]
     return Table(
         name="sources",
         caption="Sources of the transfer set.",
-        columns=["source", "documents", "tokens", "bytes", "kept for benchmarks"],
+        columns=["source", *(column for column, _ in numbers.values())],
         rows=rows,
     )
 

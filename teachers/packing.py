@@ -41,8 +41,8 @@ def shuffled(sources: list[Tokenised], seed: int) -> Piece:
 def _given(lengths: NDArray[np.int64], needed: int, window: int) -> NDArray[np.int64]:
     """How many tokens each document gives to the held-out text so that they make ``needed``.
 
-    Text from many documents measures better than one long article, so each gives at most its
-    first window's worth, as long as that costs training no more than a twentieth of the documents.
+    Text from many documents measures better than one long article, so each gives at most a
+    window's worth, as long as that costs training no more than a twentieth of the documents.
     """
     if lengths.size < 2:  # a document is either held out or trained on
         return np.zeros_like(lengths)
@@ -54,10 +54,13 @@ def _given(lengths: NDArray[np.int64], needed: int, window: int) -> NDArray[np.i
     return given
 
 
-def hold_out(piece: Piece, needed: int, window: int) -> tuple[Piece, Piece]:
+def hold_out(
+    piece: Piece, sources: list[Tokenised], needed: int, window: int
+) -> tuple[Piece, Piece]:
     """Split off documents that make ``needed`` held-out tokens; the others are for training.
 
-    Each source gives in proportion to its tokens, so that both parts are the same mix.
+    Each source gives in proportion to its tokens, so that both parts are the same mix. Of a text
+    that is the beginning; of a conversation, whose beginning may be all prompt, the end.
     """
     total = int(piece.lengths.sum())
     given = np.zeros_like(piece.lengths)
@@ -67,8 +70,10 @@ def hold_out(piece: Piece, needed: int, window: int) -> tuple[Piece, Piece]:
         given[mine] = _given(piece.lengths[mine], share, window)
     if given.sum() < needed:
         given = _given(piece.lengths, needed, window)
-    held = piece[given > 0]
-    return Piece(held.source, held.starts, given[given > 0]), piece[given == 0]
+    at_end = np.array([source.learn is not None for source in sources])[piece.source]
+    starts = piece.starts + np.where(at_end, piece.lengths - given, 0)
+    held = given > 0
+    return Piece(piece.source[held], starts[held], given[held]), piece[~held]
 
 
 def _write_header(file: IO[bytes], kind: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -121,12 +126,13 @@ def write_loss_mask(
     sources: list[Tokenised],
     shape: tuple[int, int],
     encoder: Encoder,
-) -> None:
+) -> list[int]:
     """Write for each position of the windows whether the token after it is to be learnt.
 
-    So a window's last position knows it too, although its next token lies outside.
+    So a window's last position knows it too, although its next token lies outside. Returns how
+    many are learnt of each source.
     """
-    total, at = shape[0] * shape[1], 0
+    total, at, learnt = shape[0] * shape[1], 0, [0] * len(sources)
     with (out / f"{prefix}loss_mask.npy").open("wb") as file:
         _write_header(file, np.dtype(np.bool_), shape)
         for owner, start, length in zip(piece.source, piece.starts, piece.lengths, strict=True):
@@ -137,7 +143,10 @@ def write_loss_mask(
                 if length > 1 and ids[start + length - 1] != encoder.eos:
                     counts[-2] = False  # an answer that was cut doesn't end there
             counts[-1] = False
-            file.write(counts[: total - at].tobytes())
+            counts = counts[: total - at]
+            file.write(counts.tobytes())
+            learnt[owner] += int(counts.sum())
             at += int(length)
             if at >= total:
                 break
+    return learnt

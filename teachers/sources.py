@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +95,35 @@ def tokenise_source(
     else:
         taken = _draw(source, encoder, path, share, draw, show, aside)
     if not taken.lengths.size:
-        raise ShearlingError(
-            f"The source {settings.name!r} ({settings.path}) holds no text.",
-            hint="Check its file, `field` and `format`.",
-        )
+        raise _no_text(source)
+    if taken.learn is not None and not taken.learn.any():
+        raise _no_answers(source)
     return taken
+
+
+def _no_text(source: Source) -> ShearlingError:
+    settings = source.settings
+    what = "holds no text"
+    if source.empty and settings.messages:
+        what = (
+            f"has {source.empty:,} conversations, and all are empty or lack a message's text "
+            "(`content` is null, as of a call of a tool)"
+        )
+    return ShearlingError(
+        f"The source {settings.name!r} ({settings.path}) {what}.",
+        hint="Check its file, `field`, `messages` and `format`.",
+    )
+
+
+def _no_answers(source: Source) -> ShearlingError:
+    some = islice(source, _SAMPLE_DOCUMENTS)
+    roles = sorted({role for document in some for role, _ in document.turns or ()})
+    return ShearlingError(
+        f"The source {source.settings.name!r} ({source.settings.path}) has `loss: answers`, and "
+        f"nothing in it is an answer: no message has the role assistant (roles: "
+        f"{', '.join(roles)}).",
+        hint="Rename the role of the answers to assistant, or set the source's `loss` to all.",
+    )
 
 
 def _draw(

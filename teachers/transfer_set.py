@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,8 @@ SCHEMA = 1
 # What the text is; of which source a document is changes no answer of a teacher, so it isn't here.
 _ARRAYS = ("tokens", "document_starts", "heldout_tokens", "heldout_document_starts")
 _OPTIONAL = ("loss_mask", "heldout_loss_mask")
+_FEW_LEARNT = 256
+"""Held-out tokens of a source that are learnt, below which a note is made."""
 
 
 # --- building -----------------------------------------------------------------------------------
@@ -113,7 +117,10 @@ def build_transfer_set(
             shares = _balanced(settings, shares, taken)
             taken = [_cut(*each) for each in zip(taken, shares, draws, strict=True)]
             told = [_source_facts(*each) for each in zip(sources, shares, taken, strict=True)]
-            sizes = _pack(settings, taken, out, seed, encoder)
+            sizes, learnt = _pack(settings, taken, out, seed, encoder)
+            told = [
+                facts | _learnt_facts(facts, more) for facts, more in zip(told, learnt, strict=True)
+            ]
     facts = {
         "schema": SCHEMA,
         "window": settings.window,
@@ -243,11 +250,11 @@ def _cut(taken: Tokenised, share: int | None, draw: np.random.Generator) -> Toke
 
 def _pack(
     settings: TransferSetSettings, taken: list[Tokenised], out: Path, seed: int, encoder: Encoder
-) -> dict[str, Any]:
-    """Write the arrays; returns their sizes."""
+) -> tuple[dict[str, Any], list[dict[str, int]]]:
+    """Write the arrays; returns their sizes, and of each source how much of them is learnt."""
     window = settings.window
     everything = shuffled(taken, seed)
-    heldout, training = hold_out(everything, settings.heldout_windows * window, window)
+    heldout, training = hold_out(everything, taken, settings.heldout_windows * window, window)
     total = int(training.lengths.sum())
     windows = total // window
     if windows < 1 or int(heldout.lengths.sum()) < settings.heldout_windows * window:
@@ -259,18 +266,58 @@ def _pack(
             hint="Add text (for what the teacher writes, raise `written.tokens`), or lower "
             "`window` or `heldout_windows` in the recipe's transfer_set.",
         )
+    masked = any(tokenised.learn is not None for tokenised in taken)
     parts = (("", training, windows), ("heldout_", heldout, settings.heldout_windows))
+    learnt: dict[str, list[int]] = {}
     for prefix, piece, count in parts:
         write_windows(out, prefix, piece, taken, (count, window), encoder)
-        if any(tokenised.learn is not None for tokenised in taken):
-            write_loss_mask(out, prefix, piece, taken, (count, window), encoder)
+        if masked:
+            name = f"{prefix}learnt_tokens"
+            learnt[name] = write_loss_mask(out, prefix, piece, taken, (count, window), encoder)
+            _check_learnt(settings, name, learnt[name], count)
     return {
         "windows": windows,
         "tokens": windows * window,
         "documents": int(training.lengths.size),
         "heldout_windows": settings.heldout_windows,
         "heldout_documents": int(heldout.lengths.size),
-    }
+        **{name: sum(counts) for name, counts in learnt.items()},
+    }, [{name: counts[number] for name, counts in learnt.items()} for number in range(len(taken))]
+
+
+def _check_learnt(
+    settings: TransferSetSettings, name: str, counts: Sequence[int], windows: int
+) -> None:
+    """There is something to learn in training and in held-out windows.
+
+    Raises:
+        ShearlingError: there is nothing.
+    """
+    if sum(counts):
+        return
+    if name == "learnt_tokens":
+        raise ShearlingError(
+            "Of the transfer set's text nothing would be learnt: its sources have `loss: answers`, "
+            "and the windows to train on hold no answer.",
+            hint="Add conversations, or set the sources' `loss` to all.",
+        )
+    raise ShearlingError(
+        f"The {windows} held-out windows of {settings.window} tokens hold nothing that is learnt, "
+        "so no evaluation could tell how training goes.",
+        hint="Raise transfer_set.heldout_windows, or set the sources' `loss` to all.",
+    )
+
+
+def _learnt_facts(source: Mapping[str, Any], learnt: Mapping[str, int]) -> dict[str, Any]:
+    """How much of a source is learnt, and a note where held-out text has little of it."""
+    few = learnt.get("heldout_learnt_tokens", _FEW_LEARNT)
+    if few >= _FEW_LEARNT:
+        return dict(learnt)
+    note = (
+        f"{source['name']}: of its text only {few:,} held-out tokens are learnt, so what is "
+        "measured on it says little; raise transfer_set.heldout_windows."
+    )
+    return {**learnt, "notes": [*source["notes"], note]}
 
 
 def _source_facts(
@@ -359,6 +406,13 @@ class TransferSet:
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
 
+    @cached_property
+    def taught(self) -> NDArray[np.int64]:
+        """Numbers of the windows in which anything is learnt: of long prompts most have nothing."""
+        if self.loss_mask is None:
+            return np.arange(len(self))
+        return np.flatnonzero(self.loss_mask.any(axis=1))
+
     def _mask(self, name: str) -> NDArray[np.bool_] | None:
         path = self.folder / f"{name}.npy"
         return np.load(path, "r") if path.is_file() else None
@@ -398,8 +452,8 @@ class TransferSet:
         return torch.from_numpy(self.heldout_document_sources[document_BT])
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """The order of all windows in one epoch: a function of seed and epoch only."""
-        return np.random.default_rng([seed, epoch, 3]).permutation(len(self))
+        """The order of ``taught`` in one epoch: a function of seed and epoch only."""
+        return np.random.default_rng([seed, epoch, 3]).permutation(self.taught)
 
     def calibration(self, tokens: int, seed: int) -> Tensor:
         """Random windows that make at least ``tokens`` tokens, or all there are: [W, T] int64."""

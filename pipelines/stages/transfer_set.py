@@ -12,7 +12,7 @@ from pipelines.stages.context import Context
 from shearling import read_json, write_json
 from teachers.settings import TransferSetSettings
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 RESUMABLE = False
 
 

@@ -173,27 +173,65 @@ def test_plain_text_beside_conversations_is_passed_over(folder: Path, tmp_path: 
         build(folder, tmp_path / "none", alone)
 
 
-def test_windows_without_any_answer_are_taught_on_in_peace(folder: Path, tmp_path: Path) -> None:
-    """One window a pass, most of them without a position that counts."""
+def long_prompts(path: Path, role: str = "assistant") -> SourceSettings:
+    """Conversations of which most windows of 64 tokens hold no answer."""
     conversations = [
         [
             {"role": "user", "content": " ".join(tiny_documents(30, seed=n))},
-            {"role": "assistant", "content": "Yes."},
+            {"role": role, "content": "Yes."},
         ]
         for n in range(12)
     ]
-    path = write(tmp_path / "chat.jsonl", conversations)
-    source = SourceSettings(name="c", path=str(path), messages="messages", loss="answers")
+    write(path, conversations)
+    return SourceSettings(name="c", path=str(path), messages="messages", loss="answers")
+
+
+def test_windows_without_any_answer_are_not_taught(folder: Path, tmp_path: Path) -> None:
+    """Else such steps would have no loss, and those that have one be taken for divergence."""
+    source = long_prompts(tmp_path / "chat.jsonl")
     text = build(folder, tmp_path / "set", source, window=64)
     assert text.loss_mask is not None
-    empty = (~text.loss_mask.any(axis=1)).mean()
-    assert 0.3 < empty < 1
+    assert text.heldout_loss_mask is not None
+    taught = text.loss_mask.any(axis=1)
+    assert 0 < taught.mean() < 0.7
+    assert set(text.order(0, 0).tolist()) == set(np.flatnonzero(taught).tolist())
+    facts = text.facts["sources"][0]
+    assert facts["learnt_tokens"] == text.facts["learnt_tokens"] == text.loss_mask.sum()
+    assert facts["heldout_learnt_tokens"] == text.heldout_loss_mask.sum() > 0
+    assert "held-out tokens are learnt" in text.facts["notes"][-1]
     settings = DistillSettings(
-        tokens=64 * 24, batch_tokens=64 * 8, micro_batch_windows=1, evaluate_every=0
+        tokens=64 * 24, batch_tokens=64, micro_batch_windows=1, evaluate_every=0
     )
     summary = distill(folder, folder, tmp_path / "out", tmp_path / "set", settings)
-    assert summary["steps"] == 3
-    assert summary["heldout_end"]["heldout_kl"] >= 0
+    assert summary["steps"] == 24
+    assert summary["heldout_end"]["heldout_perplexity"] > 1
+    lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
+    assert all(line["loss"] > 0 for line in lines if "loss" in line)
+
+
+def test_held_out_windows_without_any_answer_are_refused(folder: Path, tmp_path: Path) -> None:
+    """Conversations that end with a long question."""
+    source = long_prompts(tmp_path / "chat.jsonl")
+    conversations = [json.loads(line) for line in (tmp_path / "chat.jsonl").open()]
+    for line in conversations:
+        line["messages"] += line["messages"][:1]
+    write(tmp_path / "chat.jsonl", [line["messages"] for line in conversations])
+    with pytest.raises(ShearlingError, match=r"2 held-out windows of 64 .* nothing that is learnt"):
+        build(folder, tmp_path / "set", source, window=64)
+
+
+def test_conversations_in_which_nobody_answers_are_refused(folder: Path, tmp_path: Path) -> None:
+    source = long_prompts(tmp_path / "chat.jsonl", role="gpt")
+    with pytest.raises(ShearlingError, match=r"no message has the role assistant .*gpt, user"):
+        build(folder, tmp_path / "set", source, window=64)
+
+
+def test_conversations_that_all_lack_a_text_are_told(folder: Path, tmp_path: Path) -> None:
+    calls = [[{"role": "user", "content": "Go."}, {"role": "assistant", "content": None}]] * 5
+    path = write(tmp_path / "chat.jsonl", calls)
+    source = SourceSettings(name="c", path=str(path), messages="messages", loss="answers")
+    with pytest.raises(ShearlingError, match="5 conversations, and all are empty or lack"):
+        build(folder, tmp_path / "set", source)
 
 
 def test_without_a_mask_nothing_of_it_is_written(folder: Path, tmp_path: Path) -> None:
@@ -231,7 +269,9 @@ def test_a_cut_answer_does_not_teach_to_stop(folder: Path, tmp_path: Path) -> No
         for ids, counts in zip(
             np.split(flat, starts[1:]), np.split(counted, starts[1:]), strict=True
         ):
-            cut = not any(w[: len(ids)] == ids.tolist() for w in whole)
+            # Held out is the end of a conversation.
+            kept = ids.tolist()
+            cut = not any(kept in (w[: len(kept)], w[-len(kept) :]) for w in whole)
             if cut and ids[-1] == eos and len(ids) > 1:
                 assert not counts[-2]
 
