@@ -86,7 +86,9 @@ class PruneSettings(Settings):
         "squared input of each linear map; by default chosen for each map on held-out windows.",
     )
     precision: Precision = Field(
-        default="auto", description="Arithmetic of the teacher's forward pass; auto measures."
+        default="auto",
+        description="Arithmetic of the models' products, and on a CPU of the sums over positions; "
+        "auto measures.",
     )
     stream_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="How the two residual streams of all windows are kept."

@@ -28,6 +28,7 @@ EPILOG = (
 )
 COMMANDS: dict[str, tuple[Callable[..., None], str]] = {
     "init": (recipes.init, "shearling init --teacher ./my-llama --out my-recipe.yaml"),
+    "keys": (recipes.keys, "shearling keys distill"),
     "plan": (
         recipes.plan,
         "shearling plan quickstart --accelerator h100-sxm",

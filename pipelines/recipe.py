@@ -536,8 +536,8 @@ def check_recipe(
     count = "a mistake" if len(found) == 1 else f"{len(found)} mistakes"
     raise ShearlingError(
         itemised(f"The recipe {where} has {count}:", found),
-        hint="Mend the recipe or the --set options. `shearling init` writes a commented recipe "
-        "that shows the keys.",
+        hint="Mend the recipe or the --set options. `shearling keys` lists all keys, `shearling "
+        "init` writes a commented recipe.",
     )
 
 

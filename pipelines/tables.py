@@ -1,18 +1,20 @@
-"""Tables that commands print: the families of Llamas, the plan of a recipe, regressions.
+"""What commands print: the families of Llamas, a recipe's keys, its plan, regressions.
 
 A terminal may be 80 columns wide. A number that is cut there says nothing, or something wrong.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.cells import cell_len
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from pipelines.display import format_bytes, format_seconds
+from pipelines.keys import Section
 from reports import words
 
 Cell = str | int
@@ -200,3 +202,15 @@ def _peak(row: Mapping[str, Any]) -> str:
     largest = sorted(row["memory"].items(), key=lambda part: -part[1])[:2]
     filled = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
     return f"{row['moment']}: {filled}" if filled else str(row["moment"])
+
+
+def keys_lines(found: Sequence[Section]) -> Iterator[Padding]:
+    """A recipe's keys, place by place: what each takes and its default, below it what it does."""
+    for section in found:
+        heading = Text(f"{section.path}: ", style="bold").append(section.about, style="")
+        yield Padding(heading, (1, 0, 0, 0), expand=False)
+        for key in section.keys:
+            default = f"default {key.default}" if key.default else "must be given"
+            line = Text(key.name, style="cyan").append(f"  {key.takes}; {default}", style="dim")
+            yield Padding(line, (0, 0, 0, 2), expand=False)
+            yield Padding(Text(key.description), (0, 0, 0, 6), expand=False)

@@ -51,8 +51,8 @@ def stage_table(run: Run) -> Table | None:
         name="stages",
         caption="What each stage made, and what it took. Tasks: mean share of right answers on "
         "those that all have. Reads and writes: tokens per second, for one sequence on this "
-        "machine, and the quartiles of the repeats; × the teacher's, both in turns. Memory: what a "
-        "process with this model alone needs.",
+        "machine, and the quartiles of the repeats; × the teacher's, both in turns (the verdict "
+        "takes models of one shape for one). Memory: what a process with this model alone needs.",
         columns=["stage", "parameters", "perplexity", "tasks", "reads", "writes", "memory", "took"],
         rows=[_stage_row(stage, run.teacher or {}, key, tasks) for stage in run.stages],
     )

@@ -1,4 +1,4 @@
-"""Commands that come before a run: init, plan."""
+"""Commands that come before a run: init, keys, plan."""
 
 from __future__ import annotations
 
@@ -57,6 +57,31 @@ def init(
         text = starter_recipe(teacher, out, machine)
     write_text(out, text)
     print(f"Wrote {out}. Next: shearling run {shlex.quote(str(out))}")
+
+
+def keys(
+    place: Annotated[
+        str | None,
+        typer.Argument(help="A kind of stage or a place: prune, distill.hidden, benchmark, ..."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/RECIPES.md.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """List all keys that a recipe may have: what each takes, its default, what it does."""
+    from dataclasses import asdict
+
+    from pipelines.keys import as_markdown, sections
+    from pipelines.tables import keys_lines
+
+    found = sections(place)
+    if as_json:
+        print_json([asdict(section) for section in found])
+    elif markdown:
+        print(as_markdown(found), end="")
+    else:
+        console = make_console()
+        for part in keys_lines(found):
+            console.print(part, highlight=False)
 
 
 def plan(
