@@ -105,72 +105,69 @@ def prune(
         limit = int(settings.stream_memory_gb * 1024**3)
         return Streams(out / "streams", DTYPES[settings.stream_dtype], limit)
 
-    with (
-        torch.no_grad(),
-        disk_errors(out),
-        finite_or_told(source),
-        Saving(
-            resume,
-            {"identity": identity, "precision": precision.to_dict()},
-            settings.save_every_seconds,
-        ) as saving,
-    ):
-        begun = saved if saved and saved.state["phase"] == WALK else None
-        if begun:
-            survey = Survey.from_tensors(begun.whole("survey"))
-        else:
-            survey = take_survey(
+    facts = {"identity": identity, "precision": precision.to_dict()}
+    saving = Saving(resume, facts, settings.save_every_seconds)
+    with torch.no_grad(), disk_errors(out), finite_or_told(source):
+        with saving:
+            begun = saved if saved and saved.state["phase"] == WALK else None
+            if begun:
+                survey = Survey.from_tensors(begun.whole("survey"))
+            else:
+                survey = take_survey(
+                    source,
+                    shape,
+                    windows,
+                    settings,
+                    streams(),
+                    place,
+                    precision.dtype,
+                    vocabulary,
+                    progress,
+                    saved,
+                    partial(saving, SURVEY, 0),
+                )
+            slicer = Slicer(
+                teacher=source.shape,
+                student=shape,
+                plan=survey.plan(shape).to(place),
+                coupling=derive_coupling(source.config),
+            )
+            writer = StudentWriter(out / "model", config, source.torch_dtype)
+            if begun:
+                writer.restore(begun.state["shards"])
+            ends = student_ends(
                 source,
-                shape,
+                slicer,
+                survey.final_NE.to(place),
+                settings.merge,
+                precision.dtype,
+                vocabulary,
+                (writer.written(EMBEDDING), begun.whole("ends")["norm"].to(place))
+                if begun
+                else None,
+            )
+            walk = Walk(
+                source,
+                slicer,
+                ends,
                 windows,
                 settings,
                 streams(),
-                place,
-                precision.dtype,
-                vocabulary,
-                progress,
-                saved,
-                partial(saving, SURVEY, 0),
+                writer,
+                device=place,
+                dtype=precision.dtype,
             )
-        slicer = Slicer(
-            teacher=source.shape,
-            student=shape,
-            plan=survey.plan(shape).to(place),
-            coupling=derive_coupling(source.config),
-        )
-        writer = StudentWriter(out / "model", config, source.torch_dtype)
-        if begun:
-            writer.restore(begun.state["shards"])
-        ends = student_ends(
-            source,
-            slicer,
-            survey.final_NE.to(place),
-            settings.merge,
-            precision.dtype,
-            vocabulary,
-            (writer.written(EMBEDDING), begun.whole("ends")["norm"].to(place)) if begun else None,
-        )
-        walk = Walk(
-            source,
-            slicer,
-            ends,
-            windows,
-            settings,
-            streams(),
-            writer,
-            device=place,
-            dtype=precision.dtype,
-        )
-        if begun:
-            walk.restore(begun)
-        saved = begun = None  # two streams in memory, wherever the walk's own lie
+            if begun:
+                walk.restore(begun)
+            saved = begun = None  # two streams in memory, wherever the walk's own lie
 
-        def state() -> TrainingState:
-            walked = walk.state()
-            return replace(walked, tensors={**walked.tensors, "survey": survey.to_tensors()})
+            def state() -> TrainingState:
+                walked = walk.state()
+                return replace(walked, tensors={**walked.tensors, "survey": survey.to_tensors()})
 
-        walk.run(progress, lambda: saving(WALK, source.shape.num_hidden_layers, state))
-    with torch.no_grad(), disk_errors(out):
+            walk.run(progress, lambda: saving(WALK, source.shape.num_hidden_layers, state))
+        # No layer follows behind which `saving` would look: from here on Ctrl-C acts at once.
+        walk.finish(progress)
         copy_companions(teacher, out / "model")
         logit_error = _gate(walk, out / "model", shape)
     write_selection(
@@ -215,6 +212,8 @@ class Saving:
 
     def __exit__(self, *raised: object) -> None:
         self._stop.__exit__(*raised)
+        if self._stop.asked and raised[0] is None:  # behind the last look
+            raise KeyboardInterrupt
 
     def __call__(self, phase: str, steps_before: int, state: Callable[[], TrainingState]) -> None:
         """``state`` gives what is saved, its step counted behind ``steps_before`` others."""

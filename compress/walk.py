@@ -83,7 +83,8 @@ class Track:
 
 
 class Walk:
-    """Teacher and student side by side; ``run`` takes them from the embedding to the last norm.
+    """Teacher and student side by side; ``run`` takes them from the embedding to the last layer,
+    ``finish`` through the last norm.
 
     Afterwards ``probe_logits`` holds what the student's weights, in memory and in float32, say
     about ``probe_tokens``. Between two layers ``state`` gives all that a walk needs to go on in
@@ -125,7 +126,8 @@ class Walk:
                     teacher_math=LayerMath(source.config, length, device, dtype),
                     student_math=LayerMath(config, length, device, dtype),
                     judges_BT=judges_BT,
-                    gauged_B=(torch.arange(len(tokens_BT)) % GAUGE_EVERY == 0) & (length > 1),
+                    gauged_B=(torch.arange(len(tokens_BT)) % GAUGE_EVERY == 0)
+                    & (name == "windows"),
                 )
         self.eps = float(config.rms_norm_eps)
         self.probe_tokens = windows_BT[:1, :64]
@@ -163,7 +165,7 @@ class Walk:
     def run(self, progress: Progress = silent, between: Callable[[], None] = lambda: None) -> None:
         """Make and write the layers that are left; ``between`` is called after each of them.
 
-        ``errors`` then holds each layer's reconstruction errors.
+        ``errors`` then holds each layer's reconstruction errors. ``finish`` does the rest.
         """
         layers = self.slicer.plan.layers
         if not self.errors:
@@ -178,8 +180,6 @@ class Walk:
             self.probe_stream = self.probe_math.layer(self.probe_stream, weights)
             self.errors.append({"layer": layers[number]} | error)
             between()
-        self._finish()
-        progress("walk", len(layers), len(layers))
 
     def _layer(self, number: int) -> tuple[LayerWeights, dict[str, float]]:
         """The student's layer ``number``; both streams pass it."""
@@ -320,7 +320,7 @@ class Walk:
         layers = len(self.slicer.plan.layers)
         return self.ends.target_map(number, layers)
 
-    def _finish(self) -> None:
+    def finish(self, progress: Progress = silent) -> None:
         """The final norm and, untied, the output head; then the folder is complete."""
         ends = self.ends
         if not self.slicer.student.tie_word_embeddings:
@@ -330,6 +330,7 @@ class Walk:
         last_BTD = normed(self.probe_stream, self.eps) * self._stored(norm_D)
         self.probe_logits = last_BTD @ self._stored(ends.head_VD).to(self.device).T
         self.writer.finish()
+        progress("walk", len(self.errors), len(self.errors))
 
     def _fit_final_norm(self) -> Tensor:
         ends = self.ends
