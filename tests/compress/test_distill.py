@@ -9,7 +9,8 @@ import shutil
 from functools import reduce
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from compress.answers import Taught
+from compress.course import Course
 from compress.data import StepData, make_batch
-from compress.distill import distill
+from compress.distill import _what_is_wrong, distill
 from compress.hidden import open_matches
 from compress.losses import IGNORED, cross_entropy, forward_kl, hidden_cosine
 from compress.precision import PrecisionChoice, in_precision
@@ -630,6 +632,18 @@ def test_a_weight_that_grows_is_no_divergence(bench: Bench) -> None:
     losses = [line["loss"] for line in steps(out)]
     usual = reduce(lambda mean, loss: 0.9 * mean + 0.1 * loss, losses[:10])
     assert losses[10] > 4 * usual, "the weighted sum alone does jump"
+
+
+@pytest.mark.parametrize(("positions", "jump"), [(4096, 4.1), (64, 4.1), (16, 8.1), (1, 32.1)])
+def test_a_mean_of_few_positions_may_lie_further_off(positions: int, jump: float) -> None:
+    """A step of long prompts may hold one answer of a few words."""
+    course = SimpleNamespace(running_loss=0.5, step=20)
+    line = {"loss": 1.0, "gradient_norm": 1.0, "step": 21}
+    told = _what_is_wrong(cast(Course, course), line, 0.5 * jump, positions)
+    assert told is not None
+    assert "jumped from about 0.5" in told
+    below = 0.5 * (jump - 0.2)
+    assert _what_is_wrong(cast(Course, course), line, below, positions) is None
 
 
 def test_a_checkpoint_of_other_models_or_text_is_refused(
