@@ -181,14 +181,15 @@ def take_survey(
     ``between`` is called after each layer, with a function that gives all that a survey needs to
     go on in another process; ``begun`` is what that gave.
     """
+    shape = source.shape
+    by_taylor = settings.chosen_by == "taylor"
+    cuts_depth = target.num_hidden_layers < shape.num_hidden_layers
     taylor: list[PartScores] | None = None
-    divergent: list[int] | None = None
-    if begun:
-        divergent = begun.state["divergent"]
-        taylor = _scores_of(begun.whole("taylor")) if settings.chosen_by == "taylor" else None
-    elif settings.chosen_by == "taylor":
+    divergent: list[int] | None = begun.state["divergent"] if begun else None
+    if by_taylor and begun:
+        taylor = _scores_of(begun.whole("taylor"))
+    elif by_taylor:
         taylor = taylor_scores(source, windows_BT, streams, device, dtype, vocabulary, progress)
-    cuts_depth = target.num_hidden_layers < source.shape.num_hidden_layers
     if settings.depth == "divergence" and cuts_depth and not begun:
         divergent = layers_by_divergence(
             source, windows_BT, target.num_hidden_layers, device, dtype, vocabulary, progress
@@ -198,22 +199,22 @@ def take_survey(
     wanted = settings.depth if isinstance(settings.depth, list) else None
     tokens = GREEDY_TOKENS if greedy else SURVEY_TOKENS
     windows_BT = windows_BT[: max(1, tokens // windows_BT.shape[1])]
-    shape = source.shape
-    embedding_VE = source.tensor(EMBEDDING)
     short_BT = openings(windows_BT, source.config)
     maths, short_maths = (
         LayerMath(source.config, tokens_BT.shape[1], device, dtype)
         for tokens_BT in (windows_BT, short_BT)
     )
-    stream_BTE, short_BTE = (embedding_VE[tokens].float() for tokens in (windows_BT, short_BT))
-    survey = Survey(torch.zeros(shape.hidden_size, dtype=torch.float64, device=device))
     projects = settings.basis_for(shape, target) == "principal"
-    if projects:
-        survey.gram_EE = torch.zeros(shape.hidden_size, shape.hidden_size)
     if begun:
         survey = Survey.from_tensors(begun.whole("survey"))
         survey.hidden_E = survey.hidden_E.to(device)
         stream_BTE, short_BTE = (begun.whole("streams")[name] for name in ("windows", "openings"))
+    else:
+        survey = Survey(torch.zeros(shape.hidden_size, dtype=torch.float64, device=device))
+        if projects:
+            survey.gram_EE = torch.zeros(shape.hidden_size, shape.hidden_size)
+        embedding_VE = source.tensor(EMBEDDING)
+        stream_BTE, short_BTE = (embedding_VE[tokens].float() for tokens in (windows_BT, short_BT))
 
     def state() -> TrainingState:
         return TrainingState(

@@ -6,7 +6,7 @@ A terminal may be 80 columns wide. A number that is cut there says nothing, or s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.padding import Padding
@@ -14,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.display import format_bytes, format_seconds
-from pipelines.keys import Section
 from reports import words
+
+if TYPE_CHECKING:
+    from pipelines.keys import Section
 
 Cell = str | int
 """A text, or a count, which is written short where the table is too wide."""

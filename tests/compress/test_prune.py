@@ -834,6 +834,13 @@ def kill(task: str, done: int, *_: Any, **__: Any) -> None:
         raise Killed
 
 
+def assert_same_weights(one: Path, other: Path) -> None:
+    """Of the students of two cuts, to the bit."""
+    whole, resumed = load(one / "model"), load(other / "model")
+    for (name, ours), theirs in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -866,9 +873,7 @@ def test_a_killed_walk_goes_on_to_the_same_bits(
             if not name.startswith("model")  # one shard there, several here
         }.items()
     )
-    whole, resumed = load(tmp_path / "whole/model"), load(tmp_path / "killed/model")
-    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     selections = [read_json(tmp_path / run / "selection.json") for run in ("whole", "killed")]
     assert selections[0] == selections[1]
 
@@ -894,9 +899,7 @@ def test_a_killed_survey_goes_on_to_the_same_bits(
         cut(*arguments, progress=killed, **SAVING, **more)
     cut(*arguments, progress=told, **SAVING, **more)
     assert seen == [("survey", 3), *(("walk", layer) for layer in range(4))]
-    whole, resumed = load(tmp_path / "whole/model"), load(tmp_path / "killed/model")
-    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     selections = [read_json(tmp_path / run / "selection.json") for run in ("whole", "killed")]
     assert selections[0] == selections[1]
 
@@ -921,9 +924,7 @@ def test_a_cut_that_is_asked_to_stop_saves_what_is_done(
     cut(*arguments, progress=lambda what, done, *_, **__: seen.append((what, done)))
     assert seen[count] == (task, layer + 1)
     cut(tiny_llama, tmp_path / "whole", tiny_transfer_set, AXES)
-    whole, resumed = load(tmp_path / "whole/model"), load(tmp_path / "asked/model")
-    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "asked")
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -948,9 +949,7 @@ def test_a_killed_walk_keeps_its_ends(
 
     monkeypatch.setitem(MERGES, "least_squares", turned)
     cut(*arguments, **SAVING)  # through the gate
-    whole, resumed = load(tmp_path / "whole/model"), load(tmp_path / "killed/model")
-    for (name, one), other in zip(whole.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(one, other), name
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_survey_that_is_done_is_not_made_again(

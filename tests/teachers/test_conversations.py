@@ -204,6 +204,7 @@ def test_windows_without_any_answer_are_not_taught(folder: Path, tmp_path: Path)
     )
     summary = distill(folder, folder, tmp_path / "out", tmp_path / "set", settings)
     assert summary["steps"] == 24
+    assert summary["heldout_end"]["heldout_kl"] >= 0
     assert summary["heldout_end"]["heldout_perplexity"] > 1
     lines = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").open()]
     assert all(line["loss"] > 0 for line in lines if "loss" in line)
